@@ -1,0 +1,188 @@
+"""The residual block of a sequence model: add, norm, mixer, and optionally add, norm, MLP.
+
+Legend: B batch, L length, D model width, H hidden width of the MLP.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import kernels  # noqa: F401  registers torch.ops.triscan
+
+
+class AddNorm(nn.Module):
+    """Adds a branch to the residual stream and normalises the sum, in one kernel.
+
+    Statistics are float32 (float64 for float64 input). RMSNorm: Zhang & Sennrich 2019, equation 4.
+
+    Args:
+        dim: D.
+        kind: "rms", or "layer" for LayerNorm (with a bias).
+        eps: Added to the mean square or the variance.
+        residual_in_fp32: Whether a residual stream that starts here is float32 whatever the branch is.
+        device: Where the parameters live.
+        dtype: Their dtype.
+
+    Raises:
+        ValueError: For an unknown kind.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kind: str = "rms",
+        eps: float = 1e-5,
+        residual_in_fp32: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in ("rms", "layer"):
+            raise ValueError(f'kind: got {kind!r}, wanted "rms" or "layer"')
+        self.kind, self.eps, self.residual_in_fp32 = kind, eps, residual_in_fp32
+        self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if kind == "layer" else None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Normalises x + residual.
+
+        Args:
+            x: (B, L, D) the branch.
+            residual: (B, L, D) the stream so far; None at its start.
+
+        Returns:
+            norm(x + residual) in x's dtype, and x + residual, the stream from here on.
+        """
+        y, residual, _, _ = torch.ops.triscan.norm(
+            x, self.weight, self.bias, residual, None, self.kind, self.eps, 0, True, self.residual_in_fp32, "auto"
+        )
+        return y, residual
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, kind={self.kind}, eps={self.eps}"
+
+
+class GatedMLP(nn.Module):
+    """The gated MLP of Mamba's models: fc2(y * silu(gate)) with [y, gate] = fc1(x) (SwiGLU, Shazeer 2020).
+
+    Args:
+        in_features: D.
+        hidden_features: H; 8/3 D by default. It is rounded up to a multiple of ``multiple_of``.
+        multiple_of: See there.
+        bias: Whether fc1 and fc2 have biases.
+        device: Where the parameters live.
+        dtype: Their dtype.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int | None = None,
+        multiple_of: int = 128,
+        bias: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = int(8 * in_features / 3) if hidden_features is None else hidden_features
+        hidden = -(-hidden // multiple_of) * multiple_of
+        self.fc1 = nn.Linear(in_features, 2 * hidden, bias=bias, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, in_features, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (B, L, D) to (B, L, D)."""
+        y, gate = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(y * F.silu(gate))
+
+
+class Block(nn.Module):
+    """Add -> Norm -> Mixer (-> Add -> Norm -> MLP), the pre-norm block with the addition moved to the front.
+
+    Branch and residual stream travel apart, so that each addition is fused with the norm that follows it; the next
+    block, or the model's last norm, adds this block's branch. Names are the published ones: ``norm``, ``mixer``,
+    ``norm2``, ``mlp``.
+
+    Args:
+        dim: D.
+        mixer: A layer with the contract of ``core.mixers``.
+        mlp: The second branch, (B, L, D) -> (B, L, D); None leaves it out.
+        norm: "rms" or "layer".
+        eps: Of the norms.
+        residual_in_fp32: Whether the residual stream is float32.
+        device: Where the norms' parameters live.
+        dtype: Their dtype.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp: nn.Module | None = None,
+        norm: str = "rms",
+        eps: float = 1e-5,
+        residual_in_fp32: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm = AddNorm(dim, norm, eps, residual_in_fp32, device=device, dtype=dtype)
+        self.mixer = mixer
+        self.norm2 = None if mlp is None else AddNorm(dim, norm, eps, residual_in_fp32, device=device, dtype=dtype)
+        self.mlp = mlp
+        self.gradient_checkpointing = False  # recompute the block in the backward pass instead of keeping activations
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        seq_idx: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the block over whole sequences.
+
+        Args:
+            x: (B, L, D) the branch of the block before.
+            residual: (B, L, D) the residual stream; None in the first block.
+            seq_idx: (B, L), see the mixer.
+            cu_seqlens: (S + 1,), see the mixer.
+
+        Returns:
+            This block's branch and the residual stream, which does not hold it yet.
+        """
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, residual, seq_idx, cu_seqlens, use_reentrant=False)
+        return self._forward(x, residual, seq_idx, cu_seqlens)
+
+    def _forward(
+        self, x: Tensor, residual: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self.norm(x, residual)
+        x = self.mixer(x, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+        return self._mlp(x, residual)
+
+    def forward_state(
+        self, x: Tensor, residual: Tensor | None, state: Any, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Any]:
+        """Continues sequences from the mixer's ``state``; see the mixer for ``lengths``.
+
+        Returns:
+            This block's branch, the residual stream and the mixer's new state.
+        """
+        x, residual = self.norm(x, residual)
+        x, state = self.mixer.forward_state(x, state, lengths)
+        return *self._mlp(x, residual), state
+
+    def _mlp(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mlp is None or self.norm2 is None:
+            return x, residual
+        x, residual = self.norm2(x, residual)
+        return self.mlp(x), residual

@@ -1,0 +1,242 @@
+"""The Mamba language model: embedding, residual blocks, tied head (Gu & Dao 2023, section 4.2).
+
+Legend: B batch, L length, D model width, V vocabulary, S packed sequences.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from core.block import AddNorm, Block, GatedMLP
+from core.mixers.mamba import Mamba
+
+
+@dataclass
+class MambaConfig:
+    """The published configuration of a Mamba language model.
+
+    Args:
+        d_model: Width D.
+        d_intermediate: Hidden width of the gated MLP of each block; 0 leaves the MLP out.
+        n_layer: Number of blocks.
+        vocab_size: Number of tokens V, before padding.
+        ssm_cfg: Arguments of the mixer, and under ``layer`` its published name ("Mamba1").
+        attn_layer_idx: Blocks that hold attention instead.
+        attn_cfg: Arguments of attention.
+        rms_norm: RMSNorm; otherwise LayerNorm.
+        residual_in_fp32: Keep the residual stream in float32.
+        fused_add_norm: Accepted for the sake of published files: addition and norm are always one kernel here, the
+            function is the same.
+        pad_vocab_size_multiple: The embedding's rows are padded to a multiple of it.
+        tie_embeddings: The head's weight is the embedding's.
+    """
+
+    d_model: int = 2560
+    d_intermediate: int = 0
+    n_layer: int = 64
+    vocab_size: int = 50277
+    ssm_cfg: dict[str, Any] = field(default_factory=dict)
+    attn_layer_idx: list[int] = field(default_factory=list)
+    attn_cfg: dict[str, Any] = field(default_factory=dict)
+    rms_norm: bool = True
+    residual_in_fp32: bool = True
+    fused_add_norm: bool = True
+    pad_vocab_size_multiple: int = 8
+    tie_embeddings: bool = True
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        multiple = self.pad_vocab_size_multiple
+        return -(-self.vocab_size // multiple) * multiple
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and final norm: token ids (B, L) -> hidden (B, L, D)."""
+
+    def __init__(self, embedding: nn.Module, layers: Sequence[Block], norm_f: AddNorm) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.layers = nn.ModuleList(layers)
+        self.norm_f = norm_f
+
+    def forward(
+        self, input_ids: Tensor, *, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Runs whole sequences; the arguments are those of ``MambaLM.forward``."""
+        x, residual = self.embedding(input_ids), None
+        for layer in self.layers:
+            x, residual = layer(x, residual, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+        return self.norm_f(x, residual)[0]
+
+    def forward_state(
+        self, input_ids: Tensor, state: tuple[Any, ...], lengths: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Continues from a state; the arguments are those of ``MambaLM.forward_state``."""
+        x, residual, states = self.embedding(input_ids), None, []
+        for layer, before in zip(self.layers, state, strict=True):
+            x, residual, after = layer.forward_state(x, residual, before, lengths)
+            states.append(after)
+        return self.norm_f(x, residual)[0], tuple(states)
+
+
+class MambaLM(nn.Module):
+    """A causal language model, token ids (B, L) -> logits (B, L, padded V).
+
+    The state_dict has the published names: ``backbone.embedding.weight``, ``backbone.layers.{i}.norm.weight``,
+    ``backbone.layers.{i}.mixer.*``, ``backbone.norm_f.weight``, ``lm_head.weight``.
+
+    Args:
+        config: Sizes and options.
+        initializer_range: Standard deviation of the embedding.
+        device: Where the parameters live.
+        dtype: Their dtype; some of a mixer's stay float32.
+
+    Raises:
+        ValueError: For a layer or a mixer argument that does not exist.
+    """
+
+    # Published layer name -> class. A new kind of layer is an import and an entry.
+    mixers: ClassVar[dict[str, type[nn.Module]]] = {"Mamba1": Mamba}
+
+    def __init__(
+        self,
+        config: MambaConfig,
+        *,
+        initializer_range: float = 0.02,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        mixer, arguments = self._mixer(config)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm: dict[str, Any] = {
+            "eps": 1e-5,
+            "residual_in_fp32": config.residual_in_fp32,
+            **factory,
+        }
+        kind = "rms" if config.rms_norm else "layer"
+        layers = []
+        for _ in range(config.n_layer):
+            mlp = GatedMLP(config.d_model, config.d_intermediate, **factory) if config.d_intermediate else None
+            layers.append(Block(config.d_model, mixer(config.d_model, **arguments, **factory), mlp, kind, **norm))
+        embedding = nn.Embedding(config.padded_vocab_size, config.d_model, **factory)
+        self.backbone = Backbone(embedding, layers, AddNorm(config.d_model, kind, **norm))
+        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False, **factory)
+        # Two residual branches a block with an MLP, one without. The published code means this rule (GPT-2's), but
+        # initialises twice and the second time counts one branch; here the paper's rule holds.
+        init_weights(self, initializer_range, branches=config.n_layer * (2 if config.d_intermediate else 1))
+        if config.tie_embeddings:
+            self.lm_head.weight = embedding.weight
+
+    @classmethod
+    def _mixer(cls, config: MambaConfig) -> tuple[type[nn.Module], dict[str, Any]]:
+        """The mixer's class and arguments, checked by name."""
+        if config.attn_layer_idx:
+            raise ValueError(
+                f"attn_layer_idx: got {config.attn_layer_idx}, but this version has no attention layers; "
+                "use a configuration without them"
+            )
+        arguments = dict(config.ssm_cfg)
+        name = arguments.pop("layer", "Mamba1")
+        if name not in cls.mixers:
+            raise ValueError(f"ssm_cfg.layer: got {name!r}, wanted one of {sorted(cls.mixers)}")
+        mixer = cls.mixers[name]
+        # Not the configuration's business: where the model sets the value, and the direction of a causal model.
+        allowed = set(inspect.signature(mixer).parameters) - {"d_model", "reverse", "layer_idx", "device", "dtype"}
+        for key in arguments:
+            if key not in allowed:
+                near = difflib.get_close_matches(key, allowed, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"wanted some of {sorted(allowed)}"
+                raise ValueError(f"ssm_cfg: {name} has no argument {key!r}; {hint}")
+        return mixer, arguments
+
+    def forward(
+        self, input_ids: Tensor, *, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        """Scores every next token.
+
+        Args:
+            input_ids: (B, L) int64.
+            seq_idx: (B, L) integers; the model starts afresh where they change, and -1 marks padding.
+            cu_seqlens: (S + 1,) int32 offsets of S sequences laid end to end in a batch of one.
+
+        Returns:
+            Logits (B, L, padded V).
+        """
+        return self.lm_head(self.backbone(input_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens))
+
+    def forward_state(
+        self, input_ids: Tensor, state: tuple[Any, ...], lengths: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
+        """Continues sequences from ``state``; with L = 1 this is a decoding step.
+
+        Args:
+            input_ids: (B, L) int64.
+            state: One entry a layer, from ``init_state`` or an earlier call.
+            lengths: (B,) number of real tokens of each right-padded row.
+
+        Returns:
+            Logits (B, L, padded V), and the state after each row's last real token.
+        """
+        hidden, state = self.backbone.forward_state(input_ids, state, lengths)
+        return self.lm_head(hidden), state
+
+    def init_state(
+        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[Any, ...]:
+        """The state before the first token, one entry a layer."""
+        return tuple(layer.mixer.init_state(batch_size, device, dtype) for layer in self.backbone.layers)
+
+    def set_gradient_checkpointing(self, enable: bool = True) -> None:
+        """Trades compute for memory: blocks are recomputed in the backward pass. No parameter changes its name."""
+        for layer in self.backbone.layers:
+            layer.gradient_checkpointing = enable
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, initializer_range: float = 0.02, *, branches: int) -> None:
+    """Initialises a language model as published, on top of what its mixers did themselves.
+
+    Embeddings are N(0, initializer_range^2), biases of linear layers zero (but not where marked ``_no_reinit``), and
+    the last weight of each residual branch is divided by sqrt(branches), so that the stream's variance does not grow
+    with depth (Radford et al. 2019, GPT-2, section 2.3).
+
+    Args:
+        model: The model to change.
+        initializer_range: Standard deviation of the embeddings.
+        branches: Number of residual branches in the whole model.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.bias is not None and not hasattr(module.bias, "_no_reinit"):
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=initializer_range)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("out_proj.weight", "fc2.weight")):
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+            parameter.div_(math.sqrt(branches))
+
+
+def config_from_dict(values: Mapping[str, Any]) -> MambaConfig:
+    """The configuration that a JSON file holds, checked by name.
+
+    Raises:
+        ValueError: For a key that ``MambaConfig`` does not have, naming the nearest one.
+    """
+    known = list(MambaConfig.__dataclass_fields__)
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"wanted some of {known}"
+            raise ValueError(f"MambaConfig has no field {key!r}; {hint}")
+    return MambaConfig(**values)

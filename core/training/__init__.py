@@ -1,0 +1,1 @@
+"""Training by recipe: the Lightning base module, callbacks, loaders that can resume, and the run's report."""

@@ -1,0 +1,296 @@
+"""The Lightning module that every domain's training derives from: optimizer, schedule, steps, compilation.
+
+Dimension letters: B batch.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from lightning import LightningModule
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+
+from core.errors import UserError
+from core.training.report import Report
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """The optimizer and its parameter groups.
+
+    Args:
+        name: Any name of ``timm.optim.list_optimizers()``.
+        lr: Peak learning rate.
+        weight_decay: Decoupled weight decay; not applied to biases, to 1-D parameters, to parameters that carry
+            ``_no_weight_decay = True`` and to those that the net's ``no_weight_decay()`` names.
+        betas: Decay rates of the two moments; None keeps the optimizer's own.
+        eps: Added to the denominator; None keeps the optimizer's own.
+        layer_decay: Factor on the learning rate per layer, from the head down; None is the same rate everywhere.
+    """
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    layer_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """The learning rate over the run, counted in optimizer steps.
+
+    Args:
+        name: Shape after the warm-up: half a cosine or a line down to ``min_lr``, or constant.
+        warmup_epochs: Length of the linear warm-up in epochs; fractions are fine.
+        warmup_steps: Length of the warm-up in optimizer steps, instead of ``warmup_epochs``.
+        warmup_lr: Rate at the first step of the warm-up.
+        min_lr: Rate at the end of the run.
+    """
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_epochs: float = 0.0
+    warmup_steps: int | None = None
+    warmup_lr: float = 1e-6
+    min_lr: float = 0.0
+
+
+# Modules built in Python, not by a command, keep these in their checkpoints; checkpoints are read with weights_only.
+torch.serialization.add_safe_globals([OptimizerOptions, ScheduleOptions])
+
+
+class TrainingModule(LightningModule):
+    """A net with a loss, trained by recipe; domains derive from it.
+
+    A domain writes a constructor that ends up with ``self.net`` (everything that is trained lives in it), and ``loss``.
+    The rest has defaults::
+
+        class Classifier(TrainingModule):
+            headline = "test/accuracy"
+            item_name = "images"
+
+            def __init__(
+                self,
+                name: str = "vim_tiny_patch16_224",
+                num_classes: int = 10,
+                optimizer: OptimizerOptions = OptimizerOptions(),
+                schedule: ScheduleOptions = ScheduleOptions(),
+                compile: bool = False,
+            ) -> None:
+                super().__init__(optimizer, schedule, compile)
+                self.net = timm.create_model(name, num_classes=num_classes)
+                self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+            def loss(self, batch):
+                images, labels = batch
+                return F.cross_entropy(self.net(images), labels)
+
+            def evaluate(self, batch, stage):
+                images, labels = batch
+                logits = self.net(images)
+                self.accuracy(logits, labels)
+                self.log_mean(f"{stage}/loss", F.cross_entropy(logits, labels), batch)
+                self.log(f"{stage}/accuracy", self.accuracy, prog_bar=True)
+
+            def add_to_report(self, report):
+                report.figure("Confusion matrix", draw(...), "Rows are the true classes.")
+
+    Metrics are named ``stage/name`` (``val/loss``, ``test/accuracy``); what is logged in validation and test lands in
+    the run's ``metrics.json``. All constructor arguments become hyper-parameters in the checkpoint (here: do not call
+    ``save_hyperparameters`` again).
+
+    Args:
+        optimizer: The optimizer and its parameter groups.
+        schedule: The learning rate over the run.
+        compile: Compile ``self.net`` with torch.compile after the first step. Parameter names stay as they are.
+    """
+
+    headline: str | None = None
+    """Name of the metric that stands at the top of the report, such as ``test/accuracy``."""
+
+    item_name: str = "items"
+    """What one item of a batch is called in throughput figures: images, sequences, clips."""
+
+    net: nn.Module
+
+    def __init__(
+        self,
+        optimizer: OptimizerOptions = OptimizerOptions(),
+        schedule: ScheduleOptions = ScheduleOptions(),
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.optimizer_options = optimizer
+        self.schedule_options = schedule
+        self.compile_requested = compile
+        self._steps_seen = 0
+        self._group_options: list[dict[str, Any]] = []
+
+    # What a domain writes.
+
+    def loss(self, batch: Any) -> Tensor:
+        """Return the training loss of one batch, a scalar; further figures may be logged as ``train/...``."""
+        raise TypeError(f"{type(self).__name__} must define loss(batch)")
+
+    @torch.no_grad()
+    def evaluate(self, batch: Any, stage: str) -> None:
+        """Log the figures of one validation or test batch; ``stage`` is ``val`` or ``test``."""
+        self.log_mean(f"{stage}/loss", self.loss(batch), batch)
+
+    def batch_items(self, batch: Any) -> int:
+        """Return the number of items in a batch: the first dimension of its first tensor."""
+        return len(_first_tensor(batch))
+
+    def batch_tokens(self, batch: Any) -> int | None:
+        """Return the number of tokens in a batch, or None where tokens/s says nothing."""
+        return None
+
+    def add_to_report(self, report: Report) -> None:
+        """Add the domain's sections to the run's page; called once, on rank 0, after the last stage.
+
+        ``self.trainer.datamodule`` is at hand, and the weights are those that were tested.
+        """
+
+    # What the trainer calls.
+
+    def log_mean(self, name: str, value: Tensor, batch: Any) -> None:
+        """Log a batch's mean so that the epoch's value is the mean over items, over all processes."""
+        self.log(name, value, on_epoch=True, on_step=False, prog_bar=True, sync_dist=True, batch_size=self.batch_items(batch))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Compute, log and return the loss of one batch."""
+        loss = self.loss(batch)
+        rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
+        size = self.batch_items(batch)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        self.log("train/lr", rate, prog_bar=True, batch_size=size)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log one validation batch under ``val/``."""
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Log one test batch under ``test/``."""
+        self.evaluate(batch, "test")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Compile before the second step: the first runs as it is written, so that its FLOPs can be counted."""
+        if self.compile_requested and self._steps_seen == 1:
+            self.net.compile()
+        self._steps_seen += 1
+
+    def configure_optimizers(self) -> Any:
+        """Build optimizer and schedule from the options; the schedule is a function of the optimizer step alone."""
+        outside = [name for name, p in self.named_parameters() if p.requires_grad and not name.startswith("net.")]
+        assert not outside, f"parameters outside self.net would not be trained: {outside}"
+        optimizer = create_optimizer(self.net, self.optimizer_options)
+        scheduler = self._create_schedule(optimizer)
+        self._group_options = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": _Stateless(scheduler), "interval": "step"}}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Set the rate of the next step."""
+        scheduler.step(self.trainer.global_step)
+
+    def on_train_start(self) -> None:
+        """Let the options given win over those in a resumed checkpoint: rate, weight decay, betas."""
+        for group, options in zip(self.trainer.optimizers[0].param_groups, self._group_options, strict=True):
+            group.update(options)
+        self.trainer.lr_scheduler_configs[0].scheduler.step(self.trainer.global_step)
+
+    def _create_schedule(self, optimizer: torch.optim.Optimizer) -> Scheduler:
+        options = self.schedule_options
+        total = self.trainer.estimated_stepping_batches  # also loads the data, which the next line needs
+        per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+        if options.warmup_steps is not None and options.warmup_epochs:
+            raise UserError(
+                f"the warm-up is given twice: warmup_steps={options.warmup_steps} and "
+                f"warmup_epochs={options.warmup_epochs}; set one of them"
+            )
+        warmup = round(options.warmup_epochs * per_epoch) if options.warmup_steps is None else options.warmup_steps
+        if math.isinf(total):
+            if options.name != "constant":
+                raise UserError(
+                    f"a {options.name} schedule needs to know where the run ends, but trainer.max_epochs and "
+                    "trainer.max_steps are both unlimited; set one of them or schedule.name=constant"
+                )
+            total = warmup + 1
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched={"linear": "poly"}.get(options.name, options.name),
+            decay_rate=1.0,  # the power of poly: a straight line
+            num_epochs=int(total),  # counted in updates: one update an "epoch"
+            warmup_epochs=min(warmup, int(total)),
+            warmup_lr=options.warmup_lr,
+            min_lr=options.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=1,
+        )
+        assert scheduler is not None
+        return scheduler
+
+
+class _Stateless:
+    """A timm schedule for Lightning, with nothing to save: on resume the rate follows from the step and the options."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.optimizer = scheduler.optimizer
+        self.step(0)
+
+    def step(self, num_updates: int) -> None:
+        """Set the learning rate of the update that comes after ``num_updates`` updates."""
+        self.scheduler.step_update(num_updates)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the schedule is a function of the step."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take nothing from a checkpoint."""
+
+
+def create_optimizer(net: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
+    """Build an optimizer with parameter groups for weight decay and, if asked for, layer-wise rates.
+
+    Args:
+        net: The net; may define ``no_weight_decay()`` (names) and timm's ``group_matcher`` (layers).
+        options: Optimizer and group options.
+
+    Raises:
+        UserError: If timm knows no optimizer of that name.
+    """
+    known = list_optimizers()
+    if options.name.lower() not in known:
+        near = difflib.get_close_matches(options.name.lower(), known, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"
+        raise UserError(f"unknown optimizer {options.name!r}{hint}")
+    names = getattr(net, "no_weight_decay", None)
+    without = set(names()) if names is not None else set()
+    without |= {name for name, p in net.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    if options.layer_decay is None:
+        groups = param_groups_weight_decay(net, options.weight_decay, no_weight_decay_list=without)
+    else:
+        groups = param_groups_layer_decay(
+            net, options.weight_decay, no_weight_decay_list=without, layer_decay=options.layer_decay
+        )
+    given = {"betas": options.betas, "eps": options.eps}
+    return create_optimizer_v2(
+        groups, options.name, lr=options.lr, weight_decay=options.weight_decay,
+        **{key: value for key, value in given.items() if value is not None},
+    )  # fmt: skip
+
+
+def _first_tensor(batch: Any) -> Tensor:
+    """Return the first tensor in a nested batch."""
+    if isinstance(batch, Tensor):
+        return batch
+    values = batch.values() if isinstance(batch, dict) else batch
+    return _first_tensor(next(iter(values)))

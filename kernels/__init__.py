@@ -1,0 +1,10 @@
+"""Ops on tensors: scans, convolutions and norms with one contract on every device.
+
+Importing this package registers ``torch.ops.triscan.*``. It needs torch; Triton and numba are used where they exist.
+"""
+
+from kernels.causal_conv1d import causal_conv1d
+from kernels.norm import norm
+from kernels.selective_scan import selective_scan
+
+__all__ = ["causal_conv1d", "norm", "selective_scan"]

@@ -1,0 +1,102 @@
+"""Which implementation of an op runs, and why. The one place that decides.
+
+``auto`` (or the environment variable ``TRISCAN_BACKEND``) picks by device: Triton on NVIDIA, AMD and Intel GPUs,
+numba on the CPU, plain ATen operators everywhere else. A named backend is taken as it is, or refused with a reason.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+import os
+import warnings
+
+import torch
+
+BACKENDS = ("auto", "triton", "gluon", "cpu", "torch", "reference")
+GPU_TYPES = ("cuda", "xpu")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warns the first time it is called with ``message``."""
+    warnings.warn(message, stacklevel=3)
+
+
+@functools.cache
+def has(module: str) -> bool:
+    """Whether ``module`` is installed; does not import it."""
+    return importlib.util.find_spec(module) is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's CPU interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def choose(backend: str, device: torch.device) -> tuple[str, str]:
+    """The implementation that ``backend`` means on ``device``, and the reason in words.
+
+    Args:
+        backend: One of ``BACKENDS``; ``auto`` defers to ``TRISCAN_BACKEND``, then to the device.
+        device: Where the tensors are.
+
+    Returns:
+        ``(name, reason)`` with name one of ``triton``, ``cpu``, ``torch``, ``reference``.
+
+    Raises:
+        ValueError: For an unknown backend, or one that cannot run on ``device``.
+    """
+    source = "argument"
+    if backend == "auto" and "TRISCAN_BACKEND" in os.environ:
+        backend, source = os.environ["TRISCAN_BACKEND"], "TRISCAN_BACKEND"
+    if backend not in BACKENDS:
+        near = difflib.get_close_matches(backend, BACKENDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"backend ({source}): got {backend!r}, wanted one of {', '.join(BACKENDS)}{hint}")
+    if backend != "auto":
+        return _named(backend, source, device)
+    if device.type in GPU_TYPES:
+        if has("triton"):
+            return "triton", f"device {device.type} and Triton is installed"
+        return "torch", f"device {device.type} without Triton (slow): pip install triton"
+    if device.type == "cpu":
+        if has("numba"):
+            return "cpu", "device cpu and numba is installed"
+        return "torch", "device cpu without numba (slow): pip install numba"
+    return "torch", f"no kernel exists for device {device.type}"
+
+
+def _named(backend: str, source: str, device: torch.device) -> tuple[str, str]:
+    """A backend asked for by name, checked against the device."""
+    reason = f"asked for ({source})"
+    if backend in ("torch", "reference"):
+        return backend, reason
+    if backend == "cpu":
+        if device.type == "cpu" and has("numba"):
+            return backend, reason
+        fix = "install numba" if device.type == "cpu" else "move the tensors to the CPU or use backend='auto'"
+        raise ValueError(f"backend 'cpu' ({source}): got tensors on {device.type}, wanted CPU and numba; {fix}")
+    if not has("triton"):
+        raise ValueError(f"backend {backend!r} ({source}): Triton is not installed; pip install triton")
+    if device.type in GPU_TYPES or interpreting():
+        return "triton", reason if backend == "triton" else f"{reason}; no op has a Gluon kernel yet, Triton runs"
+    raise ValueError(
+        f"backend {backend!r} ({source}): got tensors on {device.type}, wanted a GPU; "
+        "move the tensors there, use backend='auto', or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
+    )
+
+
+def resolve(op: str, backend: str, device: torch.device) -> str:
+    """``choose`` for one op; warns once when the choice is a slow fallback.
+
+    Args:
+        op: Name of the op, for the warning.
+        backend: One of ``BACKENDS``.
+        device: Where the tensors are.
+    """
+    name, reason = choose(backend, device)
+    if name == "torch" and not reason.startswith("asked"):
+        warn_once(f"{op} runs on plain PyTorch operators: {reason}")
+    return name

@@ -1,0 +1,223 @@
+"""The causal depthwise convolution as one op: over tokens in order, along routes, packed, backwards, on any device.
+
+``causal_conv1d`` is the function to call. Models that must survive tracing call the custom op behind it,
+``torch.ops.triscan.causal_conv1d``, whose arguments are the same by position; checks and dispatch are inside the op.
+
+B batch, L tokens, D channels, K routes, P scan positions, W conv width, S sequences (rows of the state).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from kernels.backend import resolve
+from kernels.causal_conv1d.order import final_state, final_state_backward, initial_state_backward, scan_order
+from kernels.causal_conv1d.problem import Problem, make_problem
+from kernels.recompute import gradients
+
+__all__ = ["causal_conv1d"]
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: Literal["silu"] | None = None,
+    route: Tensor | None = None,
+    reverse: bool = False,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Computes ``y_t = act(bias + sum_w weight[:, w] x_{t - W + 1 + w})``, the short convolution of Mamba.
+
+    Sums are formed in float32 (float64 for float64 x). Float dtypes may be mixed; everything but the indices is
+    differentiable, the states included. B batch, L tokens, D channels, K routes, P scan positions, W width.
+
+    Args:
+        x: ``(B, L, D)``; with a route also ``(B, L, K, D)``, one input per route.
+        weight: ``(D, W)`` with any W >= 1, with a route ``(K, D, W)``. The last tap is the current token's.
+        bias: ``(D,)``, with a route ``(K, D)``.
+        activation: ``silu`` or None.
+        route: ``(K, P)`` int32 or int64, the token at each scan position; the convolution runs along it. -1 is a padding
+            slot: a zero input whose output is dropped. A route visits a token at most once; where it doesn't, the
+            output is zero. Values are checked on the CPU only (elsewhere that would wait for the GPU).
+        reverse: Taps look forward instead: the flip of the convolution of the flipped input.
+        initial_state: The W - 1 inputs before the first one, oldest first: ``(B, W - 1, D)``, with a route
+            ``(B, K, W - 1, D)``, with ``cu_seqlens`` ``(S, W - 1, D)``.
+        return_final_state: Whether to return the last W - 1 inputs, in x's dtype, shaped as ``initial_state``.
+        cu_seqlens: ``(S + 1,)`` bounds of S sequences that lie end to end in a batch of one. Empty ones are allowed.
+        seq_idx: ``(B, L)`` integers. Tokens see only their own sequence, which ends where the value changes; the initial
+            state enters the first sequence of a row, the final state is that of its last. -1 marks padding: such
+            tokens count for nothing, their output is zero.
+        backend: ``auto``, ``triton``, ``cpu``, ``torch`` or ``reference``; see ``kernels.backend``.
+
+    Returns:
+        y in x's dtype, ``(B, L, D)`` or with a route ``(B, L, K, D)``, and the final state if asked for.
+
+    Raises:
+        ValueError: If a shape, dtype, device or value doesn't fit; the message names the tensor and the fix.
+    """
+    tensors = (x, weight, bias, route, initial_state, cu_seqlens, seq_idx)
+    if backend in ("torch", "reference"):  # plain operators: differentiable twice, exportable
+        p = make_problem(*tensors, activation or "", reverse)
+        y, state = _implementation(backend).conv(p)
+        y, state = y.reshape(p.y_shape), state.reshape(p.state_shape)
+    else:
+        y, state = torch.ops.triscan.causal_conv1d(*tensors, activation or "", reverse, return_final_state, backend)
+    return (y, state) if return_final_state else y
+
+
+def _implementation(name: str) -> Any:
+    """The module behind a backend: ``conv`` for plain operators, ``forward`` and ``backward`` for kernels."""
+    if name == "cpu":
+        from kernels.causal_conv1d import cpu as module
+    elif name == "triton":
+        from kernels.causal_conv1d import triton as module
+    elif name == "torch":
+        from kernels.causal_conv1d import aten as module
+    else:
+        from kernels.causal_conv1d import reference as module
+    return module
+
+
+@torch.library.custom_op("triscan::causal_conv1d", mutates_args=())
+def _causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    route: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    activation: str,
+    reverse: bool,
+    return_final_state: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """y and the final state (empty if not asked for)."""
+    p = make_problem(x, weight, bias, route, initial_state, cu_seqlens, seq_idx, activation, reverse)
+    name = resolve("causal_conv1d", backend, x.device)
+    if name in ("cpu", "triton"):
+        order = scan_order(p)
+        y = _implementation(name).forward(p, order)
+        state = final_state(p, order)
+    else:
+        y, state = _implementation(name).conv(p)
+    state = state.reshape(p.state_shape).contiguous() if return_final_state else x.new_empty(0)
+    return y.reshape(p.y_shape).contiguous(), state
+
+
+@_causal_conv1d.register_fake
+def _(
+    x, weight, bias, route, initial_state, cu_seqlens, seq_idx, activation, reverse, return_final_state, backend
+):  # fmt: skip
+    p = make_problem(x, weight, bias, route, initial_state, cu_seqlens, seq_idx, activation, reverse)
+    return x.new_empty(p.y_shape), x.new_empty(p.state_shape if return_final_state else (0,))
+
+
+@torch.library.custom_op("triscan::causal_conv1d_backward", mutates_args=())
+def _causal_conv1d_backward(
+    dy: Tensor,
+    dstate: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    route: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    activation: str,
+    reverse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and initial_state, shaped as these; empty for absent ones."""
+    name = resolve("causal_conv1d", backend, x.device)
+    if name not in ("cpu", "triton"):
+        conv = _implementation(name).conv
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+            return conv(make_problem(x, weight, bias, route, initial_state, cu_seqlens, seq_idx, activation, reverse))
+
+        grads = gradients(run, (x, weight, bias, initial_state), (dy, dstate))
+        return grads[0], grads[1], grads[2], grads[3]
+    p = make_problem(x, weight, bias, route, initial_state, cu_seqlens, seq_idx, activation, reverse)
+    found = _backward_by_kernels(name, p, dy, dstate)
+    dx, dweight, dbias, dinitial = (
+        x.new_empty(0) if t is None or grad is None else grad.reshape(t.shape).to(t.dtype).contiguous()
+        for grad, t in zip(found, (x, weight, bias, initial_state), strict=True)
+    )
+    return dx, dweight, dbias, dinitial
+
+
+def _backward_by_kernels(
+    name: str, p: Problem, dy: Tensor, dstate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The four gradients in routed form; kernels do those of x, weight and bias, the short states are left to ATen."""
+    order = scan_order(p)
+    dy = dy.reshape(p.batch, p.length, p.routes, p.channels).contiguous()
+    dx, dweight, dbias, g = _implementation(name).backward(p, order, dy)
+    dinitial = None if p.initial_state is None else initial_state_backward(p, order, g)
+    if dstate is not None:
+        dstate = dstate.reshape(p.sequences, p.routes, p.width - 1, p.channels)
+        final_state_backward(p, order, dstate, dx, dinitial)
+    return dx, dweight, dbias, dinitial
+
+
+@_causal_conv1d_backward.register_fake
+def _(dy, dstate, x, weight, bias, route, initial_state, cu_seqlens, seq_idx, activation, reverse, backend):
+    inputs = (x, weight, bias, initial_state)
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in inputs)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, activation, reverse, return_final_state, backend = inputs
+    ctx.flags = (activation, reverse, backend)
+    ctx.has_state = return_final_state
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+    ctx.y = (output[0].shape, output[0].dtype, output[0].device)
+
+
+def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    none = (None,) * 4
+    if dy is None and (dstate is None or not ctx.has_state):
+        return (None,) * len(tensors) + none
+    if dy is None:
+        shape, dtype, device = ctx.y
+        dy = torch.zeros(shape, dtype=dtype, device=device)
+    x, weight, bias, route, initial_state, cu_seqlens, seq_idx = tensors
+    dx, dweight, dbias, dinitial = torch.ops.triscan.causal_conv1d_backward(
+        dy, dstate if ctx.has_state else None, *tensors, *ctx.flags
+    )
+    dbias = None if bias is None else dbias
+    dinitial = None if initial_state is None else dinitial
+    return (dx, dweight, dbias, None, dinitial, None, None, *none)
+
+
+_causal_conv1d.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _conv_flops(x: Any, weight: Any, route: Any) -> int:
+    """A multiplication and an addition per tap."""
+    routes, positions = (1, x[1]) if route is None else route
+    return 2 * x[0] * positions * routes * x[-1] * weight[-1]
+
+
+@register_flop_formula(torch.ops.triscan.causal_conv1d)
+def _forward_flops(x, weight, bias, route, *args, **kwargs) -> int:
+    return _conv_flops(x, weight, route)
+
+
+@register_flop_formula(torch.ops.triscan.causal_conv1d_backward)
+def _backward_flops(dy, dstate, x, weight, bias, route, *args, **kwargs) -> int:
+    """The sums again for the activation's slope, then those of dx and dweight."""
+    return 3 * _conv_flops(x, weight, route)

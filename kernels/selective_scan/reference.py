@@ -1,0 +1,118 @@
+"""The definition of the selective scan: a plain loop over the positions, any dtype, differentiable. The tests' truth.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t        (Gu & Dao 2023, equation 2 with the zero-order hold of A
+    y_t = <C_t, h_t> + D x_t                         and dB = dt B, section 3.2 and algorithm 2)
+
+B batch, L tokens, D channels, N state, K routes, P scan positions, G groups, S sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.selective_scan.problem import Problem
+
+
+def scan(p: Problem) -> tuple[Tensor, Tensor]:
+    """Runs the scan and returns ``y (B, L, D)`` or ``(B, L, K, D)`` in x's dtype, and the final state ``(S, K, D, N)``."""
+    if p.cu_seqlens is not None:
+        return _packed(p)
+    x, dt, B, C = inputs_at_positions(p)
+    A, h = p.A.to(p.state_dtype), start_state(p)
+    order = range(p.positions - 1, -1, -1) if p.reverse else range(p.positions)
+    y = [torch.empty(0)] * p.positions
+    for t in order:
+        if p.code is not None:
+            h = torch.where(p.code[:, :, t, None, None] == 1, 0, h)
+        h = torch.exp(dt[:, t, :, :, None] * A) * h + (dt[:, t] * x[:, t])[..., None] * B[:, t]
+        y[t] = read(p, h, C[:, t])
+    out = torch.stack(y, 1) if y else x
+    if p.D is not None:
+        out = out + p.D.to(p.dtype) * x
+    return finish(p, out), h
+
+
+def start_state(p: Problem) -> Tensor:
+    """The initial state ``(S, K, D, N)``, zeros where none is given."""
+    if p.initial_state is not None:
+        return p.initial_state.to(p.state_dtype)
+    return p.x.new_zeros((p.sequences, *p.A.shape), dtype=p.state_dtype)
+
+
+def read(p: Problem, h: Tensor, C: Tensor) -> Tensor:
+    """``<C, h>`` over the state; twice the real part where the state is complex (conjugate pairs)."""
+    y = (h * C).sum(-1)
+    return 2 * y.real if p.is_complex else y
+
+
+def inputs_at_positions(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x and dt ``(B, P, K, D)``, B and C ``(B, P, K, D, N)``, read along the routes, in the dtype of the scan."""
+    x = _along(p.x.expand(-1, -1, p.routes, -1), p.route).to(p.dtype)
+    place = p.route if p.route is None or p.route_params else _places(p.route)
+    dt = _along(p.dt, place).to(p.dtype)
+    if p.dt_bias is not None:
+        dt = dt + p.dt_bias.to(p.dtype)
+    if p.dt_softplus:
+        dt = F.softplus(dt)
+
+    def spread(t: Tensor) -> Tensor:
+        if t.ndim == 3:
+            return t.to(p.state_dtype).expand(p.batch, p.positions, -1, -1, -1)
+        return _along(t, place).to(p.state_dtype).repeat_interleave(p.channels // t.shape[3], 3)
+
+    B, C = spread(p.B), spread(p.C)
+    if p.code is not None:  # a skipped position: no decay (dt = 0), no input, no output
+        keep = (p.code != 2).transpose(1, 2)[..., None]
+        x, dt = torch.where(keep, x, 0), torch.where(keep, dt, 0)
+        B, C = torch.where(keep[..., None], B, 0), torch.where(keep[..., None], C, 0)
+    return x, dt, B, C
+
+
+def finish(p: Problem, y: Tensor) -> Tensor:
+    """Outputs at positions ``(B, P, K, D)`` to the tokens: merged, gated, rounded once."""
+    if p.route is not None:
+        place = torch.where(p.route < 0, p.length, p.route).long().t()  # padding goes to a row that is cut off
+        tokens = y.new_zeros(p.batch, p.length + 1, p.routes, p.channels)
+        y = tokens.index_put((torch.arange(p.batch, device=y.device)[:, None, None], place, _columns(p.route)), y)[:, :-1]
+    if p.merge or p.route is None:
+        y = y.sum(2)
+    if p.z is not None:
+        gate = F.silu(p.z.to(p.dtype))
+        y = y * (gate if y.ndim == 3 else gate[:, :, None])
+    return y.to(p.x.dtype)
+
+
+def _along(t: Tensor, route: Tensor | None) -> Tensor:
+    """Rows of ``t (B, L, K, ...)`` in the order of the routes: ``(B, P, K, ...)``, zeros at padding."""
+    if route is None:
+        return t
+    rows = t[:, route.clamp(min=0).long().t(), _columns(route)]
+    keep = (route >= 0).t().reshape(1, *rows.shape[1:3], *([1] * (t.ndim - 3)))
+    return torch.where(keep, rows, 0)
+
+
+def _columns(route: Tensor) -> Tensor:
+    return torch.arange(route.shape[0], device=route.device)[None]
+
+
+def _places(route: Tensor) -> Tensor:
+    """The scan positions themselves, with the route's padding."""
+    return torch.where(route < 0, -1, torch.arange(route.shape[1], device=route.device, dtype=route.dtype))
+
+
+def _packed(p: Problem) -> tuple[Tensor, Tensor]:
+    """Each packed sequence on its own, end to end again."""
+    bounds = p.cu_seqlens.tolist()
+    outs, states = [], []
+    for s, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        part = {n: getattr(p, n)[:, start:end] for n in ("x", "dt", "z") if getattr(p, n) is not None}
+        part |= {n: getattr(p, n)[:, start:end] for n in ("B", "C") if getattr(p, n).ndim == 5}
+        state = None if p.initial_state is None else p.initial_state[s : s + 1]
+        y, h = scan(dataclasses.replace(p, **part, initial_state=state, cu_seqlens=None))
+        outs.append(y)
+        states.append(h)
+    return torch.cat(outs, 1), torch.cat(states)
