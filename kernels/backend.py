@@ -84,7 +84,7 @@ def _named(backend: str, source: str, device: torch.device) -> tuple[str, str]:
         return "triton", reason if backend == "triton" else f"{reason}; no op has a Gluon kernel yet, Triton runs"
     raise ValueError(
         f"backend {backend!r} ({source}): got tensors on {device.type}, wanted a GPU; "
-        "move the tensors there, use backend='auto', or set TRITON_INTERPRET=1 to run the kernels in Triton's interpreter"
+        "move the tensors there, use backend='auto', or set TRITON_INTERPRET=1 to interpret the kernels"
     )
 
 

@@ -21,7 +21,7 @@ def check_float(x: Tensor, **others: Tensor | None) -> None:
         if t is None:
             continue
         if not t.is_floating_point():
-            raise ValueError(f"{name}: got dtype {t.dtype}, wanted a real floating-point dtype; convert it with .float()")
+            raise ValueError(f"{name}: got dtype {t.dtype}, wanted a real floating-point one; convert it with .float()")
         if t.device != x.device:
             raise ValueError(f"{name}: got device {t.device}, wanted {x.device} as x; move it with .to(x.device)")
 

@@ -14,7 +14,7 @@ def gradients(
     inputs: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
-    """The gradients of ``function(*inputs)`` with respect to its floating-point inputs, in their shapes and dtypes.
+    """The gradients of ``function(*inputs)`` with respect to its real and complex inputs, in their shapes and dtypes.
 
     Args:
         function: Takes ``inputs`` by position and returns a tuple of tensors.
@@ -24,20 +24,21 @@ def gradients(
     Returns:
         One tensor per input; an empty one where there is no gradient.
     """
-    leaves = [t.detach().requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs]
+    first = next(t for t in inputs if t is not None)
+    leaves = [t.detach().requires_grad_() if t is not None and not _is_index(t) else t for t in inputs]
     with torch.enable_grad(), _autograd_inside_op():
         pairs = [(y, g) for y, g in zip(function(*leaves), grads, strict=True) if g is not None and y.requires_grad]
         wanted = [t for t in leaves if t is not None and t.requires_grad]
         found: Sequence[Tensor | None] = [None] * len(wanted)
         if pairs:
-            outputs, douts = zip(*pairs, strict=True)
-            douts = [g.reshape(y.shape) for y, g in pairs]
+            outputs = [y for y, _ in pairs]
+            douts = [g.reshape(y.shape).to(y.dtype) for y, g in pairs]
             found = torch.autograd.grad(outputs, wanted, douts, allow_unused=True)
     remaining = iter(found)
     result = []
     for t in leaves:
         if t is None or not t.requires_grad:
-            result.append(torch.empty(0, device=_device(inputs)))
+            result.append(first.new_empty(0))
         else:
             grad = next(remaining)
             shaped = torch.zeros_like(t) if grad is None else grad
@@ -45,8 +46,8 @@ def gradients(
     return tuple(result)
 
 
-def _device(inputs: Sequence[Tensor | None]) -> torch.device:
-    return next(t.device for t in inputs if t is not None)
+def _is_index(t: Tensor) -> bool:
+    return not (t.is_floating_point() or t.is_complex())
 
 
 def _autograd_inside_op() -> Any:

@@ -46,17 +46,17 @@ def causal_conv1d(
         weight: ``(D, W)`` with any W >= 1, with a route ``(K, D, W)``. The last tap is the current token's.
         bias: ``(D,)``, with a route ``(K, D)``.
         activation: ``silu`` or None.
-        route: ``(K, P)`` int32 or int64, the token at each scan position; the convolution runs along it. -1 is a padding
-            slot: a zero input whose output is dropped. A route visits a token at most once; where it doesn't, the
-            output is zero. Values are checked on the CPU only (elsewhere that would wait for the GPU).
+        route: ``(K, P)`` int32 or int64, the token at each scan position; the convolution runs along it. -1 is a
+            padding slot: a zero input whose output is dropped. A route visits a token at most once; where it doesn't,
+            the output is zero. Values are checked on the CPU only (elsewhere that would wait for the GPU).
         reverse: Taps look forward instead: the flip of the convolution of the flipped input.
         initial_state: The W - 1 inputs before the first one, oldest first: ``(B, W - 1, D)``, with a route
             ``(B, K, W - 1, D)``, with ``cu_seqlens`` ``(S, W - 1, D)``.
         return_final_state: Whether to return the last W - 1 inputs, in x's dtype, shaped as ``initial_state``.
         cu_seqlens: ``(S + 1,)`` bounds of S sequences that lie end to end in a batch of one. Empty ones are allowed.
-        seq_idx: ``(B, L)`` integers. Tokens see only their own sequence, which ends where the value changes; the initial
-            state enters the first sequence of a row, the final state is that of its last. -1 marks padding: such
-            tokens count for nothing, their output is zero.
+        seq_idx: ``(B, L)`` integers. Tokens see only their own sequence, which ends where the value changes; the
+            initial state enters the first sequence of a row, the final state is that of its last. -1 marks padding:
+            such tokens count for nothing, their output is zero.
         backend: ``auto``, ``triton``, ``cpu``, ``torch`` or ``reference``; see ``kernels.backend``.
 
     Returns:
@@ -194,7 +194,7 @@ def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tenso
     if dy is None:
         shape, dtype, device = ctx.y
         dy = torch.zeros(shape, dtype=dtype, device=device)
-    x, weight, bias, route, initial_state, cu_seqlens, seq_idx = tensors
+    bias, initial_state = tensors[2], tensors[4]
     dx, dweight, dbias, dinitial = torch.ops.triscan.causal_conv1d_backward(
         dy, dstate if ctx.has_state else None, *tensors, *ctx.flags
     )

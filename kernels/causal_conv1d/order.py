@@ -63,7 +63,8 @@ def inverse(token: Tensor, length: int) -> Tensor:
 
 def _packed(p: Problem) -> Order:
     """Sequences end to end: every one has its own row of the state."""
-    bounds = p.cu_seqlens.to(p.x.device).long()
+    assert p.cu_seqlens is not None
+    bounds = p.cu_seqlens.long()
     place = torch.arange(p.length, device=p.x.device)
     token = None
     if p.reverse:
@@ -81,6 +82,7 @@ def _packed(p: Problem) -> Order:
 
 def _restarting(p: Problem, batch: Tensor) -> Order:
     """Sequences by ``seq_idx``: padding tokens are taken out, the state restarts where the number changes."""
+    assert p.seq_idx is not None
     if p.route is None:
         token = torch.arange(p.length, device=p.x.device).expand(p.batch, 1, -1)
     else:
@@ -166,7 +168,7 @@ def initial_state_backward(p: Problem, o: Order, g: Tensor) -> Tensor:
 
 
 def _window(p: Problem, o: Order) -> tuple[Tensor, Tensor, Tensor]:
-    """Places of the final state's slots, whether they hold inputs (not older state), and their tokens; ``(S, K, W - 1)``."""
+    """``(S, K, W - 1)``: places of the final state's slots, whether inputs are there (not old state), their tokens."""
     place = o.end[..., None].long() - (p.width - 1) + torch.arange(p.width - 1, device=p.x.device)
     place = place.expand(p.sequences, p.routes, -1)
     from_x = place >= o.begin[..., None]

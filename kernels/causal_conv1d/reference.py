@@ -10,6 +10,7 @@ B batch, L tokens, D channels, K routes, P scan positions, W conv width, S seque
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -66,9 +67,10 @@ def _at_tokens(p: Problem, columns: list[Tensor]) -> Tensor:
 
 def _packed(p: Problem) -> tuple[Tensor, Tensor]:
     """Each packed sequence on its own, end to end again."""
+    assert p.cu_seqlens is not None
     bounds = p.cu_seqlens.tolist()
     parts = []
-    for s, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for s, (start, end) in enumerate(pairwise(bounds)):
         state = None if p.initial_state is None else p.initial_state[s : s + 1]
         parts.append(conv(dataclasses.replace(p, x=p.x[:, start:end], initial_state=state, cu_seqlens=None)))
     return torch.cat([y for y, _ in parts], 1), torch.cat([state for _, state in parts])

@@ -6,22 +6,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels import recompute
 from kernels.backend import resolve
-from kernels.selective_scan.problem import Problem, make_problem
+from kernels.selective_scan.problem import make_problem
 
 __all__ = ["selective_scan"]
 
-TENSORS = (
+TENSORS: tuple[str, ...] = (
     "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_weight", "route", "initial_state", "cu_seqlens", "seq_idx",
 )  # fmt: skip
-DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_weight", "initial_state")
+DIFFERENTIABLE: tuple[str, ...] = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_weight", "initial_state")
 
 
 class Gradients(NamedTuple):
@@ -141,7 +141,7 @@ def _selective_scan(
     return_final_state: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the final state (empty if not asked for) and the states saved for the backward (zeros where no kernel saves any)."""
+    """y, the final state (empty if not asked for) and the saved states (zeros where the backward needs none)."""
     p = make_problem(
         x, dt, A, B, C, D, z, dt_bias, dt_weight, route, initial_state, cu_seqlens, seq_idx,
         dt_softplus, route_params, merge, reverse,
@@ -203,7 +203,9 @@ def _selective_scan_backward(
     flags = (dt_softplus, route_params, merge, reverse)
     name = resolve("selective_scan", backend, x.device)
     if name not in ("cpu", "triton"):
-        return _backward_by_autograd(_implementation(name).scan, inputs, flags, dy, dstate)
+        scan = _implementation(name).scan
+        grads = recompute.gradients(lambda *t: scan(make_problem(*t, *flags)), inputs, (dy, dstate))  # type: ignore
+        return tuple(grads[TENSORS.index(n)] for n in DIFFERENTIABLE)  # type: ignore[return-value]
     p = make_problem(*inputs, *flags)
     if dstate is not None and route is None:
         dstate = dstate.unsqueeze(1)
@@ -230,45 +232,13 @@ def _like(grad: Tensor | None, tensor: Tensor | None, x: Tensor) -> Tensor:
     return grad.reshape(tensor.shape).to(tensor.dtype).contiguous()
 
 
-def _autograd_inside_op() -> Any:
-    """Lets autograd record again: inside a custom op's implementation its dispatch keys are switched off."""
-    exclude = torch._C._dispatch_tls_local_exclude_set()
-    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
-        exclude = exclude.remove(key)
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude)
-
-
-def _backward_by_autograd(
-    scan: Callable[[Problem], tuple[Tensor, Tensor]],
-    inputs: tuple[Tensor | None, ...],
-    flags: tuple[bool, bool, str, bool],
-    dy: Tensor,
-    dstate: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """The gradients of a scan made of plain operators: runs it again, with autograd."""
-    leaves = [
-        t.detach().requires_grad_() if t is not None and n in DIFFERENTIABLE else t
-        for n, t in zip(TENSORS, inputs, strict=True)
-    ]
-    with torch.enable_grad(), _autograd_inside_op():
-        y, state = scan(make_problem(*leaves, *flags))  # type: ignore[arg-type]
-        loss_terms, grads = ([y], [dy]) if dstate is None else ([y, state], [dy, dstate.reshape(state.shape)])
-        wanted = [leaves[TENSORS.index(n)] for n in DIFFERENTIABLE]
-        found = iter(torch.autograd.grad(loss_terms, [t for t in wanted if t is not None], grads, allow_unused=True))
-    out = []
-    for t in wanted:
-        grad = None if t is None else next(found)
-        out.append(dy.new_empty(0) if t is None else torch.zeros_like(t) if grad is None else grad.contiguous())
-    return tuple(out)
-
-
 @_selective_scan_backward.register_fake
 def _(
     dy, dstate, saved, x, dt, A, B, C, D, z, dt_bias, dt_weight, route, initial_state, cu_seqlens, seq_idx,
     dt_softplus, route_params, merge, reverse, backend,
 ):  # fmt: skip
     inputs = (x, dt, A, B, C, D, z, dt_bias, dt_weight, initial_state)
-    return tuple(x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs)
+    return tuple(x.new_empty(0 if t is None else t.shape, dtype=None if t is None else t.dtype) for t in inputs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.checks import check_float, check_index, check_packing, check_route, check_shape
+
 CHUNK = 64  # positions between two saved states: 4 N / CHUNK bytes a channel and position
 
 
@@ -100,7 +102,7 @@ class Problem:
 
     @property
     def slots(self) -> int:
-        """Number of saved states: sequence s starts at slot ``slot(s)`` and takes one per CHUNK positions."""
+        """Number of saved states: one per CHUNK positions of a sequence."""
         chunks = -(-self.positions // CHUNK)
         return self.batch * chunks if self.cu_seqlens is None else chunks + self.sequences
 
@@ -129,59 +131,31 @@ def make_problem(
     Raises:
         ValueError: With the tensor's name, what it is, what was wanted and how to fix it.
     """
-    _check_kinds(x, dt, A, B, C, D, z, dt_bias, dt_weight, initial_state)
     if merge not in ("sum", "keep"):
         raise ValueError(f"merge: got {merge!r}, wanted 'sum' (add the routes) or 'keep' (return them one by one)")
+    real = {"dt": dt, "D": D, "z": z, "dt_bias": dt_bias, "dt_weight": dt_weight}
+    check_float(x, **real)
+    _check_state_kinds(x.device, A, B=B, C=C, initial_state=initial_state)
+    _check_ranks(x, A, route, route_params)
+    check_packing(x.shape[0], x.shape[1], route, cu_seqlens, seq_idx)
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _check_shapes(x, A, B, C, route, sequences, initial_state, **real)
     routed = route is not None
-    if not routed and x.ndim != 3:
-        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (B, L, D); (B, L, K, D) needs a route (K, P)")
-    if routed and route.ndim != 2:
-        raise ValueError(f"route: got shape {tuple(route.shape)}, wanted (K, P): one row of token indices per route")
-    if A.ndim != 2 + routed:
-        raise ValueError(f"A: got shape {tuple(A.shape)}, wanted {'(K, D, N) with a route' if routed else '(D, N)'}")
-    if x.ndim not in (3, 4):
-        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (B, L, D) or (B, L, K, D)")
-    batch, length, channels, state = x.shape[0], x.shape[1], x.shape[-1], A.shape[-1]
-    lead = (route.shape[0],) if routed else ()
-    names = "K, " if routed else ""
-    if x.ndim == 4:
-        _shape("x", x, (batch, length, *lead, channels), "(B, L, K, D)")
-    _shape("A", A, (*lead, channels, state), f"({names}D, N)")
-    rank = channels if dt_weight is None else dt_weight.shape[-1]
-    _shape("dt", dt, (batch, length, *lead, rank), f"(B, L, {names}{'D' if dt_weight is None else 'R'})")
-    _shape("dt_weight", dt_weight, (*lead, channels, rank), f"({names}D, R)")
-    _shape("D", D, (*lead, channels), f"({names}D)")
-    _shape("dt_bias", dt_bias, (*lead, channels), f"({names}D)")
-    _shape("z", z, (batch, length, channels), "(B, L, D)")
-    for name, t in (("B", B), ("C", C)):
-        if t.ndim == len(lead) + 2:
-            _shape(name, t, (*lead, channels, state), f"({names}D, N)")
-        else:
-            groups = t.shape[-2] if t.ndim > 1 else 1
-            _shape(name, t, (batch, length, *lead, groups, state), f"(B, L, {names}G, N) or constant ({names}D, N)")
-            if channels % groups:
-                raise ValueError(f"{name}: got {groups} groups for {channels} channels, wanted a divisor of {channels}")
-    if B.ndim == C.ndim and B.shape[-2] != C.shape[-2]:
-        raise ValueError(f"C: got {C.shape[-2]} groups, wanted {B.shape[-2]} as in B")
-    _check_route(route, length, route_params)
-    _check_packing(batch, length, route, cu_seqlens, seq_idx)
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    _shape("initial_state", initial_state, (sequences, *lead, channels, state), f"(B or sequences, {names}D, N)")
 
-    def routes(t: Tensor | None, axis: int) -> Tensor | None:
-        return t if t is None or routed else t.unsqueeze(axis)
+    def routes(t: Tensor, axis: int) -> Tensor:
+        return t if routed else t.unsqueeze(axis)
 
     return Problem(
         x=x if x.ndim == 4 else x.unsqueeze(2),
-        dt=_project(routes(dt, 2), routes(dt_weight, 0)),
+        dt=routes(dt, 2) if dt_weight is None else _project(routes(dt, 2), routes(dt_weight, 0)),
         A=routes(A, 0),
-        B=routes(B, 0 if B.ndim == len(lead) + 2 else 2),
-        C=routes(C, 0 if C.ndim == len(lead) + 2 else 2),
-        D=routes(D, 0),
+        B=routes(B, 0 if B.ndim == A.ndim else 2),
+        C=routes(C, 0 if C.ndim == A.ndim else 2),
+        D=None if D is None else routes(D, 0),
         z=z,
-        dt_bias=routes(dt_bias, 0),
+        dt_bias=None if dt_bias is None else routes(dt_bias, 0),
         route=None if route is None else route.to(torch.int32),
-        initial_state=routes(initial_state, 1),
+        initial_state=None if initial_state is None else routes(initial_state, 1),
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(torch.int32),
         code=None if seq_idx is None else _code(seq_idx, route, reverse),
         dt_softplus=dt_softplus,
@@ -191,74 +165,80 @@ def make_problem(
     )
 
 
-def _check_kinds(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *real: Tensor | None) -> None:
-    """Dtypes and devices."""
-    state = real[-1]
-    for name, t in zip(("x", "dt", "D", "z", "dt_bias", "dt_weight"), (x, dt, *real[:-1]), strict=True):
-        if t is not None and not t.is_floating_point():
-            raise ValueError(f"{name}: got dtype {t.dtype}, wanted a real floating-point dtype")
-    for name, t in (("B", B), ("C", C), ("initial_state", state)):
-        if t is not None and t.is_complex() != A.is_complex():
-            wanted = "complex" if A.is_complex() else "real"
-            raise ValueError(f"{name}: got dtype {t.dtype}, wanted a {wanted} one because A is {A.dtype}")
-    for name, t in zip(("dt", "A", "B", "C", "D", "z", "dt_bias", "dt_weight", "initial_state"), (dt, A, B, C, *real), strict=True):
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name}: got device {t.device}, wanted {x.device} as x; move it with .to(x.device)")
+def _check_state_kinds(device: torch.device, A: Tensor, **others: Tensor | None) -> None:
+    """Raises unless the others are complex where A is, real where A is, and all are on ``device``."""
+    for name, t in {"A": A, **others}.items():
+        if t is None:
+            continue
+        if t.is_complex() != A.is_complex() or not (t.is_complex() or t.is_floating_point()):
+            wanted = "complex" if A.is_complex() else "real floating-point"
+            raise ValueError(f"{name}: got dtype {t.dtype}, wanted a {wanted} one, as A is {A.dtype}")
+        if t.device != device:
+            raise ValueError(f"{name}: got device {t.device}, wanted {device} as x; move it with .to(x.device)")
 
 
-def _shape(name: str, t: Tensor | None, wanted: tuple[int, ...], letters: str) -> None:
-    """Raises unless ``t`` is None or has the wanted shape."""
-    if t is not None and tuple(t.shape) != wanted:
-        raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {letters} = {wanted}")
-
-
-def _is_concrete(t: Tensor) -> bool:
-    """Whether the values can be read without waiting for a device: a real CPU tensor, not one being traced."""
-    return t.device.type == "cpu" and type(t) is Tensor and not torch.compiler.is_compiling()
-
-
-def _check_route(route: Tensor | None, length: int, route_params: bool) -> None:
+def _check_ranks(x: Tensor, A: Tensor, route: Tensor | None, route_params: bool) -> None:
+    """Raises unless x and A have the dimensions that go with a route, or with none."""
+    if route is None and x.ndim != 3:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (B, L, D); (B, L, K, D) needs a route (K, P)")
+    if x.ndim not in (3, 4):
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (B, L, D) or (B, L, K, D)")
+    if A.ndim != (2 if route is None else 3):
+        wanted = "(D, N); (K, D, N) needs a route (K, P)" if route is None else "(K, D, N), one matrix per route"
+        raise ValueError(f"A: got shape {tuple(A.shape)}, wanted {wanted}")
     if route is None:
         return
-    if route.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"route: got dtype {route.dtype}, wanted int32 or int64")
-    if not route_params and route.shape[1] > length:
-        raise ValueError(f"route: got {route.shape[1]} positions, wanted at most L = {length} with route_params=False")
-    if _is_concrete(route) and route.numel():
-        low, high = int(route.min()), int(route.max())
-        if low < -1 or high >= length:
-            raise ValueError(f"route: got values in [{low}, {high}], wanted tokens in [0, {length}) or -1 for padding")
-        visits = torch.zeros(route.shape[0], length + 1, dtype=torch.int32)
-        visits.scatter_add_(1, route.long() % (length + 1), torch.ones_like(route, dtype=torch.int32))  # -1 -> last
-        if (visits[:, :length] > 1).any():
-            raise ValueError("route: a token is visited twice by one route, wanted at most once; split it in two routes")
-
-
-def _check_packing(
-    batch: int, length: int, route: Tensor | None, cu_seqlens: Tensor | None, seq_idx: Tensor | None
-) -> None:
-    if seq_idx is not None:
-        _shape("seq_idx", seq_idx, (batch, length), "(B, L)")
-        if cu_seqlens is not None:
-            raise ValueError("seq_idx and cu_seqlens: got both, wanted one; both say where packed sequences start")
-    if cu_seqlens is None:
-        return
-    if route is not None:
-        raise ValueError("cu_seqlens: got it together with a route, wanted seq_idx; routes index the tokens of a row")
-    if batch != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+    check_index("route", route, x.device)
+    check_route(route, x.shape[1])
+    if not route_params and route.shape[1] > x.shape[1]:
         raise ValueError(
-            f"cu_seqlens: got shape {tuple(cu_seqlens.shape)} for x with B = {batch}, wanted (S + 1,) and B = 1 (sequences end to end)"
+            f"route: got {route.shape[1]} positions, wanted at most L = {x.shape[1]} with route_params=False, "
+            "which reads dt, B and C at the scan position"
         )
-    if _is_concrete(cu_seqlens):
-        steps = cu_seqlens.diff()
-        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != length or (steps < 0).any():
-            raise ValueError(f"cu_seqlens: got {cu_seqlens.tolist()[:8]}..., wanted ascending bounds from 0 to L = {length}")
 
 
-def _project(dt: Tensor, dt_weight: Tensor | None) -> Tensor:
+def _check_shapes(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    route: Tensor | None,
+    sequences: int,
+    initial_state: Tensor | None,
+    dt: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_weight: Tensor | None,
+) -> None:
+    """Raises unless every shape follows from x, A and the route."""
+    batch, length, channels, state = *x.shape[:2], x.shape[-1], A.shape[-1]
+    lead, k = ((), "") if route is None else ((route.shape[0],), "K, ")
+    if x.ndim == 4:
+        check_shape("x", x, (batch, length, *lead, channels), "(B, L, K, D)")
+    check_shape("A", A, (*lead, channels, state), f"({k}D, N)")
+    rank = channels if dt_weight is None else dt_weight.shape[-1]
+    check_shape("dt", dt, (batch, length, *lead, rank), f"(B, L, {k}{'D' if dt_weight is None else 'R'})")
+    check_shape("dt_weight", dt_weight, (*lead, channels, rank), f"({k}D, R)")
+    check_shape("D", D, (*lead, channels), f"({k}D)")
+    check_shape("dt_bias", dt_bias, (*lead, channels), f"({k}D)")
+    check_shape("z", z, (batch, length, channels), "(B, L, D)")
+    check_shape("initial_state", initial_state, (sequences, *lead, channels, state), f"(B or sequences, {k}D, N)")
+    for name, t in (("B", B), ("C", C)):
+        if t.ndim == A.ndim:
+            check_shape(name, t, tuple(A.shape), f"constant ({k}D, N)")
+            continue
+        groups = t.shape[-2] if t.ndim > 1 else 1
+        letters = f"(B, L, {k}G, N) or constant ({k}D, N)"
+        check_shape(name, t, (batch, length, *lead, groups, state), letters)
+        if channels % max(groups, 1):
+            raise ValueError(f"{name}: got {groups} groups for {channels} channels, wanted a divisor of {channels}")
+    if B.ndim == C.ndim and B.shape[-2] != C.shape[-2]:
+        raise ValueError(f"C: got {C.shape[-2]} groups, wanted {B.shape[-2]} as in B")
+
+
+def _project(dt: Tensor, dt_weight: Tensor) -> Tensor:
     """Low-rank dt ``(B, L, K, R)`` to ``(B, L, K, D)``, in float32 (float64 for float64)."""
-    if dt_weight is None:
-        return dt
     dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
     return torch.einsum("blkr,kdr->blkd", dt.to(dtype), dt_weight.to(dtype))
 

@@ -9,6 +9,7 @@ B batch, L tokens, D channels, N state, K routes, P scan positions, G groups, S 
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +19,9 @@ from kernels.selective_scan.problem import Problem
 
 
 def scan(p: Problem) -> tuple[Tensor, Tensor]:
-    """Runs the scan and returns ``y (B, L, D)`` or ``(B, L, K, D)`` in x's dtype, and the final state ``(S, K, D, N)``."""
+    """Returns ``y (B, L, D)`` or ``(B, L, K, D)`` in x's dtype, and the final state ``(S, K, D, N)``."""
     if p.cu_seqlens is not None:
-        return _packed(p)
+        return _packed(p, p.cu_seqlens)
     x, dt, B, C = inputs_at_positions(p)
     A, h = p.A.to(p.state_dtype), start_state(p)
     order = range(p.positions - 1, -1, -1) if p.reverse else range(p.positions)
@@ -77,7 +78,8 @@ def finish(p: Problem, y: Tensor) -> Tensor:
     if p.route is not None:
         place = torch.where(p.route < 0, p.length, p.route).long().t()  # padding goes to a row that is cut off
         tokens = y.new_zeros(p.batch, p.length + 1, p.routes, p.channels)
-        y = tokens.index_put((torch.arange(p.batch, device=y.device)[:, None, None], place, _columns(p.route)), y)[:, :-1]
+        rows = torch.arange(p.batch, device=y.device)[:, None, None]
+        y = tokens.index_put((rows, place, _columns(p.route)), y)[:, :-1]
     if p.merge or p.route is None:
         y = y.sum(2)
     if p.z is not None:
@@ -104,11 +106,11 @@ def _places(route: Tensor) -> Tensor:
     return torch.where(route < 0, -1, torch.arange(route.shape[1], device=route.device, dtype=route.dtype))
 
 
-def _packed(p: Problem) -> tuple[Tensor, Tensor]:
+def _packed(p: Problem, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Each packed sequence on its own, end to end again."""
-    bounds = p.cu_seqlens.tolist()
+    bounds = cu_seqlens.tolist()
     outs, states = [], []
-    for s, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for s, (start, end) in enumerate(pairwise(bounds)):
         part = {n: getattr(p, n)[:, start:end] for n in ("x", "dt", "z") if getattr(p, n) is not None}
         part |= {n: getattr(p, n)[:, start:end] for n in ("B", "C") if getattr(p, n).ndim == 5}
         state = None if p.initial_state is None else p.initial_state[s : s + 1]

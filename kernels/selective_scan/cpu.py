@@ -1,0 +1,221 @@
+"""The selective scan on the CPU: the host side of the numba kernels.
+
+Work is cut into tasks of (run of sequences, run of channel blocks); the cut depends on the shape alone, so results do
+not depend on the number of threads. Memory beyond the inputs and outputs is a few tiles a thread.
+
+B batch, L tokens, D channels, N state, K routes, P scan positions, G groups, S sequences, Q planes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels import threads
+from kernels.selective_scan import Gradients
+from kernels.selective_scan.cpu_backward import Adjoints
+from kernels.selective_scan.cpu_backward import backward as backward_kernel
+from kernels.selective_scan.cpu_chunk import Inputs, Sizes
+from kernels.selective_scan.cpu_forward import forward as forward_kernel
+from kernels.selective_scan.problem import Problem
+
+BLOCK = 96  # channels a task holds in its tiles
+RUNS = 32  # at most so many runs of sequences
+PARTS = 8  # at most so many runs of blocks in the backward, each with its own sums of dB and dC
+SMALL = 1 << 16  # state updates that one thread does before a second one has woken up
+
+
+def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs the scan.
+
+    Returns:
+        y in x's dtype, ``(B, L, D)`` or ``(B, L, K, D)``; the final state ``(S, K, D, N)``; the state before each
+        chunk of each sequence in scan order, ``(slots, K, N, D)``.
+    """
+    keep = p.route is not None and not p.merge
+    y = p.x.new_zeros((p.batch, p.length, *((p.routes,) if keep else ()), p.channels), dtype=p.dtype)
+    final = p.x.new_zeros((p.sequences, p.routes, p.channels, p.state), dtype=p.state_dtype)
+    saved = p.x.new_zeros((p.slots, p.routes, p.state, p.channels), dtype=p.state_dtype)
+    sizes, inputs = _arguments(p, BLOCK)
+    outputs = (_memory(y), _memory(final), _memory(saved))
+    tasks = [(*blocks, *run) for run in _cut(p.sequences, RUNS) for blocks in _cut(len(inputs.blocks), len(inputs.blocks))]
+    _launch(p, lambda *task: forward_kernel(*task, sizes, inputs, *outputs), tasks)
+    return y.to(p.x.dtype), final, saved
+
+
+def backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> Gradients:
+    """Gradients of everything.
+
+    Args:
+        p: The problem of the forward call.
+        dy: Gradient of y, in its shape.
+        dstate: Gradient of the final state ``(S, K, D, N)``, or None.
+        saved: What the forward saved.
+    """
+    sizes, inputs = _arguments(p, BLOCK)
+    runs, parts = _cut(p.sequences, RUNS), _cut(len(inputs.blocks), PARTS)
+
+    def zeros(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
+        return p.x.new_zeros(shape, dtype=dtype)
+
+    planar = (len(runs), p.routes, sizes.planes, p.state, p.channels)
+    timed = (len(parts), p.batch, p.length, p.routes, p.groups, p.state)
+    dx, ddt = zeros(p.batch, p.length, sizes.x_routes, p.channels), zeros(p.batch, p.length, p.routes, p.channels)
+    dz = zeros(p.batch, p.length, p.channels) if sizes.gated else zeros(0)
+    dB = zeros(*timed, dtype=p.state_dtype) if sizes.timed_B else zeros(*planar)
+    dC = zeros(*timed, dtype=p.state_dtype) if sizes.timed_C else zeros(*planar)
+    dA, dD, dbias = zeros(*planar), zeros(len(runs), p.routes, p.channels), zeros(len(runs), p.routes, p.channels)
+    dinitial = zeros(p.sequences, p.routes, p.channels, p.state, dtype=p.state_dtype)
+    adjoints = Adjoints(
+        y=_rows(dy, p.dtype),
+        final=_rows(p.x.new_empty(0) if dstate is None else dstate, p.state_dtype),
+        saved=_rows(saved, p.state_dtype),
+        x=_memory(dx),
+        dt=_memory(ddt),
+        z=_memory(dz),
+        B=_memory(dB),
+        C=_memory(dC),
+        A=_memory(dA),
+        D=_memory(dD),
+        dt_bias=_memory(dbias),
+        initial=_memory(dinitial),
+    )
+    tasks = [(i, *blocks, r, *run) for r, run in enumerate(runs) for i, blocks in enumerate(parts)]
+    _launch(p, lambda *task: backward_kernel(*task, sizes, inputs, adjoints), tasks)
+    return Gradients(
+        x=dx,
+        dt=ddt,
+        A=_unplane(_total(dA)),
+        B=_total(dB) if sizes.timed_B else _unplane(_total(dB)),
+        C=_total(dC) if sizes.timed_C else _unplane(_total(dC)),
+        D=None if p.D is None else _total(dD),
+        z=None if p.z is None else dz,
+        dt_bias=None if p.dt_bias is None else _total(dbias),
+        initial_state=None if p.initial_state is None else dinitial,
+    )
+
+
+def _total(parts: Tensor) -> Tensor:
+    """The sum over the first axis, always in the same order."""
+    total = parts.new_zeros(parts.shape[1:])
+    for part in parts:
+        total += part
+    return total
+
+
+def _unplane(t: Tensor) -> Tensor:
+    """``(K, Q, N, D)`` to ``(K, D, N)``, complex where there are two planes."""
+    planes = t.permute(0, 3, 2, 1).contiguous()
+    return torch.view_as_complex(planes) if planes.shape[-1] == 2 else planes.squeeze(-1)
+
+
+def _launch(p: Problem, function: Callable[..., None], tasks: list[tuple[int, ...]]) -> None:
+    """Runs the tasks, in this thread alone where waking others would take longer."""
+    if p.sequences * p.positions * p.routes * p.channels * p.state < SMALL:
+        for task in tasks:
+            function(*task)
+    else:
+        threads.run(function, tasks)
+
+
+def _cut(count: int, parts: int) -> list[tuple[int, int]]:
+    """``range(count)`` in at most ``parts`` runs of nearly equal length."""
+    parts = min(count, parts)
+    return [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
+
+
+def _blocks(p: Problem, width: int) -> np.ndarray:
+    """First and last + 1 channel of blocks of about equal size, at most ``width``; none crosses a group."""
+    size = p.channels // p.groups
+    step = -(-size // max(1, -(-size // width)))
+    step = -(-step // 16) * 16 or 1
+    edges = [(g * size + d, g * size + min(d + step, size)) for g in range(p.groups) for d in range(0, size, step)]
+    return np.array(edges, np.int64).reshape(-1, 2)
+
+
+def _arguments(p: Problem, width: int) -> tuple[Sizes, Inputs]:
+    """The problem as the kernels read it."""
+    timed_B, timed_C = p.B.ndim == 5, p.C.ndim == 5
+    sizes = Sizes(
+        batch=p.batch,
+        length=p.length,
+        positions=p.positions,
+        routes=p.routes,
+        x_routes=p.x.shape[2],
+        channels=p.channels,
+        state=p.state,
+        groups=p.groups,
+        planes=1 + p.is_complex,
+        routed=int(p.route is not None),
+        token_params=int(p.route_params),
+        coded=int(p.code is not None),
+        packed=int(p.cu_seqlens is not None),
+        softplus=int(p.dt_softplus),
+        reverse=int(p.reverse),
+        gated=int(p.z is not None),
+        keep=int(p.route is not None and not p.merge),
+        timed_B=int(timed_B),
+        timed_C=int(timed_C),
+    )
+    zeros = p.x.new_zeros((p.routes, p.channels), dtype=p.dtype)
+    x, x_strides = _flat(p.x.expand(-1, -1, p.routes, -1), p.dtype, 3)
+    dt, dt_strides = _flat(p.dt, p.dtype, 3)
+    z, z_strides = _flat(p.z, p.dtype, 2)
+    B, B_strides = _flat(p.B, p.state_dtype, 4) if timed_B else (_planar(p.B, p.state_dtype), (0,) * 4)
+    C, C_strides = _flat(p.C, p.state_dtype, 4) if timed_C else (_planar(p.C, p.state_dtype), (0,) * 4)
+    return sizes, Inputs(
+        x=x,
+        x_strides=x_strides,
+        dt=dt,
+        dt_strides=dt_strides,
+        z=z,
+        z_strides=z_strides,
+        A=_planar(p.A, p.state_dtype),
+        B=B,
+        B_strides=B_strides,
+        C=C,
+        C_strides=C_strides,
+        D=_rows(zeros if p.D is None else p.D, p.dtype),
+        dt_bias=_rows(zeros if p.dt_bias is None else p.dt_bias, p.dtype),
+        initial=_rows(p.x.new_empty(0) if p.initial_state is None else p.initial_state, p.state_dtype),
+        route=np.empty((0, 0), np.int32) if p.route is None else p.route.contiguous().numpy(),
+        code=np.empty((0, 0, 0), np.int8) if p.code is None else p.code.contiguous().numpy(),
+        bounds=np.empty(0, np.int32) if p.cu_seqlens is None else p.cu_seqlens.contiguous().numpy(),
+        blocks=_blocks(p, width),
+    )
+
+
+def _flat(t: Tensor | None, dtype: torch.dtype, axes: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The memory of ``t`` as a flat array, and the strides of its first ``axes`` axes; the rest is contiguous.
+
+    Copies only for another dtype or where the rest is not contiguous. Without elements: an empty array.
+    """
+    if t is None or t.numel() == 0:
+        return _memory(torch.empty(0, dtype=dtype)), (0,) * axes
+    t = t.detach().to(dtype).resolve_conj()
+    if t.is_complex():
+        t = torch.view_as_real(t).flatten(-2)
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
+        t = t.contiguous()
+    size = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    return t.as_strided((size,), (1,)).numpy(), t.stride()[:axes]
+
+
+def _planar(t: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """``(K, D, N)`` to flat ``(K, Q, N, D)``."""
+    t = t.detach().to(dtype)
+    t = torch.view_as_real(t.resolve_conj()).permute(0, 3, 2, 1) if t.is_complex() else t.transpose(1, 2)
+    return _memory(t.contiguous())
+
+
+def _rows(t: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """A tensor in its own order, flat."""
+    return _memory(t.detach().to(dtype).resolve_conj().contiguous())
+
+
+def _memory(t: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor as a flat real array."""
+    return (torch.view_as_real(t) if t.is_complex() else t).view(-1).numpy()

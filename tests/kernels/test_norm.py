@@ -1,0 +1,233 @@
+"""The norms: every backend against the definition, the definition against PyTorch's, the op's contract."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from norm_cases import CASES, Case, compare, run
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels import norm
+
+
+def test_rms_is_torch_rms_norm() -> None:
+    x, weight = torch.randn(3, 5, 6).double(), torch.randn(6).double()
+    torch.testing.assert_close(norm(x, weight, eps=1e-3, backend="reference"), F.rms_norm(x, (6,), weight, 1e-3))
+
+
+def test_layer_is_torch_layer_norm() -> None:
+    x, weight, bias = torch.randn(3, 5, 6).double(), torch.randn(6).double(), torch.randn(6).double()
+    got = norm(x, weight, bias, kind="layer", eps=1e-3, backend="reference")
+    torch.testing.assert_close(got, F.layer_norm(x, (6,), weight, bias, 1e-3))
+
+
+def test_gates_and_groups_are_the_formula() -> None:
+    x, z, weight = torch.randn(3, 6).double(), torch.randn(3, 6).double(), torch.randn(6).double()
+    halves = [F.rms_norm(part, (3,), eps=1e-5) for part in (x * F.silu(z)).split(3, -1)]
+    before = norm(x, weight, z=z, group_size=3, norm_before_gate=False, backend="reference")
+    torch.testing.assert_close(before, torch.cat(halves, -1) * weight)
+    after = norm(x, weight, z=z, backend="reference")
+    torch.testing.assert_close(after, F.rms_norm(x, (6,), weight, 1e-5) * F.silu(z))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float64(name: str) -> None:
+    got, wanted = run(CASES[name], torch.float64, "cpu"), run(CASES[name], torch.float64, "reference")
+    for key, value in wanted.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-10, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CASES)
+def test_low_precision(name: str, dtype: torch.dtype) -> None:
+    compare(CASES[name], dtype, "cpu")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_residual_dtypes(backend: str) -> None:
+    weight = torch.ones(6)
+    for x_dtype, residual_dtype, in_fp32, wanted in (
+        (torch.bfloat16, torch.bfloat16, True, torch.float32),
+        (torch.bfloat16, torch.bfloat16, False, torch.bfloat16),
+        (torch.bfloat16, torch.float32, False, torch.float32),
+        (torch.float32, torch.float16, False, torch.float16),
+        (torch.float64, torch.float32, True, torch.float64),
+        (torch.bfloat16, None, True, torch.float32),
+        (torch.bfloat16, None, False, torch.bfloat16),
+    ):
+        x = torch.randn(2, 6).to(x_dtype).requires_grad_()
+        residual = None if residual_dtype is None else torch.randn(2, 6).to(residual_dtype).requires_grad_()
+        y, s = norm(x, weight, residual=residual, residual_in_fp32=in_fp32, return_residual=True, backend=backend)
+        assert (y.dtype, s.dtype) == (x_dtype, wanted)
+        leaves = [x] if residual is None else [x, residual]
+        grads = torch.autograd.grad(y.double().sum() + s.double().sum(), leaves)
+        assert [g.dtype for g in grads] == [t.dtype for t in leaves]
+
+
+def test_rows_stand_alone() -> None:
+    x, weight = torch.randn(70, 33), torch.randn(33)
+    whole = norm(x, weight, backend="cpu")
+    assert torch.equal(whole[40:41], norm(x[40:41], weight, backend="cpu"))
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    case, threads = Case(shape=(300, 33), bias=True, residual=True), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(run(case, torch.float32, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for key, value in results[0].items():
+        assert torch.equal(value, results[1][key]), key
+
+
+def test_inputs_may_be_slices() -> None:
+    wide = torch.randn(3, 7, 12).double()
+    weight = torch.randn(12).double()[::2]
+    for x in (wide[..., 3:9], wide[:, ::2, :6], wide[..., ::2], wide.transpose(0, 1)[..., :6]):
+        wanted = norm(x.contiguous(), weight.contiguous(), z=x.contiguous(), backend="reference")
+        torch.testing.assert_close(norm(x, weight, z=x, backend="cpu"), wanted)
+
+
+@pytest.mark.parametrize("name", ["rms_residual", "layer_groups", "layer_gate_before"])
+def test_gradcheck(name: str) -> None:
+    case = dataclasses.replace(CASES[name], shape=(2, 6))
+    inputs = case.inputs(torch.float64)
+    for backend in ("reference", "cpu"):
+
+        def function(*tensors: Tensor, backend: str = backend) -> tuple[Tensor, Tensor]:
+            named = dict(zip(inputs, tensors, strict=True))
+            return norm(**named, **case.options(), return_residual=True, backend=backend)
+
+        assert torch.autograd.gradcheck(function, tuple(inputs.values()), fast_mode=True)
+        if backend == "reference":
+            assert torch.autograd.gradgradcheck(function, tuple(inputs.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["rms_residual", "rms_residual_low", "layer_groups"])
+def test_plain_backend_behind_the_op_equals_the_function(name: str) -> None:
+    case = CASES[name]
+    inputs = case.inputs(torch.bfloat16)
+    leaves = list(inputs.values())
+    y, s, _, _ = torch.ops.triscan.norm(
+        inputs["x"], inputs["weight"], inputs.get("bias"), inputs["residual"], inputs.get("z"),
+        case.kind, 1e-5, case.group_size or 0, case.norm_before_gate, case.residual_in_fp32, "torch",
+    )  # fmt: skip
+    wanted = norm(**inputs, **case.options(), return_residual=True, backend="torch")
+    torch.testing.assert_close((y, s), wanted)
+    losses = [a.float().square().sum() + b.float().sin().sum() for a, b in ((y, s), wanted)]
+    got, truth = (torch.autograd.grad(loss, leaves) for loss in losses)
+    torch.testing.assert_close(got, truth, rtol=2e-2, atol=2e-2)
+
+
+class Model(nn.Module):
+    """A module that calls the custom op the way models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, s, _, _ = torch.ops.triscan.norm(x, self.weight, None, x, x, "rms", 1e-5, 0, True, True, "auto")
+        return y + s
+
+
+@pytest.fixture
+def model() -> Model:
+    torch.manual_seed(0)
+    return Model()
+
+
+@pytest.mark.parametrize("name", ["rms", "layer", "rms_residual", "layer_residual_low", "groups"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_opcheck(name: str, backend: str) -> None:
+    case = CASES[name]
+    inputs = case.inputs(torch.float32)
+    arguments = (
+        inputs["x"], inputs["weight"], inputs.get("bias"), inputs.get("residual"), inputs.get("z"),
+        case.kind, 1e-5, case.group_size or 0, case.norm_before_gate, case.residual_in_fp32, backend,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.triscan.norm, arguments)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_opcheck_of_the_backward(backend: str) -> None:
+    x, weight, stats = torch.randn(4, 6).bfloat16(), torch.randn(6), torch.rand(4, 1)
+    dy = torch.randn_like(x)
+    arguments = (dy, None, stats, stats, x, weight, None, x.clone(), None, "rms", 1e-5, 0, True, False, backend)
+    torch.library.opcheck(torch.ops.triscan.norm_backward, arguments)
+
+
+def test_compiles_whole(model: Model) -> None:
+    x = torch.randn(2, 9, 6)
+    wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), list(model.parameters())), wanted)
+
+
+def test_exports(model: Model) -> None:
+    length = torch.export.Dim("length", min=2, max=64)
+    program = torch.export.export(model, (torch.randn(2, 9, 6),), dynamic_shapes={"x": {1: length}})
+    x = torch.randn(2, 21, 6)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # timm's tests still script
+def test_fx_and_torchscript(model: Model) -> None:
+    x = torch.randn(2, 9, 6)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+def test_meta_device(model: Model) -> None:
+    y = model.to("meta")(torch.empty(2, 9, 6, device="meta"))
+    assert (y.shape, y.device.type) == ((2, 9, 6), "meta")
+
+
+def test_autocast_keeps_dtypes(model: Model) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(F.linear(torch.randn(2, 9, 6), torch.randn(6, 6)), model.weight)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert model.weight.grad.dtype == torch.float32
+
+
+def test_activation_checkpointing(model: Model) -> None:
+    x = torch.randn(2, 9, 6, requires_grad=True)
+    (wanted,) = torch.autograd.grad(model(x).square().sum(), x)
+    (got,) = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).square().sum(), x)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_flops_are_counted(model: Model) -> None:
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 9, 6)).sum().backward()
+    assert counter.get_total_flops() == 2 * 9 * 6 * ((5 + 1 + 2) + 2 * (5 + 2))
+
+
+X = torch.zeros(2, 6)
+BAD = {
+    "kind": ({"kind": "batch"}, "kind: got 'batch', wanted 'rms' or 'layer'"),
+    "weight": ({"weight": torch.ones(5)}, r"weight: got shape \(5,\), wanted \(D,\) = \(6,\)"),
+    "bias": ({"bias": torch.ones(5)}, r"bias: got shape \(5,\)"),
+    "residual": ({"residual": torch.ones(3, 6)}, r"residual: got shape \(3, 6\), wanted the shape of x"),
+    "gate": ({"z": torch.ones(2, 5)}, r"z: got shape \(2, 5\), wanted the shape of x"),
+    "groups": ({"group_size": 4}, "group_size: got 4, wanted a divisor of D = 6"),
+    "integers": ({"x": X.long()}, "x: got dtype torch.int64"),
+    "no channels": ({"x": X[:, :0]}, "D >= 1"),
+    "backend": ({"backend": "numpy"}, "backend .*got 'numpy', wanted one of auto"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_says_what_is_wanted(name: str) -> None:
+    changes, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        norm(**{"x": X, "weight": torch.ones(6), **changes})
