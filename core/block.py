@@ -5,7 +5,7 @@ Legend: B batch, L length, D model width, H hidden width of the MLP.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels  # noqa: F401  registers torch.ops.triscan
+from core.mixers.contract import Mixer
+
+
+def start_stream(x: Tensor, in_fp32: bool) -> Tensor:
+    """The residual stream that begins with x: in float32 if asked for, and never narrower than x."""
+    return x.float() if in_fp32 and x.dtype != torch.float64 else x
+
+
+torch.fx.wrap("start_stream")  # a tracer has no dtypes to compare
 
 
 class AddNorm(nn.Module):
@@ -59,10 +68,10 @@ class AddNorm(nn.Module):
         Returns:
             norm(x + residual) in x's dtype, and x + residual, the stream from here on.
         """
-        y, residual, _, _ = torch.ops.triscan.norm(
+        y, total, _, _ = torch.ops.triscan.norm(
             x, self.weight, self.bias, residual, None, self.kind, self.eps, 0, True, self.residual_in_fp32, "auto"
         )
-        return y, residual
+        return y, (start_stream(x, self.residual_in_fp32) if residual is None else total)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, kind={self.kind}, eps={self.eps}"
@@ -111,7 +120,7 @@ class Block(nn.Module):
 
     Args:
         dim: D.
-        mixer: A layer with the contract of ``core.mixers``.
+        mixer: A module with the contract ``core.mixers.Mixer``.
         mlp: The second branch, (B, L, D) -> (B, L, D); None leaves it out.
         norm: "rms" or "layer".
         eps: Of the norms.
@@ -123,7 +132,7 @@ class Block(nn.Module):
     def __init__(
         self,
         dim: int,
-        mixer: nn.Module,
+        mixer: Mixer,
         mlp: nn.Module | None = None,
         norm: str = "rms",
         eps: float = 1e-5,
@@ -134,7 +143,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm = AddNorm(dim, norm, eps, residual_in_fp32, device=device, dtype=dtype)
-        self.mixer = mixer
+        self.mixer: Mixer = mixer
         self.norm2 = None if mlp is None else AddNorm(dim, norm, eps, residual_in_fp32, device=device, dtype=dtype)
         self.mlp = mlp
         self.gradient_checkpointing = False  # recompute the block in the backward pass instead of keeping activations
@@ -159,15 +168,16 @@ class Block(nn.Module):
             This block's branch and the residual stream, which does not hold it yet.
         """
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, residual, seq_idx, cu_seqlens, use_reentrant=False)
+            out = checkpoint(self._forward, x, residual, seq_idx, cu_seqlens, use_reentrant=False)
+            return cast(tuple[Tensor, Tensor], out)
         return self._forward(x, residual, seq_idx, cu_seqlens)
 
     def _forward(
         self, x: Tensor, residual: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        x, residual = self.norm(x, residual)
+        x, stream = self.norm(x, residual)
         x = self.mixer(x, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
-        return self._mlp(x, residual)
+        return self.apply_mlp(x, stream)
 
     def forward_state(
         self, x: Tensor, residual: Tensor | None, state: Any, lengths: Tensor | None = None
@@ -177,11 +187,12 @@ class Block(nn.Module):
         Returns:
             This block's branch, the residual stream and the mixer's new state.
         """
-        x, residual = self.norm(x, residual)
+        x, stream = self.norm(x, residual)
         x, state = self.mixer.forward_state(x, state, lengths)
-        return *self._mlp(x, residual), state
+        return *self.apply_mlp(x, stream), state
 
-    def _mlp(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def apply_mlp(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs the second branch, if there is one, on the branch and residual stream that the mixer left."""
         if self.mlp is None or self.norm2 is None:
             return x, residual
         x, residual = self.norm2(x, residual)

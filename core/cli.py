@@ -1,31 +1,249 @@
-"""Commands: recipes over LightningCLI (``main``), single typed functions (``run``)."""
+"""Commands: ``main`` runs recipes over LightningCLI, ``run`` a single typed function.
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+Both print a user's mistake as one line, ``error: ...``, and exit with code 2; Ctrl-C exits with 130.
+"""
+
+import difflib
+import importlib
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import core
+from core.errors import UserError
+
+if TYPE_CHECKING:  # these imports take seconds, and --help and a misspelt recipe do not wait for them
+    from lightning import LightningDataModule
+
+    from core.training.module import TrainingModule
+
+CONFIGS = Path(core.__file__).resolve().parents[1] / "configs"
+STAGES = ("fit", "validate", "test", "predict")
 
 
 def main(
     domain: str,
-    module: type,
-    data: type,
+    module: "type[TrainingModule] | str",
+    data: "type[LightningDataModule] | str",
     *,
     default_recipe: str | None = None,
     choose_data: bool = False,
     links: Mapping[str, str] | None = None,
     argv: Sequence[str] | None = None,
+    configs: Path = CONFIGS,
 ) -> None:
-    """Run ``python -m DOMAIN.train [RECIPE] [STAGE] [options]`` and exit.
+    """Run ``python -m DOMAIN.train [RECIPE] [STAGE] [options]``.
+
+    ``sys.argv`` stays as it is: with several devices, the other processes are started from it.
 
     Args:
-        domain: Folder under ``configs/`` and name of the package.
-        module: The training module; its constructor is ``--model.*``.
-        data: The data module; its constructor is ``--data.*``.
+        domain: Name of the package and of its folder under ``configs/``.
+        module: The training module, whose constructor is ``--model.*``. A class, or better its dotted name
+            (``vision.module.Classifier``): that is imported only when it is needed.
+        data: The data module, whose constructor is ``--data.*``; a class or its dotted name.
         default_recipe: Recipe taken when the first argument is absent or an option; None demands one.
-        choose_data: ``data`` is a base class: recipes name the subclass (``data: {class_path: ..., init_args: ...}``).
-        links: Data attributes that go into the model's constructor, ``{"data.num_classes": "model.num_classes"}``.
+        choose_data: ``data`` is a base class, and recipes name the subclass (``data: {class_path:, init_args:}``).
+        links: Attributes of the data module that go into the model's constructor, such as
+            ``{"data.num_classes": "model.num_classes"}``.
         argv: Arguments instead of the process's own.
+        configs: Folder that holds ``<domain>/<recipe>.yaml``.
+
+    Raises:
+        SystemExit: With code 2 after a user's mistake, 130 after Ctrl-C.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    program = f"python -m {domain}.train"
+    with exit_codes():
+        recipes = {path.stem: path for path in sorted((configs / domain).glob("*.yaml"))}
+        if arguments[:1] in (["-h"], ["--help"]) or (not arguments and default_recipe is None):
+            print(_overview(program, recipes, default_recipe))
+            return
+        recipe, stage, options = _split(arguments, recipes, default_recipe, program)
+        from core.training.quiet import quiet
+        from core.training.recipe import RUNS, RecipeCLI
+
+        with quiet():
+            cli = RecipeCLI(
+                title=f"{domain} {recipe}",
+                recipe=recipes[recipe],
+                root=RUNS / domain / recipe,
+                stage=stage,
+                options=options,
+                command=shlex.join([*program.split(), *arguments]),
+                usage=f"{program} {recipe} {stage} [options]",
+                module=_resolve(module),
+                data=_resolve(data),
+                choose_data=choose_data,
+                links=links or {},
+            )
+            cli.execute()
 
 
 def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
-    """Run one typed function as a command and exit: parameters without default are positionals, the rest options."""
+    """Run one typed function as a command: parameters without default are positionals, the others options.
+
+    Args:
+        function: The function; its signature and docstring make the help. What it returns is dropped.
+        argv: Arguments instead of the process's own.
+
+    Raises:
+        SystemExit: With code 2 after a user's mistake, 130 after Ctrl-C.
+    """
+    from jsonargparse import ArgumentParser
+
+    with exit_codes():
+        parser = ArgumentParser(prog=_program(function), exit_on_error=False)
+        parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
+        arguments = list(sys.argv[1:] if argv is None else argv)
+        config = parse(parser, arguments)
+        function(**parser.instantiate(config).as_dict())
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn a user's mistake into one line and exit code 2, and Ctrl-C into 130."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def parse(parser: Any, arguments: Sequence[str]) -> Any:
+    """Parse with a jsonargparse parser made with ``exit_on_error=False``.
+
+    Raises:
+        UserError: In one line, with the option that may have been meant.
+    """
+    from argparse import ArgumentError
+
+    try:
+        return parser.parse_args(list(arguments))
+    except ArgumentError as error:
+        raise UserError(explain(str(error), option_names(parser))) from None
+
+
+def option_names(parser: Any) -> list[str]:
+    """Return the long options of a parser and of its subcommands."""
+    names = [name for name in parser._option_string_actions if name.startswith("--")]
+    for action in parser._actions:
+        for child in (getattr(action, "_name_parser_map", None) or {}).values():
+            names += option_names(child)
+    return sorted({name for name in names if not name.endswith("+")})
+
+
+def explain(message: str, options: Sequence[str]) -> str:
+    """Make one line of jsonargparse's message, and name the near option where one is misspelt.
+
+    Args:
+        message: As jsonargparse words it.
+        options: The options there are, with their dashes.
+    """
+    if found := re.search(r"unrecognized arguments: (.*)", message, re.IGNORECASE):
+        words = found.group(1).split()
+        return _unknown([word.split("=")[0] for word in words if word.startswith("--")] or words, options)
+    if found := re.search(r"does not accept (?:option|nested key) '([^']+)'", message):
+        return _unknown(["--" + found.group(1)], options)
+    if found := re.search(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
+        return _bad_value(*found.groups())
+    return _one_line(message)
+
+
+def _bad_value(key: str, reason: str) -> str:
+    """Word what is wrong with an option's value: what it is, and which types it may have."""
+    value = re.search(r"(?:Got value|Given value): (.*)", reason)
+    kinds = re.findall(r"Expected an? (<class '[^']+'>|typing\.Literal\[.*?\])(?:\.|$)", reason, re.MULTILINE)
+    names = list(dict.fromkeys(_plain_type(kind) for kind in kinds))
+    if "dot import path" in reason:
+        names.insert(0, "a class (its name, or package.module.Name)")
+    if value is None or not names:
+        return f"--{key}: {_one_line(reason)}"
+    return f"--{key} is {value.group(1)!r}; wanted {' or '.join(names)}"
+
+
+def _plain_type(text: str) -> str:
+    if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", text):
+        return f"one of {literal.group(1)}"
+    name = text.removeprefix("<class '").removesuffix("'>").rpartition(".")[2]
+    return {"NoneType": "null", "Iterable": "a list"}.get(name, name)
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _unknown(words: Sequence[str], options: Sequence[str]) -> str:
+    near = {}
+    for word in words:
+        level = [option for option in options if ("." in option) == ("." in word)]
+        near[word] = difflib.get_close_matches(word, level, n=2)
+    parts = [f"{word} (did you mean {' or '.join(hits)}?)" if hits else word for word, hits in near.items()]
+    return f"unknown {'option' if len(parts) == 1 else 'options'} {', '.join(parts)}; --help lists all"
+
+
+def _split(
+    arguments: Sequence[str], recipes: Mapping[str, Path], default_recipe: str | None, program: str
+) -> tuple[str, str, list[str]]:
+    """Split the command line into recipe, stage and options."""
+    rest = list(arguments)
+    if rest and not rest[0].startswith("-"):
+        recipe = rest.pop(0)
+    elif default_recipe is not None:
+        recipe = default_recipe
+    else:
+        raise UserError(f"the first argument is the recipe, got {rest[0]}; recipes: {', '.join(recipes)}")
+    if recipe not in recipes:
+        raise UserError(f"unknown recipe {recipe!r}{_near(recipe, list(recipes))}; recipes: {', '.join(recipes)}")
+    stage = "fit"
+    if rest and not rest[0].startswith("-"):
+        stage = rest.pop(0)
+        if stage not in STAGES:
+            raise UserError(
+                f"unknown stage {stage!r}{_near(stage, STAGES)}; {program} {recipe} takes {', '.join(STAGES)}"
+            )
+    return recipe, stage, rest
+
+
+def _near(word: str, known: Sequence[str]) -> str:
+    hits = difflib.get_close_matches(word, known, n=2)
+    return f" (did you mean {' or '.join(hits)}?)" if hits else ""
+
+
+def _overview(program: str, recipes: Mapping[str, Path], default_recipe: str | None) -> str:
+    width = max((len(name) for name in recipes), default=0)
+    lines = [f"  {name:<{width}}  {_first_comment(path)}".rstrip() for name, path in recipes.items()]
+    first = f"[RECIPE={default_recipe}]" if default_recipe else "RECIPE"
+    return "\n".join(
+        [
+            f"usage: {program} {first} [{'|'.join(STAGES)}] [options]",
+            "",
+            "recipes:",
+            *lines,
+            "",
+            f"{program} RECIPE --help lists every option with the recipe's values.",
+        ]
+    )
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def _resolve(target: Any) -> Any:
+    if not isinstance(target, str):
+        return target
+    place, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(place), name)
+
+
+def _program(function: Callable[..., Any]) -> str:
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return f"python -m {spec.name}" if spec is not None else function.__name__

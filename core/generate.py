@@ -136,7 +136,7 @@ def stream(
     model: MambaLM,
     input_ids: Tensor,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008  frozen
+    sampling: Sampling = Sampling(),
     *,
     lengths: Tensor | None = None,
     eos_token_id: int | Collection[int] | None = None,
@@ -195,7 +195,7 @@ def generate(
     model: MambaLM,
     input_ids: Tensor,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008  frozen
+    sampling: Sampling = Sampling(),
     *,
     lengths: Tensor | None = None,
     eos_token_id: int | Collection[int] | None = None,
@@ -240,13 +240,18 @@ def _check_request(
     ends: set[int],
     pad_token_id: int | None,
 ) -> None:
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0 or input_ids.is_floating_point():
+    if input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
         raise ValueError(
-            f"input_ids: got {input_ids.dtype} of shape {tuple(input_ids.shape)}, wanted integers (B, L) with L >= 1; "
-            "begin an empty prompt with a start token"
+            f"input_ids: got {input_ids.dtype} of shape {tuple(input_ids.shape)}, wanted integers (B, L) with "
+            "B, L >= 1; begin an empty prompt with a start token"
+        )
+    if input_ids.device != model.lm_head.weight.device:
+        raise ValueError(
+            f"input_ids: got device {input_ids.device}, wanted {model.lm_head.weight.device} as the model; "
+            "move them with .to(...)"
         )
     vocab_size = model.config.vocab_size
-    if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
+    if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
         raise ValueError(
             f"input_ids: got tokens from {int(input_ids.min())} to {int(input_ids.max())}, wanted 0 to "
             f"{vocab_size - 1}; was the text encoded with the model's own vocabulary?"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from core.block import AddNorm, Block, GatedMLP
-from core.mixers.mamba import Mamba
+from core.mixers import Mamba, Mixer
 
 
 @dataclass
@@ -65,12 +65,10 @@ class Backbone(nn.Module):
     def __init__(self, embedding: nn.Module, layers: Sequence[Block], norm_f: AddNorm) -> None:
         super().__init__()
         self.embedding = embedding
-        self.layers = nn.ModuleList(layers)
+        self.layers: Sequence[Block] = nn.ModuleList(layers)  # type: ignore[assignment]  a list of blocks, in torch's eyes
         self.norm_f = norm_f
 
-    def forward(
-        self, input_ids: Tensor, *, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, *, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Runs whole sequences; the arguments are those of ``MambaLM.forward``."""
         x, residual = self.embedding(input_ids), None
         for layer in self.layers:
@@ -105,7 +103,7 @@ class MambaLM(nn.Module):
     """
 
     # Published layer name -> class. A new kind of layer is an import and an entry.
-    mixers: ClassVar[dict[str, type[nn.Module]]] = {"Mamba1": Mamba}
+    mixers: ClassVar[dict[str, Callable[..., Mixer]]] = {"Mamba1": Mamba}
 
     def __init__(
         self,
@@ -139,7 +137,7 @@ class MambaLM(nn.Module):
             self.lm_head.weight = embedding.weight
 
     @classmethod
-    def _mixer(cls, config: MambaConfig) -> tuple[type[nn.Module], dict[str, Any]]:
+    def _mixer(cls, config: MambaConfig) -> tuple[Callable[..., Mixer], dict[str, Any]]:
         """The mixer's class and arguments, checked by name."""
         if config.attn_layer_idx:
             raise ValueError(
@@ -160,9 +158,7 @@ class MambaLM(nn.Module):
                 raise ValueError(f"ssm_cfg: {name} has no argument {key!r}; {hint}")
         return mixer, arguments
 
-    def forward(
-        self, input_ids: Tensor, *, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, *, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Scores every next token.
 
         Args:

@@ -1,10 +1,6 @@
-"""Layers that mix a sequence, (B, L, D) -> (B, L, D).
+"""Layers that mix a sequence, (B, L, D) -> (B, L, D), one a file; ``Mixer`` says what they have in common."""
 
-Every mixer has ``forward(x, *, seq_idx=None, cu_seqlens=None)`` for whole sequences, ``forward_state(x, state,
-lengths=None)`` that continues from a state, for any L, and ``init_state(batch_size, device=None, dtype=None)``. A
-sequence fed whole, in pieces or token by token gives the same numbers.
-"""
-
+from core.mixers.contract import Mixer
 from core.mixers.mamba import Mamba, MambaState
 
-__all__ = ["Mamba", "MambaState"]
+__all__ = ["Mamba", "MambaState", "Mixer"]

@@ -22,11 +22,13 @@ class MambaState(NamedTuple):
     ssm: Tensor  # (B, E, N): float32, float64 for a float64 layer
 
 
-@torch.fx.wrap
 def decay_rates(A_log: Tensor) -> Tensor:
     """A = -exp(A_log), computed in float32 at least: in bfloat16 neighbouring rates would coincide."""
     wide = A_log if A_log.dtype == torch.float64 else A_log.float()
     return -torch.exp(wide)
+
+
+torch.fx.wrap("decay_rates")  # a tracer has no dtypes to compare
 
 
 class Mamba(nn.Module):
@@ -116,7 +118,7 @@ class Mamba(nn.Module):
         self.A_log.copy_(torch.log(-hippo.s4d_real(self.d_state)))
         nn.init.ones_(self.D)
 
-    def forward(self, x: Tensor, *, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mixes whole sequences.
 
         Args:
@@ -187,7 +189,13 @@ class Mamba(nn.Module):
         )  # fmt: skip
 
     def _scan(
-        self, x: Tensor, z: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, seq_idx: Tensor | None, keep: bool
+        self,
+        x: Tensor,
+        z: Tensor,
+        initial: Tensor | None,
+        cu_seqlens: Tensor | None,
+        seq_idx: Tensor | None,
+        keep: bool,
     ) -> tuple[Tensor, Tensor]:
         dt, B, C = torch.split(self.x_proj(x), [self.dt_rank, self.d_state, self.d_state], dim=-1)
         y, final, _ = torch.ops.triscan.selective_scan(
@@ -217,9 +225,7 @@ def last_inputs(x: Tensor, state: Tensor, lengths: Tensor) -> Tensor:
     return joined.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
-def _check_sizes(
-    d_model: int, d_state: int, d_conv: int, expand: float, dt_rank: int | str, dt_init: str
-) -> None:
+def _check_sizes(d_model: int, d_state: int, d_conv: int, expand: float, dt_rank: int | str, dt_init: str) -> None:
     for name, value in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv)):
         if value < 1:
             raise ValueError(f"{name}: got {value}, wanted at least 1")

@@ -10,8 +10,13 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
+from timm.optim import (  # pyright: ignore[reportPrivateImportUsage]
+    create_optimizer_v2,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
+from timm.scheduler import create_scheduler_v2  # pyright: ignore[reportPrivateImportUsage]
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
@@ -151,6 +156,10 @@ class TrainingModule(LightningModule):
         """Return the number of tokens in a batch, or None where tokens/s says nothing."""
         return None
 
+    def predict(self, batch: Any) -> list[dict[str, Any]]:
+        """Return one row per item of a batch, for ``predictions.csv``."""
+        raise UserError(f"{type(self).__name__} has no predict stage; use fit, validate or test")
+
     def add_to_report(self, report: Report) -> None:
         """Add the domain's sections to the run's page; called once, on rank 0, after the last stage.
 
@@ -161,7 +170,9 @@ class TrainingModule(LightningModule):
 
     def log_mean(self, name: str, value: Tensor, batch: Any) -> None:
         """Log a batch's mean so that the epoch's value is the mean over items, over all processes."""
-        self.log(name, value, on_epoch=True, on_step=False, prog_bar=True, sync_dist=True, batch_size=self.batch_items(batch))
+        self.log(
+            name, value, on_epoch=True, on_step=False, prog_bar=True, sync_dist=True, batch_size=self.batch_items(batch)
+        )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute, log and return the loss of one batch."""
@@ -179,6 +190,10 @@ class TrainingModule(LightningModule):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log one test batch under ``test/``."""
         self.evaluate(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """Return the rows of one batch."""
+        return self.predict(batch)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Compile before the second step: the first runs as it is written, so that its FLOPs can be counted."""
@@ -207,27 +222,29 @@ class TrainingModule(LightningModule):
 
     def _create_schedule(self, optimizer: torch.optim.Optimizer) -> Scheduler:
         options = self.schedule_options
-        total = self.trainer.estimated_stepping_batches  # also loads the data, which the next line needs
-        per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         if options.warmup_steps is not None and options.warmup_epochs:
             raise UserError(
                 f"the warm-up is given twice: warmup_steps={options.warmup_steps} and "
                 f"warmup_epochs={options.warmup_epochs}; set one of them"
             )
-        warmup = round(options.warmup_epochs * per_epoch) if options.warmup_steps is None else options.warmup_steps
-        if math.isinf(total):
-            if options.name != "constant":
-                raise UserError(
-                    f"a {options.name} schedule needs to know where the run ends, but trainer.max_epochs and "
-                    "trainer.max_steps are both unlimited; set one of them or schedule.name=constant"
-                )
-            total = warmup + 1
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total) and options.name != "constant":
+            raise UserError(
+                f"a {options.name} schedule needs to know where the run ends, but trainer.max_epochs and "
+                "trainer.max_steps are both unlimited; set one of them or schedule.name=constant"
+            )
+        warmup = options.warmup_steps or 0
+        if options.warmup_epochs:
+            self.trainer.fit_loop.setup_data()  # no-op where the line above had to load the data
+            per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
+            warmup = round(options.warmup_epochs * per_epoch)
+        total = warmup + 1 if math.isinf(total) else int(total)
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched={"linear": "poly"}.get(options.name, options.name),
             decay_rate=1.0,  # the power of poly: a straight line
-            num_epochs=int(total),  # counted in updates: one update an "epoch"
-            warmup_epochs=min(warmup, int(total)),
+            num_epochs=total,  # counted in updates: one update an "epoch"
+            warmup_epochs=min(warmup, total),
             warmup_lr=options.warmup_lr,
             min_lr=options.min_lr,
             step_on_epochs=False,
@@ -267,7 +284,7 @@ def create_optimizer(net: nn.Module, options: OptimizerOptions) -> torch.optim.O
     Raises:
         UserError: If timm knows no optimizer of that name.
     """
-    known = list_optimizers()
+    known = [str(name) for name in list_optimizers()]
     if options.name.lower() not in known:
         near = difflib.get_close_matches(options.name.lower(), known, n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(known)}"

@@ -1,0 +1,176 @@
+"""What happens around the steps of a run: averaged weights, exact resume, Ctrl-C."""
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, EMAWeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from core.training.rng import ResumableLoader, rng_state, set_rng_state
+
+
+class EMA(EMAWeightAveraging):
+    """Exponential moving average of the weights: validated, saved in ``state_dict``, and left in the net at the end.
+
+    Args:
+        decay: Weight of the old average at each step, such as 0.9999.
+    """
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(decay=decay, use_buffers=True)
+        self._swapped = False
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the averaged weights in."""
+        super().on_validation_epoch_start(trainer, pl_module)
+        self._swapped = self._average_model is not None
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the trained weights back."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        self._swapped = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put the trained weights back where validation was broken off, so that a checkpoint is not mixed up."""
+        if self._swapped:
+            self.on_validation_epoch_end(trainer, pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restore the average when training goes on.
+
+        For a test the checkpoint stays as it is: its ``state_dict`` is the average. The base class would put the raw
+        weights in their place whenever the same trainer has trained before.
+        """
+        if trainer.state.fn == TrainerFn.FITTING:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+class ExactResume(Callback):
+    """Keeps the random generators and the position in the data in each checkpoint, and restores them.
+
+    A resumed run then takes the same steps as one that never stopped. In the middle of an epoch that needs a
+    ``ResumableLoader``; with several processes each takes over the generators of rank 0.
+    """
+
+    def __init__(self) -> None:
+        self._loader_state: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return generators and position."""
+        loader = self._loader
+        return {"rng": rng_state(), "loader": loader.state_dict() if loader is not None else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the generators now: the next draw is the loader's."""
+        set_rng_state(state_dict["rng"])
+        self._loader_state = state_dict["loader"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remember the trainer, which ``state_dict`` is not given."""
+        self._trainer = trainer
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the loader where it was; its iterator starts with the first batch."""
+        loader = self._loader
+        if self._loader_state is not None and loader is not None:
+            loader.load_state_dict(self._loader_state)
+        self._loader_state = None
+
+    @property
+    def _loader(self) -> ResumableLoader | None:
+        loader = self._trainer.train_dataloader
+        return loader if isinstance(loader, ResumableLoader) else None
+
+
+class Interrupt(Checkpoint):
+    """Ctrl-C ends a run after the step in hand, with ``last.ckpt`` saved; a second Ctrl-C ends it at once.
+
+    A checkpoint written in the middle of a step could not be resumed exactly. It is a ``Checkpoint`` so that it comes
+    last among the callbacks: the average and the rates of the step are then up to date.
+
+    Args:
+        folder: Folder for ``last.ckpt``; None on processes other than rank 0.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.saved: Path | None = None
+        self._asked = False
+        self._old: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the signal over; processes other than rank 0 leave the decision to rank 0."""
+        if threading.current_thread() is not threading.main_thread() or self._old is not None:
+            return
+        handler = self._ask if trainer.is_global_zero else signal.SIG_IGN
+        self._old = signal.signal(signal.SIGINT, handler)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signal back."""
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._old is not None:
+            signal.signal(signal.SIGINT, self._old)
+            self._old = None
+
+    def _ask(self, signum: int, frame: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\nstopping after this step (Ctrl-C again: at once)", flush=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save and stop, if asked to."""
+        if self._asked:
+            trainer._logger_connector.update_train_step_metrics()  # comes after this hook otherwise: the step's figures
+            self._save(trainer)
+            raise KeyboardInterrupt
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop, if asked to; ``on_exception`` saves."""
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop, if asked to."""
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save what was trained if the run was stopped from outside."""
+        stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        if stopped and self.saved is None and trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0:
+            self._save(trainer)
+        self._restore()
+
+    def _save(self, trainer: Trainer) -> None:
+        if self.folder is None or not trainer.is_global_zero:
+            return
+        # Not trainer.save_checkpoint: it waits for the other processes, which know nothing of the signal.
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        path = self.folder / "last.ckpt"
+        trainer.strategy.save_checkpoint(checkpoint, path)
+        self.saved = path

@@ -1,0 +1,71 @@
+"""Random number generators as plain data, and a data loader that can be resumed in the middle of an epoch."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the states of all global generators (python, numpy, torch, CUDA) as data that weights_only can load."""
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002  libraries draw from it
+    version, internal, gauss = random.getstate()
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Set all global generators to a state that ``rng_state`` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0].cpu())
+
+
+class ResumableLoader(DataLoader):
+    """A DataLoader that continues a broken-off epoch with the batch that would have come next.
+
+    It takes the arguments of ``torch.utils.data.DataLoader``. The order of an epoch and the seeds of its workers follow
+    from the generators' state at its start, so that state and the number of batches handed out are all there is to
+    keep. On resume the batches already seen are read again and dropped. Workers that outlive an epoch
+    (``persistent_workers``) carry random state over that is out of reach: with them only epoch boundaries are exact.
+    """
+
+    _batches = 0
+    _start: dict[str, Any] | None = None
+    _resume: dict[str, Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches of one epoch."""
+        resume, self._resume = self._resume, None
+        if resume is not None:
+            set_rng_state(resume["start"])
+        self._start, self._batches = rng_state(), 0
+        batches = super().__iter__()
+        if resume is not None:
+            for _ in range(resume["batches"]):
+                next(batches)
+            self._batches = resume["batches"]
+            set_rng_state(resume["now"])
+        for batch in batches:
+            self._batches += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position within the epoch."""
+        return {"batches": self._batches, "start": self._start, "now": rng_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a position at the next ``iter``; the end of an epoch is the start of the next."""
+        unfinished = state["start"] is not None and 0 < state["batches"] < len(self)
+        self._resume = state if unfinished else None

@@ -1,0 +1,117 @@
+"""The residual block: its equations, the residual stream's dtype, gradient checkpointing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fill import fill_input
+
+from core.block import AddNorm, Block, GatedMLP
+from core.mixers import Mamba
+
+
+def block(mlp: bool = True, norm: str = "rms", dtype: torch.dtype = torch.float64) -> Block:
+    torch.manual_seed(0)
+    branch = GatedMLP(6, 10, multiple_of=4) if mlp else None
+    module = Block(6, Mamba(6, d_state=3), branch, norm).to(dtype)
+    for name, parameter in module.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    return module
+
+
+def plain_norm(module: AddNorm, x: torch.Tensor) -> torch.Tensor:
+    if module.kind == "rms":
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.eps) * module.weight
+    return F.layer_norm(x, x.shape[-1:], module.weight, module.bias, module.eps)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("mlp", [True, False])
+def test_equations(norm: str, mlp: bool):
+    module = block(mlp, norm)
+    x, residual = fill_input("x", (2, 5, 6)).double(), fill_input("r", (2, 5, 6)).double()
+    out, stream = module(x, residual)
+    want = x + residual
+    branch = module.mixer(plain_norm(module.norm, want))
+    if mlp:
+        want = want + branch
+        y, gate = module.mlp.fc1(plain_norm(module.norm2, want)).chunk(2, -1)
+        branch = module.mlp.fc2(y * F.silu(gate))
+    torch.testing.assert_close(out, branch)
+    torch.testing.assert_close(stream, want)
+
+
+def test_names():
+    names = {name.split(".", 1)[0] for name in block().state_dict()}
+    assert names == {"norm", "mixer", "norm2", "mlp"}
+    assert set(block(mlp=False).state_dict()) >= {"norm.weight", "mixer.A_log"}
+    assert not any(name.startswith(("norm2", "mlp")) for name in block(mlp=False).state_dict())
+
+
+@pytest.mark.parametrize(("in_fp32", "wanted"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_residual_dtype(in_fp32: bool, wanted: torch.dtype):
+    norm = AddNorm(6, residual_in_fp32=in_fp32, dtype=torch.bfloat16)
+    x = fill_input("x", (2, 5, 6)).bfloat16()
+    y, residual = norm(x)
+    assert (y.dtype, residual.dtype) == (torch.bfloat16, wanted)
+    y, residual = norm(x, residual)
+    assert (y.dtype, residual.dtype) == (torch.bfloat16, wanted)
+    torch.testing.assert_close(residual.float(), 2 * x.float(), rtol=1e-2, atol=0)
+
+
+def test_fp32_stream_keeps_small_updates():
+    """What residual_in_fp32 is for: a branch below bfloat16's resolution of the stream still counts."""
+    norm = AddNorm(4, dtype=torch.bfloat16)
+    _, residual = norm(torch.ones(1, 1, 4, dtype=torch.bfloat16))
+    for _ in range(16):
+        _, residual = norm(torch.full((1, 1, 4), 1e-3, dtype=torch.bfloat16), residual)
+    torch.testing.assert_close(residual, torch.full((1, 1, 4), 1.016), rtol=1e-3, atol=0)
+
+
+def test_gradient_checkpointing():
+    """The same numbers and names, and fewer tensors kept for the backward pass."""
+    plain, thrifty = block(), block()
+    thrifty.gradient_checkpointing = True
+    assert list(plain.state_dict()) == list(thrifty.state_dict())
+    kept: dict[Block, int] = {}
+    gradients = []
+    for module in (plain, thrifty):
+        x = fill_input("x", (2, 5, 6)).double().requires_grad_()
+        count = [0]
+
+        def pack(t: torch.Tensor, count: list[int] = count) -> torch.Tensor:
+            count[0] += t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out, stream = module(x)
+        kept[module] = count[0]
+        (out.square().sum() + stream.square().sum()).backward()
+        gradients.append([x.grad, *(p.grad for p in module.parameters())])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs)
+    assert kept[thrifty] < kept[plain] / 4
+
+
+def test_forward_state_equals_forward():
+    module = block()
+    x = fill_input("x", (2, 7, 6)).double()
+    out, stream = module(x)
+    state, outputs = module.mixer.init_state(2), []
+    for piece in x.split(3, dim=1):
+        y, residual, state = module.forward_state(piece, None, state)
+        outputs.append(torch.cat([y, residual], dim=-1))
+    torch.testing.assert_close(torch.cat(outputs, dim=1), torch.cat([out, stream], dim=-1))
+
+
+def test_mlp_width():
+    assert GatedMLP(48).fc1.weight.shape == (256, 48)  # 8/3 * 48 = 128
+    assert GatedMLP(48, 129).fc2.weight.shape == (48, 256)
+    assert set(GatedMLP(4, bias=True).state_dict()) == {"fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"}
+
+
+def test_unknown_norm():
+    with pytest.raises(ValueError, match="kind: got 'batch'"):
+        AddNorm(4, "batch")
