@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -69,7 +70,7 @@ def columns(height: int, width: int) -> Tensor:
 
 @route
 def snake(height: int, width: int) -> Tensor:
-    """Row by row, every second row right to left, so that each step goes to a neighbour (PlainMamba, Yang et al. 2024)."""
+    """Row by row, every second row right to left, so that each step meets a neighbour (PlainMamba, Yang et al.)."""
     rows, columns = grid(height, width)
     return (rows * width + torch.where(rows % 2 == 0, columns, width - 1 - columns)).flatten()
 
@@ -196,7 +197,7 @@ def check_routes(names: Sequence[str], height: int, width: int) -> None:
 
 @torch.library.custom_op("triscan::scan_routes", mutates_args=())
 def _scan_routes(tokens: Tensor, names: str, height: int, width: int, class_token: bool) -> Tensor:
-    """``scan_routes`` on the device of ``tokens``, names separated by commas: an op, so that it survives any tracing."""
+    """``scan_routes`` on the device of ``tokens``, names separated by commas: an op, so that tracers keep it."""
     with torch.device(tokens.device):
         return scan_routes(names.split(","), height, width, class_token)
 
@@ -226,10 +227,10 @@ def draw_route(name: str, height: int, width: int, axes: Axes, class_token: bool
         number = token - (class_token and token > patches // 2)
         is_class = class_token and token == patches // 2
         places.append((width + 0.2, (height - 1) / 2) if is_class else (number % width, number // width))
-        axes.plot(*places[-1], "*" if is_class else "o", color="crimson" if is_class else "0.6", ms=9 if is_class else 2)
-    for p, (start, end) in enumerate(zip(places, places[1:], strict=False)):
-        color = colormaps["viridis"](p / max(len(places) - 1, 1))
-        axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "lw": 1, "shrinkA": 0, "shrinkB": 0})
+        axes.plot(*places[-1], marker="*" if is_class else "o", color="crimson" if is_class else "0.6", ms=4)
+    for p, (start, end) in enumerate(itertools.pairwise(places)):
+        color = colormaps["viridis"](p / (len(places) - 1))
+        axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "shrinkA": 0, "shrinkB": 0})
     axes.set(xlim=(-0.6, width + (0.7 if class_token else -0.4)), ylim=(height - 0.4, -0.6), title=name, aspect="equal")
     axes.set_xticks([])
     axes.set_yticks([])

@@ -1,0 +1,288 @@
+"""Data modules for image classification: handwritten digits that need no download, and folders of images.
+
+Dimension letters: B batch, C channels, H W height and width in pixels.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning import LightningDataModule
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
+
+from core.errors import UserError
+from core.training.rng import ResumableLoader
+from vision.files import (
+    Batch,
+    ImageFiles,
+    RepeatedAugmentation,
+    Unreadable,
+    check_headers,
+    collate,
+    find_classes,
+    find_parts,
+    list_images,
+    refuse,
+)
+
+
+class ImageData(LightningDataModule):
+    """Images with class labels: what a classifier and its report ask of a data module.
+
+    Batches are ``(images, labels)``: (B, C, H, W) float32, normalised, and (B,) int64.
+    """
+
+    class_names: list[str]
+    mean: Sequence[float]
+    std: Sequence[float]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out: dict[str, str] = {}  # unreadable files that were skipped, and why
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def to_pixels(self, image: Tensor) -> np.ndarray:
+        """A normalised image (C, H, W) as uint8 pixels, (H, W) or (H, W, 3)."""
+        mean, std = torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
+        pixels = (image.float().cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+        return pixels.permute(1, 2, 0).squeeze(2).numpy()
+
+    def baselines(self) -> dict[str, float]:
+        """Test accuracies of simple methods on the same data, by name; for comparison in the run's figures."""
+        return {}
+
+
+class Digits(ImageData):
+    """1797 handwritten digits of 8 x 8 pixels, from scikit-learn (Alpaydin & Kaynak 1998); nothing is downloaded.
+
+    The split is fixed and stratified: 70 % training, 10 % validation, 20 % test (1257, 180 and 360 images).
+
+    Args:
+        batch_size: Images per step and device.
+        max_shift: Training images are moved by up to so many pixels each way.
+        max_rotation: Training images are turned by up to so many degrees.
+    """
+
+    def __init__(self, batch_size: int = 64, max_shift: float = 1.0, max_rotation: float = 10.0) -> None:
+        super().__init__()
+        self.batch_size, self.max_shift, self.max_rotation = batch_size, max_shift, max_rotation
+        self.class_names = [str(digit) for digit in range(10)]
+        self.mean, self.std = (0.305,), (0.376,)  # of the training part, pixels from 0 to 1
+
+    def setup(self, stage: str) -> None:
+        """Splits the digits."""
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        images, labels = digits.images.astype(np.float32) / 16, digits.target.astype(np.int64)
+        rest, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+        train, val = train_test_split(rest, test_size=180, stratify=labels[rest], random_state=0)
+        self.parts = {
+            name: (torch.from_numpy(images[part]).unsqueeze(1), torch.from_numpy(labels[part]))
+            for name, part in (("train", train), ("val", val), ("test", test))
+        }
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled and augmented; the last, smaller batch is left out."""
+        return self._loader("train", shuffle=True, drop_last=True, collate_fn=self._augmented)
+
+    def val_dataloader(self) -> DataLoader:
+        """In order, as they are."""
+        return self._loader("val", collate_fn=self._plain)
+
+    def test_dataloader(self) -> DataLoader:
+        """In order, as they are."""
+        return self._loader("test", collate_fn=self._plain)
+
+    def baselines(self) -> dict[str, float]:
+        """Logistic regression on the pixels."""
+        from sklearn.linear_model import LogisticRegression
+
+        (x, labels), (x_test, test_labels) = self.parts["train"], self.parts["test"]
+        model = LogisticRegression(max_iter=1000).fit(x.flatten(1).numpy(), labels.numpy())
+        return {"logistic_regression": float(model.score(x_test.flatten(1).numpy(), test_labels.numpy()))}
+
+    def _loader(self, part: str, **options: Any) -> DataLoader:
+        return ResumableLoader(TensorDataset(*self.parts[part]), batch_size=self.batch_size, **options)
+
+    def _plain(self, samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        images, labels = default_collate(samples)
+        return (images - self.mean[0]) / self.std[0], labels
+
+    def _augmented(self, samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        images, labels = default_collate(samples)
+        return (move(images, self.max_shift, self.max_rotation) - self.mean[0]) / self.std[0], labels
+
+
+def move(images: Tensor, max_shift: float, max_rotation: float) -> Tensor:
+    """Turns and shifts each image at random, bilinear; what comes in from outside is 0.
+
+    Args:
+        images: (B, C, H, W).
+        max_shift: In pixels, each way.
+        max_rotation: In degrees.
+    """
+    count, _, height, width = images.shape
+    angle = torch.deg2rad(max_rotation * (2 * torch.rand(count) - 1))
+    shift = max_shift * (2 * torch.rand(count, 2) - 1) * 2 / torch.tensor([width, height])
+    rows = torch.stack((angle.cos(), -angle.sin(), shift[:, 0], angle.sin(), angle.cos(), shift[:, 1]), dim=1)
+    return F.grid_sample(images, F.affine_grid(rows.view(-1, 2, 3), list(images.shape), False), align_corners=False)
+
+
+@dataclass
+class Augmentation:
+    """Augmentation of training images; the defaults are DeiT's.
+
+    Args:
+        scale: Smallest and largest part of the area that a random crop takes.
+        horizontal_flip: Probability.
+        color_jitter: Strength; only without ``policy``, as in timm.
+        policy: timm's name of a policy, such as rand-augment ``rand-m9-mstd0.5-inc1``; None for none.
+        random_erasing: Probability of a rectangle of noise.
+        repeats: Times an image comes in a row, augmented differently (repeated augmentation); 1 for once.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    horizontal_flip: float = 0.5
+    color_jitter: float = 0.3
+    policy: str | None = "rand-m9-mstd0.5-inc1"
+    random_erasing: float = 0.25
+    repeats: int = 3
+
+
+class ImageFolder(ImageData):
+    """Images in folders: ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, perhaps ROOT/test/CLASS/*.jpg.
+
+    Without a test part the test runs on val/, as is usual for ImageNet.
+
+    Args:
+        root: The folder.
+        img_size: Side of the images that the model gets, in pixels.
+        batch_size: Images per step and device.
+        num_workers: Processes that read images, per device; None is one per CPU core, 8 at most.
+        augmentation: Augmentation of the training images.
+        crop_pct: Part of the resized image's side that evaluation's centre crop keeps.
+        interpolation: ``bicubic`` or ``bilinear``.
+        skip_unreadable: Leave out files that cannot be read, and list them in the report; otherwise they are an error.
+        mean: Per channel, subtracted from pixels between 0 and 1.
+        std: Per channel, which they are then divided by.
+
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        img_size: int = 224,
+        batch_size: int = 128,
+        num_workers: int | None = None,
+        augmentation: Augmentation = Augmentation(),  # noqa: B008  read only; the recipe's options replace it
+        crop_pct: float = 0.875,
+        interpolation: str = "bicubic",
+        skip_unreadable: bool = False,
+        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+    ) -> None:
+        super().__init__()
+        self.root = root
+        self.img_size, self.batch_size, self.augmentation = img_size, batch_size, augmentation
+        self.num_workers = min(os.cpu_count() or 1, 8) if num_workers is None else num_workers
+        self.crop_pct, self.interpolation, self.skip_unreadable = crop_pct, interpolation, skip_unreadable
+        self.mean, self.std = mean, std
+        self.images: dict[str, list] = {}
+
+    # The folder is looked at when it is first asked for, not in the constructor: the command line's library would take
+    # an error there for an option of the wrong type.
+
+    @functools.cached_property
+    def folders(self) -> dict[str, Path]:
+        """The folders of the parts ``train``, ``val`` and perhaps ``test``."""
+        return find_parts(self.root)
+
+    @functools.cached_property
+    def class_names(self) -> list[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Names of the class folders, sorted."""
+        return find_classes(self.folders)
+
+    def setup(self, stage: str) -> None:
+        """Lists the files, and refuses or leaves out those that are no images."""
+        for name, folder in self.folders.items():
+            if name in self.images:
+                continue
+            images = list_images(folder, self.class_names)
+            faults = check_headers(images)
+            self._note(faults)
+            bad = {fault.path for fault in faults}
+            self.images[name] = [(path, label) for path, label in images if str(path) not in bad]
+        if len(self.images["train"]) < self.batch_size:
+            raise UserError(
+                f"{self.folders['train']}: got {len(self.images['train'])} images, wanted at least one batch of "
+                f"{self.batch_size}; give a smaller --data.batch_size"
+            )
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled and augmented; the last, smaller batch is left out."""
+        images = self.images["train"]
+        repeats = self.augmentation.repeats
+        order = {"sampler": RepeatedAugmentation(len(images), repeats)} if repeats > 1 else {"shuffle": True}
+        return self._loader(ImageFiles(images, self._transform(training=True)), drop_last=True, **order)
+
+    def val_dataloader(self) -> DataLoader:
+        """In order, centre crops."""
+        return self._loader(ImageFiles(self.images["val"], self._transform(training=False)))
+
+    def test_dataloader(self) -> DataLoader:
+        """In order, centre crops; of val/ if there is no test/."""
+        images = self.images.get("test", self.images["val"])
+        return self._loader(ImageFiles(images, self._transform(training=False)))
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Takes note of files that a worker could not read; raised here, the error comes without the worker's."""
+        self._note(batch.unreadable)
+        if not len(batch.labels):
+            raise UserError(f"{batch.unreadable[0].path}: no image of a whole batch could be read, this one among them")
+        return batch.images, batch.labels
+
+    def _note(self, faults: Sequence[Unreadable]) -> None:
+        if faults and not self.skip_unreadable:
+            raise refuse(faults)
+        self.left_out.update({fault.path: fault.reason for fault in faults})
+
+    def _loader(self, data: Dataset, **options: Any) -> DataLoader:
+        return ResumableLoader(
+            data,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def _transform(self, training: bool) -> Callable[[Any], Tensor]:
+        common = {"interpolation": self.interpolation, "mean": self.mean, "std": self.std}
+        if not training:
+            return create_transform(self.img_size, crop_pct=self.crop_pct, **common)
+        options = self.augmentation
+        return create_transform(
+            self.img_size,
+            is_training=True,
+            scale=options.scale,
+            hflip=options.horizontal_flip,
+            color_jitter=options.color_jitter,
+            auto_augment=options.policy,
+            re_prob=options.random_erasing,
+            re_mode="pixel",
+            **common,
+        )

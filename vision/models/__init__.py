@@ -1,0 +1,5 @@
+"""Backbones, one family a file; importing the file registers its models in timm."""
+
+from vision.models.vim import Vim
+
+__all__ = ["Vim"]

@@ -1,0 +1,132 @@
+"""Mamba along several routes at once, the mixer of Vim and its kin.
+
+Dimension letters: B batch, L tokens, D model width, E inner width, N state, K routes, P route positions, R dt rank,
+W convolution width.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core import hippo
+from core.mixers.mamba import decay_rates
+
+__all__ = ["RouteMixer"]
+
+torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in this module too
+
+
+class RouteMixer(nn.Module):
+    """Mamba along K routes at once: a gated scan per route with parameters of its own, the outputs averaged.
+
+    x, z = in_proj(u); for each route k: x_k = silu(conv1d_k(x)); dt, B, C = x_proj_k(x_k);
+    y = sum_k scan_k(x_k, softplus(dt_proj_k(dt)), A_k, B, C, D_k); out = out_proj(y * silu(z)) / K
+    (Vim, algorithm 1; the division by K = 2 is that of the released models).
+
+    Args:
+        dim: D.
+        routes: K. The parameters of the first two routes have the published names (``A_log``, ``A_b_log``, ``D``,
+            ``D_b``, ``conv1d``, ``conv1d_b``, ...), those of further ones end in ``_2``, ``_3``, ...
+        d_state: N.
+        d_conv: Width W of the causal convolution along each route.
+        expand: E / D.
+        device: Where the parameters live.
+        dtype: Their dtype; A_log and D are float32 at least.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        routes: int,
+        d_state: int,
+        d_conv: int,
+        expand: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        wide = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
+        inner = expand * dim
+        self.routes, self.d_state, self.dt_rank = routes, d_state, math.ceil(dim / 16)
+        suffixes = ["", "_b", *(f"_{k}" for k in range(2, routes))][:routes]
+        self.A_names = [f"A{suffix}_log" for suffix in suffixes]
+        self.D_names, self.conv_names, self.x_names, self.dt_names = (
+            [name + suffix for suffix in suffixes] for name in ("D", "conv1d", "x_proj", "dt_proj")
+        )
+        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        for k in range(routes):
+            self.register_parameter(self.A_names[k], nn.Parameter(torch.empty(inner, d_state, **wide)))
+            self.register_parameter(self.D_names[k], nn.Parameter(torch.empty(inner, **wide)))
+            # Holds weight (E, 1, W) and bias (E,); the convolution itself is kernels.causal_conv1d.
+            self.add_module(self.conv_names[k], nn.Conv1d(inner, inner, d_conv, groups=inner, **dd))
+            self.add_module(self.x_names[k], nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False, **dd))
+            self.add_module(self.dt_names[k], nn.Linear(self.dt_rank, inner, **dd))
+        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+
+    @torch.no_grad()
+    def init_weights(self, depth: int) -> None:
+        """Initialises as published: Mamba's dt, S4D-Real A, D = 1, out_proj divided by sqrt(depth).
+
+        The released code gives only the first route the time steps of Mamba (log-uniform in [1e-3, 1e-1]) and leaves
+        the second at softplus(~0) = 0.7, which forgets within a few tokens. That is an oversight there; here all
+        routes start alike. Loading a checkpoint is not affected.
+        """
+        for k in range(self.routes):
+            dt_proj = getattr(self, self.dt_names[k])
+            nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+            dt = hippo.log_uniform_dt(dt_proj.out_features, floor=1e-4, device=dt_proj.bias.device)
+            dt_proj.bias.copy_(hippo.inverse_softplus(dt))
+            A_log = getattr(self, self.A_names[k])
+            A_log.copy_(torch.log(-hippo.s4d_real(self.d_state)).to(A_log.device))
+            nn.init.ones_(getattr(self, self.D_names[k]))
+            getattr(self, self.conv_names[k]).reset_parameters()
+            getattr(self, self.x_names[k]).reset_parameters()
+        self.in_proj.reset_parameters()
+        self.out_proj.reset_parameters()
+        self.out_proj.weight /= math.sqrt(depth)
+
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The routes' parameters as the ops take them.
+
+        Returns:
+            A_log (K, E, N), D (K, E), conv weight (K, E, W) and bias (K, E), x_proj (K, R + 2 N, E), dt_proj weight
+            (K, E, R) and bias (K, E).
+        """
+        if torch.jit.is_scripting():  # which looks no attribute up by a computed name
+            assert self.routes == 2, "TorchScript takes models of two routes; use torch.export or torch.compile"
+            A_logs, Ds = [self.A_log, self.A_b_log], [self.D, self.D_b]
+            convs = [self.conv1d.weight, self.conv1d_b.weight]
+            bias, bias_b = self.conv1d.bias, self.conv1d_b.bias
+            assert bias is not None  # nn.Conv1d declares it optional
+            assert bias_b is not None
+            conv_biases = [bias, bias_b]
+            xs = [self.x_proj.weight, self.x_proj_b.weight]
+            dts, dt_biases = [self.dt_proj.weight, self.dt_proj_b.weight], [self.dt_proj.bias, self.dt_proj_b.bias]
+        else:
+            A_logs, Ds = [getattr(self, n) for n in self.A_names], [getattr(self, n) for n in self.D_names]
+            convs = [getattr(self, n).weight for n in self.conv_names]
+            conv_biases = [getattr(self, n).bias for n in self.conv_names]
+            xs = [getattr(self, n).weight for n in self.x_names]
+            dts = [getattr(self, n).weight for n in self.dt_names]
+            dt_biases = [getattr(self, n).bias for n in self.dt_names]
+        return (
+            torch.stack(A_logs), torch.stack(Ds), torch.stack(convs).squeeze(2), torch.stack(conv_biases),
+            torch.stack(xs), torch.stack(dts), torch.stack(dt_biases),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor, route: Tensor) -> Tensor:
+        """Mixes tokens (B, L, D) along ``route`` (K, P); returns (B, L, D)."""
+        A_log, D, conv_weight, conv_bias, x_weight, dt_weight, dt_bias = self.stacked()
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, _ = torch.ops.triscan.causal_conv1d(
+            x, conv_weight, conv_bias, route, None, None, None, "silu", False, False, "auto"
+        )
+        dt, B, C = torch.einsum("blke,kce->blkc", x, x_weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y, _, _ = torch.ops.triscan.selective_scan(
+            x, dt, decay_rates(A_log), B.unsqueeze(3), C.unsqueeze(3), D, z, dt_bias, dt_weight, route,
+            None, None, None, True, True, "sum", False, False, "auto",
+        )  # fmt: skip
+        return self.out_proj(y) / self.routes

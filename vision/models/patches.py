@@ -1,0 +1,85 @@
+"""From pixels to tokens: patches, and position embeddings for grids of any size.
+
+Dimension letters: B batch, C channels of an image, H W grid of patches, M = H W patches, D model width.
+"""
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models import register_notrace_function
+from torch import Tensor, nn
+
+__all__ = ["PatchEmbed", "check_image", "resample_positions"]
+
+
+@torch.fx.wrap
+@register_notrace_function
+def check_image(image: Tensor, patch_size: int, stride: int, img_size: tuple[int, int], strict: bool) -> Tensor:
+    """The image (B, C, height, width) itself, if patches tile it; a leaf for tracers, as it looks at sizes.
+
+    Raises:
+        ValueError: If they don't, or if ``strict`` and it isn't of the size ``img_size`` (height, width).
+    """
+    height, width = image.shape[-2], image.shape[-1]
+    if strict and (height != img_size[0] or width != img_size[1]):
+        raise ValueError(
+            f"image: got {height} x {width} pixels, wanted {img_size[0]} x {img_size[1]}, the size of this model; "
+            "resize the image or build the model with dynamic_img_size=True"
+        )
+    for size in (height, width):
+        if size < patch_size or (size - patch_size) % stride != 0:
+            low = max(size - (size - patch_size) % stride, patch_size)
+            raise ValueError(
+                f"image: got {height} x {width} pixels, which patches of {patch_size} every {stride} don't tile; "
+                f"wanted {patch_size} + a multiple of {stride} each way: resize {size} to {low} or {low + stride}"
+            )
+    return image
+
+
+@torch.fx.wrap
+@register_notrace_function
+def resample_positions(pos_embed: Tensor, old: tuple[int, int], height: int, width: int) -> Tensor:
+    """Resamples position embeddings (1, M + 1, D) to another grid, bicubic; the middle row, the class token's, stays.
+
+    Args:
+        pos_embed: Of a grid ``old`` (height, width).
+        old: The grid it was learnt on.
+        height: Patches from top to bottom of the new grid.
+        width: Patches from left to right.
+
+    Returns:
+        (1, height * width + 1, D), the class token's embedding at row height * width // 2.
+    """
+    if height == old[0] and width == old[1]:
+        return pos_embed
+    row = old[0] * old[1] // 2
+    patches = torch.cat((pos_embed[:, :row], pos_embed[:, row + 1 :]), dim=1)
+    patches = resample_abs_pos_embed(patches, [height, width], [old[0], old[1]], num_prefix_tokens=0)
+    middle = height * width // 2
+    return torch.cat((patches[:, :middle], pos_embed[:, row : row + 1], patches[:, middle:]), dim=1)
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images into patches, overlapping if stride < patch_size: (B, C, height, width) -> (B, H, W, D)."""
+
+    def __init__(
+        self,
+        img_size: tuple[int, int],
+        patch_size: int,
+        stride: int,
+        in_chans: int,
+        embed_dim: int,
+        strict_img_size: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.img_size, self.patch_size, self.stride = img_size, patch_size, stride
+        self.strict_img_size = strict_img_size  # timm looks it up by this name
+        check_image(torch.empty(1, in_chans, *img_size, device="meta"), patch_size, stride, img_size, True)
+        self.grid_size = ((img_size[0] - patch_size) // stride + 1, (img_size[1] - patch_size) // stride + 1)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = check_image(x, self.patch_size, self.stride, self.img_size, self.strict_img_size)
+        return self.proj(x).permute(0, 2, 3, 1)
