@@ -5,6 +5,7 @@ Both print a user's mistake as one line, ``error: ...``, and exit with code 2; C
 
 import difflib
 import importlib
+import inspect
 import re
 import shlex
 import sys
@@ -158,14 +159,27 @@ def explain(message: str, options: Sequence[str]) -> str:
 
 def _bad_value(key: str, reason: str) -> str:
     """Word what is wrong with an option's value: what it is, and which types it may have."""
+    if inner := re.search(
+        r"Problem with given class_path '([^']+)':\n(.*?)(?=\n    - |\n  Given|\Z)", reason, re.DOTALL
+    ):
+        place, problem = inner.groups()
+        if unknown := re.search(r"Option '([^']+)' is not accepted", problem):
+            accepted = inspect.signature(_resolve(place)).parameters
+            return _unknown([f"--{key}.{unknown.group(1)}"], [f"--{key}.{name}" for name in accepted])
+        if found := re.search(r'Parser key "([^"]+)":\s*(.*)', problem, re.DOTALL):
+            return _bad_value(f"{key}.{found.group(1)}", found.group(2))
+        return f"--{key}: {place}: {_one_line(problem)}"
     value = re.search(r"(?:Got value|Given value): (.*)", reason)
+    given = value.group(1) if value else None
+    if given and (nested := re.fullmatch(r"NestedArg\(key='(.*?)', val='?(.*?)'?\)", given)):
+        key, given = f"{key}.{nested.group(1)}", nested.group(2)
     kinds = re.findall(r"Expected an? (<class '[^']+'>|typing\.Literal\[.*?\])(?:\.|$)", reason, re.MULTILINE)
     names = list(dict.fromkeys(_plain_type(kind) for kind in kinds))
     if "dot import path" in reason:
         names.insert(0, "a class (its name, or package.module.Name)")
-    if value is None or not names:
+    if given is None or not names:
         return f"--{key}: {_one_line(reason)}"
-    return f"--{key} is {value.group(1)!r}; wanted {' or '.join(names)}"
+    return f"--{key} is {given!r}; wanted {' or '.join(names)}"
 
 
 def _plain_type(text: str) -> str:
@@ -180,12 +194,19 @@ def _one_line(text: str) -> str:
 
 
 def _unknown(words: Sequence[str], options: Sequence[str]) -> str:
-    near = {}
-    for word in words:
-        level = [option for option in options if ("." in option) == ("." in word)]
-        near[word] = difflib.get_close_matches(word, level, n=2)
+    near = {word: _near_options(word, options) for word in words}
     parts = [f"{word} (did you mean {' or '.join(hits)}?)" if hits else word for word, hits in near.items()]
     return f"unknown {'option' if len(parts) == 1 else 'options'} {', '.join(parts)}; --help lists all"
+
+
+def _near_options(word: str, options: Sequence[str]) -> list[str]:
+    """Return the options like a word: on the whole, and in their last part, since the rest is common to many."""
+    level = [option for option in options if ("." in option) == ("." in word)]
+
+    def alike(option: str) -> bool:
+        return difflib.SequenceMatcher(None, word.rpartition(".")[2], option.rpartition(".")[2]).ratio() > 0.5
+
+    return [option for option in difflib.get_close_matches(word, level, n=2) if alike(option)]
 
 
 def _split(

@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
-from timm.optim import (  # pyright: ignore[reportPrivateImportUsage]
-    create_optimizer_v2,
-    list_optimizers,
-    param_groups_layer_decay,
-    param_groups_weight_decay,
+from timm.optim import (
+    create_optimizer_v2,  # pyright: ignore[reportPrivateImportUsage]
+    list_optimizers,  # pyright: ignore[reportPrivateImportUsage]
+    param_groups_layer_decay,  # pyright: ignore[reportPrivateImportUsage]
+    param_groups_weight_decay,  # pyright: ignore[reportPrivateImportUsage]
 )
 from timm.scheduler import create_scheduler_v2  # pyright: ignore[reportPrivateImportUsage]
 from timm.scheduler.scheduler import Scheduler

@@ -7,8 +7,9 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ProgressBar, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Column
+from rich.text import Text
 
 
 def progress_bar() -> Callback:
@@ -43,11 +44,12 @@ class LiveLine(RichProgressBar):
 
     def configure_columns(self, trainer: Trainer) -> list[ProgressColumn]:
         """Return stage, a short bar, batches and the time left."""
+        whole = Column(no_wrap=True)  # where the terminal is narrow, the figures give way
         return [
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
+            TextColumn("{task.description}", table_column=whole),
+            BarColumn(bar_width=12, table_column=whole),
+            MofNCompleteColumn(table_column=whole),
+            TimeRemainingColumn(compact=True, table_column=whole),
         ]
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:  # pyright: ignore
@@ -57,8 +59,15 @@ class LiveLine(RichProgressBar):
     def _init_progress(self, trainer: Trainer) -> None:
         """Cut the figures off at the terminal's edge instead of wrapping them."""
         super()._init_progress(trainer)
-        if self._metric_component is not None:
-            self._metric_component._table_column = Column(no_wrap=True, overflow="ellipsis")
+        if (column := self._metric_component) is not None:
+            render = column.render
+
+            def on_one_line(task: Task) -> Text:
+                text = render(task)
+                text.no_wrap, text.overflow = True, "ellipsis"
+                return text
+
+            column.render = on_one_line
 
     def _get_train_description(self, current_epoch: int) -> str:
         """Count epochs from one, as the plain lines do."""

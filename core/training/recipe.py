@@ -3,18 +3,16 @@
 import csv
 import os
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from core.cli import parse
@@ -23,7 +21,8 @@ from core.training.callbacks import EMA, ExactResume, Interrupt
 from core.training.folder import RunFolder, find_checkpoint, named, numbered, run_of
 from core.training.module import TrainingModule
 from core.training.progress import progress_bar
-from core.training.record import Record, read_history
+from core.training.record import Record
+from core.training.resume import History, check_checkpoint
 from core.training.throughput import Throughput
 
 RUNS = Path("runs")
@@ -148,12 +147,12 @@ class RecipeCLI(LightningCLI):
     # Building.
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer; a ValueError of theirs is about the options they were given."""
+        """Build data, model and trainer; what they refuse, and packages they lack, come of the options given."""
         try:
             super().instantiate_classes()
         except UserError:
             raise
-        except ValueError as error:
+        except (ValueError, ModuleNotFoundError) as error:
             raise UserError(str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -190,7 +189,7 @@ class RecipeCLI(LightningCLI):
         place = str(self.folder.path) if self.folder is not None else None
         try:
             return super().instantiate_trainer(callbacks=own, logger=loggers, default_root_dir=place, **kwargs)
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ModuleNotFoundError, MisconfigurationException) as error:
             raise UserError(f"the trainer's options do not go together: {error}") from error
 
     def _claim_folder(self, run_dir: Path | None) -> RunFolder:
@@ -311,84 +310,6 @@ class RecipeCLI(LightningCLI):
                 writer = csv.DictWriter(file, fieldnames=list(rows[0]))
                 writer.writeheader()
                 writer.writerows(rows)
-
-
-class History(CSVLogger):
-    """The CSV log, which a resumed run goes on writing: records up to the checkpoint's step are kept.
-
-    Args:
-        folder: Where ``metrics.csv`` stands.
-        resumed_from: Checkpoint that the run goes on from, or None.
-    """
-
-    def __init__(self, folder: Path, resumed_from: Path | None) -> None:
-        super().__init__(folder, name="", version="", flush_logs_every_n_steps=50)
-        self._kept: list[dict[str, float]] = []
-        if resumed_from is not None:
-            step = torch.load(resumed_from, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-            self._kept = [{**row, "step": int(row["step"])} for row in read_history(folder) if row["step"] < step]
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Log metrics, after those that were kept."""
-        if self._kept:
-            self.experiment.metrics.extend(self._kept)
-            self._kept = []
-        super().log_metrics(metrics, step)
-
-
-def check_checkpoint(path: Path, model: TrainingModule, resume: bool) -> None:
-    """Refuse a file that is no checkpoint, or one of another model, before anything starts.
-
-    Args:
-        path: The checkpoint.
-        model: The module it is to be loaded into.
-        resume: Training goes on from it, which needs more than weights.
-
-    Raises:
-        UserError: With the differences.
-    """
-    if not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is no checkpoint: it is not a file that torch wrote, or it is cut off")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        stored = checkpoint["state_dict"]
-    except Exception as error:  # torch raises half a dozen kinds for files that are something else
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{path} is no checkpoint of a training run ({first[:120]}); give a .ckpt file of one"
-        ) from error
-    own = model.state_dict()
-    missing = [name for name in own if name not in stored]
-    unknown = [name for name in stored if name not in own]
-    shapes = [
-        f"{name} {tuple(stored[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in stored and stored[name].shape != own[name].shape
-    ]
-    differing = _differing_options(checkpoint.get("hyper_parameters", {}), dict(model.hparams))
-    if missing or unknown or shapes:
-        parts = [
-            f"{len(names)} {what} (such as {names[0]})"
-            for names, what in ((missing, "parameters missing"), (unknown, "unknown"), (shapes, "of another shape"))
-            if names
-        ]
-        hint = f"; its options differ: {', '.join(differing)}" if differing else ""
-        raise UserError(
-            f"{path} is a checkpoint of another model: {', '.join(parts)}{hint}; give a checkpoint of this model, or "
-            "the options and the recipe it was made with"
-        )
-    if resume and "optimizer_states" not in checkpoint:
-        raise UserError(f"{path} holds weights only, and training cannot go on from it; give a whole checkpoint")
-
-
-def _differing_options(stored: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
-    plain = (str, int, float, bool)
-    return [
-        f"{key}={stored[key]!r} there, {own[key]!r} here"
-        for key in stored
-        if key in own and isinstance(stored[key], plain) and stored[key] != own[key] and not key.startswith("_")
-    ]
 
 
 def is_rank_zero() -> bool:

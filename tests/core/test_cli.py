@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,20 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+class Chosen:
+    """What ``data.class_path`` names in the messages below."""
+
+    def __init__(self, n: int, label: str) -> None:
+        self.n, self.label = n, label
+
+
+CHOSEN = (
+    'Parser key "data":\n  Does not validate against any of the Union subtypes\n  Errors:\n'
+    "    - Problem with given class_path 'chosen.Chosen':\n        {}\n    - Expected a <class 'NoneType'>\n"
+    "  Given value type: <class 'dict'>\n  Given value: dict"
+)
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """The one line that a mistake gives; nothing may be left behind."""
     before = sorted(Path().rglob("*"))
@@ -56,7 +71,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--model.width", "4"], "the first argument is the recipe, got --model.width"),
         (["points", "tets"], "unknown stage 'tets' (did you mean test?)"),
         (["points", "fit", "foo"], "unknown option foo"),
-        (["points", "--model.widht", "4"], "unknown option --model.widht (did you mean --model.width"),
+        (["points", "--model.widht", "4"], "unknown option --model.widht (did you mean --model.width?)"),
         (["points", "--model.widt", "4"], "unknown option --model.widt (did you mean --model.width"),
         (["points", "--trainer.max_epoch=3"], "--trainer.max_epoch (did you mean --trainer.max_epochs"),
         (["points", "--model.optimizer.lrr", "3"], "did you mean --model.optimizer.lr"),
@@ -236,9 +251,20 @@ def test_two_runs_that_start_together_get_two_folders(monkeypatch: pytest.Monkey
         ),
         ("Parser key \"model.x\":\n  Expected a <class 'float'>. Got value: abc", "--model.x is 'abc'; wanted float"),
         ("something\n  else", "something else"),
+        (CHOSEN.format("Option 'lab' is not accepted"), "unknown option --data.lab (did you mean --data.label?)"),
+        (
+            CHOSEN.format("Parser key \"n\":\n          Expected a <class 'int'>. Got value: x"),
+            "--data.n is 'x'; wanted int",
+        ),
+        (
+            'Parser key "data":\n    - Expected a dot import path string: Po\n  Given value: '
+            "NestedArg(key='class_path', val='Po')",
+            "--data.class_path is 'Po'; wanted a class",
+        ),
     ],
 )
-def test_messages_of_the_parser_become_one_line(message: str, says: str) -> None:
+def test_messages_of_the_parser_become_one_line(message: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "chosen", SimpleNamespace(Chosen=Chosen))
     assert says in explain(message, ["--model.width", "--data.root"])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOMAINS = tuple(name for name in ("vision", "genomics", "audio") if (ROOT / name).is_dir())
+DOMAINS = tuple(name for name in ("vision", "genomics", "audio") if (ROOT / name / "__init__.py").is_file())
 ALLOWED = {"kernels": {"kernels"}, "core": {"kernels", "core"}} | {d: {"kernels", "core", d} for d in DOMAINS}
 OURS = set(ALLOWED) | {"tests", "benchmarks", "configs"}
 SOURCES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]
