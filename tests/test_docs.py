@@ -20,7 +20,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_examples_run(page: Path) -> None:
-    """All blocks of a page share their names; the one that needs a downloaded file or sits in another file is left out."""
+    """All blocks of a page share their names; the calls that need a downloaded checkpoint are left out."""
     names: dict[str, object] = {"__name__": page.stem}
     if page.name == "README.md":
         exec("from torch import Tensor\nfrom vision.routes import grid, route", names)

@@ -108,11 +108,13 @@ def _causal_conv1d(
     if name in ("cpu", "triton"):
         order = scan_order(p)
         y = _implementation(name).forward(p, order)
-        state = final_state(p, order)
+        state = final_state(p, order) if return_final_state else None
     else:
         y, state = _implementation(name).conv(p)
-    state = state.reshape(p.state_shape).contiguous() if return_final_state else x.new_empty(0)
-    return y.reshape(p.y_shape).contiguous(), state
+    y = y.reshape(p.y_shape).contiguous()
+    if state is None or not return_final_state:
+        return y, x.new_empty(0)
+    return y, state.reshape(p.state_shape).contiguous()
 
 
 @_causal_conv1d.register_fake

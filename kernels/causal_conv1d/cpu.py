@@ -12,7 +12,6 @@ B batch, L tokens, D channels, K routes, P places, W conv width, S sequences.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,12 +19,13 @@ from torch import Tensor
 
 from kernels.causal_conv1d.order import Order, inverse
 from kernels.causal_conv1d.problem import Problem
+from kernels.jit import compiled
 from kernels.threads import parts, run
 
 PLACES = 128  # places in a job; a job sums its own part of dweight
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
+@compiled(inline="always")
 def _source(place, start, token):
     """Token read at a place: -1 for a zero, -2 for a place before the start of the sequence."""
     if place < start:
@@ -33,7 +33,7 @@ def _source(place, start, token):
     return token[place] if token.shape[0] > 0 else place
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _sums(x, weight, bias, state, tables, steps, sizes, out, at_tokens, first, last):
     """Writes s at tokens (B, L, K, D) or at places (B, K, P, D) for the jobs first <= j < last."""
     token_table, start_table, row_table = tables
@@ -70,7 +70,7 @@ def _sums(x, weight, bias, state, tables, steps, sizes, out, at_tokens, first, l
                         y[d] += wr[d] * sr[d]
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _input_gradient(g, weight, places, starts, dx, first, last):
     """Writes dx (B, L, K or 1, D) for the rows first <= b L + t < last; one column is the sum over the routes."""
     length, columns, channels = dx.shape[1], dx.shape[2], dx.shape[3]
@@ -99,7 +99,7 @@ def _input_gradient(g, weight, places, starts, dx, first, last):
                     row[d] += wr[d] * gr[d]
 
 
-@numba.njit(nogil=True, cache=True, fastmath={"contract"})
+@compiled(fastmath={"contract"})
 def _weight_gradient(x, g, state, tables, steps, sizes, dweight, dbias, first, last):
     """Writes each job's part of dweight (jobs, W, D) and dbias (jobs, D)."""
     token_table, start_table, row_table = tables

@@ -24,34 +24,29 @@ class Order:
         token: ``(B, K, P)`` token at a place, -1 where a zero is read and nothing is written; None: place q is token q.
         start: ``(B, K, P)`` first place of the sequence that holds a place; None: 0.
         row: ``(B, K, P)`` row of the state that enters this sequence, -1 for none; None: the batch index.
-        begin: ``(S, K)`` first place of the sequence whose end is final state s.
-        end: ``(S, K)`` place after its last.
-        batch: ``(S,)`` batch index of state s.
+        begin: ``(S, K)`` first place of the sequence whose end is final state s; None: 0.
+        end: ``(S, K)`` place after its last; None: P.
     """
 
     token: Tensor | None
     start: Tensor | None
     row: Tensor | None
-    begin: Tensor
-    end: Tensor
-    batch: Tensor
+    begin: Tensor | None
+    end: Tensor | None
 
 
 def scan_order(p: Problem) -> Order:
     """Builds the tables of a convolution; never waits for a device."""
-    device = p.x.device
     if p.cu_seqlens is not None:
         return _packed(p)
-    batch = torch.arange(p.batch, device=device)
     if p.seq_idx is not None:
-        return _restarting(p, batch)
+        return _restarting(p)
     token = p.route
     if token is None and p.reverse:
-        token = torch.arange(p.length - 1, -1, -1, device=device)[None]
+        token = torch.arange(p.length - 1, -1, -1, device=p.x.device)[None]
     elif token is not None and p.reverse:
         token = token.flip(-1)
-    begin = torch.zeros(p.batch, p.routes, dtype=torch.int32, device=device)
-    return Order(_int32(token), None, None, begin, torch.full_like(begin, p.positions), batch)
+    return Order(_int32(token), None, None, None, None)
 
 
 def inverse(token: Tensor, length: int) -> Tensor:
@@ -75,12 +70,10 @@ def _packed(p: Problem) -> Order:
         row = torch.searchsorted(bounds, place, right=True) - 1
         begin, end = bounds[:-1], bounds[1:]
     row = row.clamp(0, p.sequences - 1)
-    batch = torch.zeros(p.sequences, dtype=torch.int64, device=p.x.device)
-    start = begin[row][None]
-    return Order(token, _int32(start), _int32(row[None]), begin[:, None].int(), end[:, None].int(), batch)
+    return Order(token, _int32(begin[row][None]), _int32(row[None]), begin[:, None], end[:, None])
 
 
-def _restarting(p: Problem, batch: Tensor) -> Order:
+def _restarting(p: Problem) -> Order:
     """Sequences by ``seq_idx``: padding tokens are taken out, the state restarts where the number changes."""
     assert p.seq_idx is not None
     if p.route is None:
@@ -102,11 +95,11 @@ def _restarting(p: Problem, batch: Tensor) -> Order:
     restart = real & (before >= 0) & (previous != index)
     start = torch.where(restart, place, 0).cummax(-1).values
     count = (~gone).sum(-1)  # (B, K)
-    row = torch.where((start == 0) & ~gone, batch[:, None, None], -1)
+    row = torch.where((start == 0) & ~gone, torch.arange(p.batch, device=p.x.device)[:, None, None], -1)
     begin = torch.where(gone, 0, start).amax(-1) if p.positions else count
     token = torch.where(gone, -1, token)
     start = torch.where(gone, place, start)
-    return Order(_int32(token), _int32(start), _int32(row), begin.int(), count.int(), batch)
+    return Order(_int32(token), _int32(start), _int32(row), begin, count)
 
 
 def _int32(t: Tensor | None) -> Tensor | None:
@@ -123,7 +116,7 @@ def final_state(p: Problem, o: Order) -> Tensor:
     shape = (p.sequences, p.routes, p.width - 1, p.channels)
     state = p.x.new_zeros(shape)
     if p.length:
-        rows = p.x[o.batch[:, None, None], token.clamp(min=0), k if p.x.shape[2] > 1 else k * 0]
+        rows = p.x[_batch(p)[:, None, None], token.clamp(min=0), k if p.x.shape[2] > 1 else k * 0]
         state = torch.where((from_x & (token >= 0))[..., None], rows, 0)
     if p.initial_state is not None:
         slot, from_state = _slots(p, o, place)
@@ -139,7 +132,8 @@ def final_state_backward(p: Problem, o: Order, dstate: Tensor, dx: Tensor, dinit
     if p.length:
         keep = (from_x & (token >= 0))[..., None]
         for k in range(p.routes):  # one route after the other: then every row is added to once, in a fixed order
-            index = (o.batch[:, None], token[:, k].clamp(min=0), torch.full_like(token[:, k], min(k, dx.shape[2] - 1)))
+            column = torch.full_like(token[:, k], k if dx.shape[2] > 1 else 0)
+            index = (_batch(p)[:, None], token[:, k].clamp(min=0), column)
             dx.index_put_(index, torch.where(keep[:, k], dstate[:, k], 0), accumulate=True)
     if dinitial is not None:
         slot, from_state = _slots(p, o, place)
@@ -153,35 +147,50 @@ def initial_state_backward(p: Problem, o: Order, g: Tensor) -> Tensor:
     if not p.positions:
         return out
     weight = p.weight.to(g.dtype)
-    enter = o.begin if p.cu_seqlens is not None else torch.zeros_like(o.begin)
+    enter = torch.zeros(p.sequences, 1, dtype=torch.int64, device=g.device)
+    if p.cu_seqlens is not None and o.begin is not None:
+        enter = o.begin
+    b = _batch(p)[:, None]
     k = torch.arange(p.routes, device=g.device)
     for m in range(p.width - 1):  # place m of a sequence reads slots m, m + 1, ... with weights 0, 1, ...
-        place = (enter + m).long()
+        place = enter + m
         inside = place < p.positions
         place = place.clamp(max=p.positions - 1)
         if o.row is not None:
-            row = o.row.expand(p.batch, p.routes, -1)[o.batch[:, None], k, place]
+            row = o.row.expand(p.batch, p.routes, -1)[b, k, place]
             inside = inside & (row == torch.arange(p.sequences, device=g.device)[:, None])
-        gm = torch.where(inside[..., None], g[o.batch[:, None], k, place], 0)  # (S, K, D)
+        gm = torch.where(inside[..., None], g[b, k, place], 0)  # (S, K, D)
         out[:, :, m:] += gm[:, :, None] * weight[:, :, : p.width - 1 - m].transpose(1, 2)
     return out
 
 
 def _window(p: Problem, o: Order) -> tuple[Tensor, Tensor, Tensor]:
     """``(S, K, W - 1)``: places of the final state's slots, whether inputs are there (not old state), their tokens."""
-    place = o.end[..., None].long() - (p.width - 1) + torch.arange(p.width - 1, device=p.x.device)
-    place = place.expand(p.sequences, p.routes, -1)
-    from_x = place >= o.begin[..., None]
+    end = p.positions if o.end is None else o.end[..., None]
+    place = (end - (p.width - 1) + torch.arange(p.width - 1, device=p.x.device)).expand(p.sequences, p.routes, -1)
+    from_x = place >= _begin(p, o)
     token = place.clamp(min=0, max=max(p.positions - 1, 0))
     if o.token is not None and p.positions:
         table = o.token.expand(p.batch, p.routes, -1)
-        token = table[o.batch[:, None, None], torch.arange(p.routes, device=p.x.device)[:, None], token].long()
+        token = table[_batch(p)[:, None, None], torch.arange(p.routes, device=p.x.device)[:, None], token].long()
     return place, from_x, token
+
+
+def _begin(p: Problem, o: Order) -> Tensor:
+    """``Order.begin`` with a last axis, ``(S, K, 1)``."""
+    return torch.zeros(1, 1, 1, dtype=torch.int64, device=p.x.device) if o.begin is None else o.begin[..., None]
+
+
+def _batch(p: Problem) -> Tensor:
+    """Batch index of each row of the state ``(S,)``."""
+    if p.cu_seqlens is None:
+        return torch.arange(p.batch, device=p.x.device)
+    return torch.zeros(p.sequences, dtype=torch.int64, device=p.x.device)
 
 
 def _slots(p: Problem, o: Order, place: Tensor) -> tuple[Tensor, Tensor]:
     """Which slot of the initial state the window reaches back to, and where it does."""
-    begin = o.begin[..., None].long()
+    begin = _begin(p, o)
     slot = place - begin + p.width - 1
     first = torch.ones_like(begin, dtype=torch.bool) if p.cu_seqlens is not None else begin == 0
     return slot.clamp(0, max(p.width - 2, 0)), first & (place < begin)

@@ -9,12 +9,12 @@ D channels, M rows, G groups of D / G channels.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.jit import compiled
 from kernels.norm.problem import Problem
 from kernels.threads import parts, run
 
@@ -22,7 +22,7 @@ ROWS = 32  # rows in a job; a job sums its own part of dweight
 SUMS = {"reassoc", "contract"}  # sums over a row may be vectorised; NaN and infinity keep their meaning
 
 
-@numba.njit(nogil=True, cache=True, fastmath=SUMS)
+@compiled(fastmath=SUMS)
 def _forward(x, residual, gate, weight, bias, layer, eps, gate_last, s, y, mean, rstd, first, last):
     """Writes s, y (M, D), mean and rstd (M, G) of rows first * ROWS <= m < last * ROWS; absent inputs are (0, 0)."""
     rows, channels = x.shape
@@ -61,7 +61,7 @@ def _forward(x, residual, gate, weight, bias, layer, eps, gate_last, s, y, mean,
                 yr[d] *= gr[d]
 
 
-@numba.njit(nogil=True, cache=True, fastmath=SUMS)
+@compiled(fastmath=SUMS)
 def _backward(s, dy, add, gate, weight, bias, mean, rstd, layer, gate_last, ds, dgate, dweight, dbias, first, last):
     """Writes ds and dgate (M, D), and each job's part of dweight and dbias (jobs, D)."""
     rows, channels = s.shape

@@ -28,10 +28,11 @@ STRIPS = 512  # programs that share the rows of a backward: enough for the large
 
 @triton.jit
 def _forward_kernel(
-    x_ptr, residual_ptr, z_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, mean_ptr, rstd_ptr, M, D, G, size, eps, sx, sr, sz,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, LAYER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_Z: tl.constexpr, GATE_LAST: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, residual_ptr, z_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, mean_ptr, rstd_ptr, M, D, G, size, sx, sr, sz,
+    eps: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LAYER: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_Z: tl.constexpr, GATE_LAST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """y, the sum s and the statistics; eps is constexpr because numbers reach a kernel as float32."""
     pid = tl.program_id(0).to(tl.int64)
     group = pid % G
     m = (pid // G) * ROWS + tl.arange(0, ROWS)
@@ -132,7 +133,7 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         tensors, steps, sizes, flags = _arguments(p)
         tiles = triton.cdiv(sizes[0], flags["ROWS"])
         with _on(p.x):
-            _forward_kernel[(tiles * p.groups,)](*tensors, s, y, mean, rstd, *sizes, p.eps, *steps, **flags)
+            _forward_kernel[(tiles * p.groups,)](*tensors, s, y, mean, rstd, *sizes, *steps, eps=p.eps, **flags)
     return y, s, mean, rstd
 
 

@@ -150,7 +150,8 @@ def _selective_scan(
     if name in ("cpu", "triton"):
         y, state, saved = _implementation(name).forward(p)
     else:
-        y, state = _implementation(name).scan(p)
+        # An op's outputs are tensors of their own: no views, no aliases of its inputs.
+        y, state = (t.clone(memory_format=torch.contiguous_format) for t in _implementation(name).scan(p))
         saved = x.new_zeros((p.slots, p.routes, p.state, p.channels), dtype=p.state_dtype)
     if not return_final_state:
         return y, x.new_empty(0, dtype=p.state_dtype), saved

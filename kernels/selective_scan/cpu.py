@@ -9,6 +9,7 @@ B batch, L tokens, D channels, N state, K routes, P scan positions, G groups, S 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from kernels.selective_scan.problem import Problem
 
 BLOCK = 96  # channels a task holds in its tiles
 RUNS = 32  # at most so many runs of sequences
+FORWARD_PARTS = 64  # at most so many runs of blocks
 PARTS = 8  # at most so many runs of blocks in the backward, each with its own sums of dB and dC
 SMALL = 1 << 16  # state updates that one thread does before a second one has woken up
 
@@ -41,7 +43,8 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     saved = p.x.new_zeros((p.slots, p.routes, p.state, p.channels), dtype=p.state_dtype)
     sizes, inputs = _arguments(p, BLOCK)
     outputs = (_memory(y), _memory(final), _memory(saved))
-    tasks = [(*blocks, *run) for run in _cut(p.sequences, RUNS) for blocks in _cut(len(inputs.blocks), len(inputs.blocks))]
+    count = len(inputs.blocks)
+    tasks = [(*blocks, *run) for run in _cut(p.sequences, RUNS) for blocks in _cut(count, FORWARD_PARTS)]
     _launch(p, lambda *task: forward_kernel(*task, sizes, inputs, *outputs), tasks)
     return y.to(p.x.dtype), final, saved
 
@@ -62,11 +65,11 @@ def backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> Gr
         return p.x.new_zeros(shape, dtype=dtype)
 
     planar = (len(runs), p.routes, sizes.planes, p.state, p.channels)
-    timed = (len(parts), p.batch, p.length, p.routes, p.groups, p.state)
+    varying = (len(parts), p.batch, p.length, p.routes, p.groups, p.state)
     dx, ddt = zeros(p.batch, p.length, sizes.x_routes, p.channels), zeros(p.batch, p.length, p.routes, p.channels)
     dz = zeros(p.batch, p.length, p.channels) if sizes.gated else zeros(0)
-    dB = zeros(*timed, dtype=p.state_dtype) if sizes.timed_B else zeros(*planar)
-    dC = zeros(*timed, dtype=p.state_dtype) if sizes.timed_C else zeros(*planar)
+    dB = zeros(*varying, dtype=p.state_dtype) if sizes.varying_b else zeros(*planar)
+    dC = zeros(*varying, dtype=p.state_dtype) if sizes.varying_c else zeros(*planar)
     dA, dD, dbias = zeros(*planar), zeros(len(runs), p.routes, p.channels), zeros(len(runs), p.routes, p.channels)
     dinitial = zeros(p.sequences, p.routes, p.channels, p.state, dtype=p.state_dtype)
     adjoints = Adjoints(
@@ -89,8 +92,8 @@ def backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> Gr
         x=dx,
         dt=ddt,
         A=_unplane(_total(dA)),
-        B=_total(dB) if sizes.timed_B else _unplane(_total(dB)),
-        C=_total(dC) if sizes.timed_C else _unplane(_total(dC)),
+        B=_total(dB) if sizes.varying_b else _unplane(_total(dB)),
+        C=_total(dC) if sizes.varying_c else _unplane(_total(dC)),
         D=None if p.D is None else _total(dD),
         z=None if p.z is None else dz,
         dt_bias=None if p.dt_bias is None else _total(dbias),
@@ -138,7 +141,6 @@ def _blocks(p: Problem, width: int) -> np.ndarray:
 
 def _arguments(p: Problem, width: int) -> tuple[Sizes, Inputs]:
     """The problem as the kernels read it."""
-    timed_B, timed_C = p.B.ndim == 5, p.C.ndim == 5
     sizes = Sizes(
         batch=p.batch,
         length=p.length,
@@ -157,15 +159,16 @@ def _arguments(p: Problem, width: int) -> tuple[Sizes, Inputs]:
         reverse=int(p.reverse),
         gated=int(p.z is not None),
         keep=int(p.route is not None and not p.merge),
-        timed_B=int(timed_B),
-        timed_C=int(timed_C),
+        varying_b=int(p.B.ndim == 5),
+        varying_c=int(p.C.ndim == 5),
     )
     zeros = p.x.new_zeros((p.routes, p.channels), dtype=p.dtype)
+    no_strides: Any = (0, 0, 0, 0)
     x, x_strides = _flat(p.x.expand(-1, -1, p.routes, -1), p.dtype, 3)
     dt, dt_strides = _flat(p.dt, p.dtype, 3)
     z, z_strides = _flat(p.z, p.dtype, 2)
-    B, B_strides = _flat(p.B, p.state_dtype, 4) if timed_B else (_planar(p.B, p.state_dtype), (0,) * 4)
-    C, C_strides = _flat(p.C, p.state_dtype, 4) if timed_C else (_planar(p.C, p.state_dtype), (0,) * 4)
+    B, B_strides = _flat(p.B, p.state_dtype, 4) if p.B.ndim == 5 else (_planar(p.B, p.state_dtype), no_strides)
+    C, C_strides = _flat(p.C, p.state_dtype, 4) if p.C.ndim == 5 else (_planar(p.C, p.state_dtype), no_strides)
     return sizes, Inputs(
         x=x,
         x_strides=x_strides,
@@ -183,12 +186,12 @@ def _arguments(p: Problem, width: int) -> tuple[Sizes, Inputs]:
         initial=_rows(p.x.new_empty(0) if p.initial_state is None else p.initial_state, p.state_dtype),
         route=np.empty((0, 0), np.int32) if p.route is None else p.route.contiguous().numpy(),
         code=np.empty((0, 0, 0), np.int8) if p.code is None else p.code.contiguous().numpy(),
-        bounds=np.empty(0, np.int32) if p.cu_seqlens is None else p.cu_seqlens.contiguous().numpy(),
+        bounds=np.empty(0, np.int64) if p.cu_seqlens is None else p.cu_seqlens.long().contiguous().numpy(),
         blocks=_blocks(p, width),
     )
 
 
-def _flat(t: Tensor | None, dtype: torch.dtype, axes: int) -> tuple[np.ndarray, tuple[int, ...]]:
+def _flat(t: Tensor | None, dtype: torch.dtype, axes: int) -> tuple[np.ndarray, Any]:
     """The memory of ``t`` as a flat array, and the strides of its first ``axes`` axes; the rest is contiguous.
 
     Copies only for another dtype or where the rest is not contiguous. Without elements: an empty array.

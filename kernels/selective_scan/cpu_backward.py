@@ -14,15 +14,34 @@ W lanes, R runs of sequences, J runs of blocks (parts).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
 from kernels.selective_scan.cpu_chunk import (
-    INNER, KERNEL, SKIP, Inputs, Scratch, Sizes, decay, fill, gather, gather_rows, lanes, load_row, load_state, load_tile,
-    make_scratch, sequence, store_state,
-)  # fmt: skip
+    INNER,
+    PART,
+    SKIP,
+    SOURCES,
+    Inputs,
+    Scratch,
+    Sizes,
+    decay,
+    fill,
+    flush,
+    gather,
+    gather_rows,
+    kernel,
+    lanes,
+    load_row,
+    load_state,
+    load_tile,
+    make_scratch,
+    sequence,
+    store_state,
+)
 from kernels.selective_scan.cpu_math import sigmoid
 from kernels.selective_scan.problem import CHUNK
 
@@ -53,9 +72,9 @@ class Tiles(NamedTuple):
     A: np.ndarray  # (Q, N, W), as all down to h
     B: np.ndarray
     C: np.ndarray
-    dA: np.ndarray
-    dB: np.ndarray
-    dC: np.ndarray
+    grad_a: np.ndarray
+    grad_b: np.ndarray
+    grad_c: np.ndarray
     G: np.ndarray  # conj(a_{t+1}) G_{t+1}
     h: np.ndarray
     a: np.ndarray  # (T, Q, N, W)
@@ -66,16 +85,16 @@ class Tiles(NamedTuple):
     dx: np.ndarray
     ddt: np.ndarray
     row: np.ndarray  # (Q, W)
-    timed_dB: np.ndarray  # (T, N Q)
-    timed_dC: np.ndarray
+    step_db: np.ndarray  # (T, N Q)
+    step_dc: np.ndarray
     D: np.ndarray  # (W,)
     bias: np.ndarray
-    dD: np.ndarray
-    dbias: np.ndarray
+    grad_d: np.ndarray
+    grad_bias: np.ndarray
     sign: np.ndarray  # (Q,): y = sum over planes of sign C h
 
 
-@njit(**INNER)
+@njit(**PART)
 def make_tiles(s: Sizes, v: Inputs, width: int) -> Tiles:
     """Zeros; the padding lanes of parameters and incoming gradients stay so."""
     kind, tile, rows = v.x.dtype, (s.planes, s.state, width), (CHUNK, width)
@@ -95,7 +114,7 @@ def make_tiles(s: Sizes, v: Inputs, width: int) -> Tiles:
 @njit(**SUM)
 def dot(u: np.ndarray, v: np.ndarray) -> float:
     """The sum over the lanes of ``u v``."""
-    total = u[0] * 0
+    total = u.dtype.type(0)
     for d in range(u.size):
         total += u[d] * v[d]
     return total
@@ -134,7 +153,16 @@ def add_row(row: np.ndarray, s: Sizes, r: int, k: int, d0: int, d1: int, target:
 
 
 @njit(**INNER)
-def add_rows(rows: np.ndarray, place: np.ndarray, token: np.ndarray, steps: int, base: int, stride: int, width: int, target: np.ndarray) -> None:
+def add_rows(
+    rows: np.ndarray,
+    place: np.ndarray,
+    token: np.ndarray,
+    steps: int,
+    base: int,
+    stride: int,
+    width: int,
+    target: np.ndarray,
+) -> None:
     """Adds rows to ``target`` at ``base + place[i] * stride``, those of real tokens."""
     for i in range(steps):
         if token[i] >= 0:
@@ -147,7 +175,7 @@ def add_rows(rows: np.ndarray, place: np.ndarray, token: np.ndarray, steps: int,
 def replay(s: Sizes, c: Scratch, steps: int, t: Tiles) -> None:
     """Runs the steps of a chunk again and keeps ``a_t`` and ``a_t h_{t-1}``."""
     a, ah, h, u, B = t.a, t.ah, t.h, t.u, t.B
-    timed_B, planes, width = s.timed_B != 0, s.planes, u.shape[1]
+    varying_b, planes, width = s.varying_b != 0, s.planes, u.shape[1]
     for i in range(steps):
         if c.token[i] == SKIP:
             continue
@@ -167,38 +195,38 @@ def replay(s: Sizes, c: Scratch, steps: int, t: Tiles) -> None:
             for q in range(planes):
                 b = c.B[i, n * planes + q]
                 for d in range(width):
-                    h[q, n, d] = ah[i, q, n, d] + u[i, d] * (b if timed_B else B[q, n, d])
+                    h[q, n, d] = ah[i, q, n, d] + u[i, d] * (b if varying_b else B[q, n, d])
 
 
 @njit(**INNER)
 def retreat(s: Sizes, c: Scratch, i: int, t: Tiles) -> None:
     """One step back through all states. Leaves Re<B, G> in dx and Re<A a h, G> in ddt, ``conj(a) G`` in G."""
-    A, B, C, G, dA, dB, dC = t.A, t.B, t.C, t.G, t.dA, t.dB, t.dC
+    A, B, C, G, dA, dB, dC = t.A, t.B, t.C, t.G, t.grad_a, t.grad_b, t.grad_c
     ah, a, u, dy, y, dx, ddt, row, dt = t.ah, t.a, t.u, t.dy, t.y, t.dx, t.ddt, t.row, c.dt
-    timed_B, timed_C, planes, width = s.timed_B != 0, s.timed_C != 0, s.planes, u.shape[1]
+    varying_b, varying_c, planes, width = s.varying_b != 0, s.varying_c != 0, s.planes, u.shape[1]
     for n in range(s.state):
         for q in range(planes):
             at = n * planes + q
             b, r, scale = c.B[i, at], c.C[i, at], t.sign[q]
             for d in range(width):
-                row[q, d] = ah[i, q, n, d] + u[i, d] * (b if timed_B else B[q, n, d])
+                row[q, d] = ah[i, q, n, d] + u[i, d] * (b if varying_b else B[q, n, d])
             if s.gated:
                 for d in range(width):
-                    y[i, d] += scale * (r if timed_C else C[q, n, d]) * row[q, d]
+                    y[i, d] += scale * (r if varying_c else C[q, n, d]) * row[q, d]
             for d in range(width):
-                G[q, n, d] += scale * (r if timed_C else C[q, n, d]) * dy[i, d]
-            if timed_C:
-                t.timed_dC[i, at] = scale * dot(dy[i], row[q])
+                G[q, n, d] += scale * (r if varying_c else C[q, n, d]) * dy[i, d]
+            if varying_c:
+                t.step_dc[i, at] = scale * dot(dy[i], row[q])
             else:
                 for d in range(width):
                     dC[q, n, d] += scale * dy[i, d] * row[q, d]
-            if timed_B:
-                t.timed_dB[i, at] = dot(u[i], G[q, n])
+            if varying_b:
+                t.step_db[i, at] = dot(u[i], G[q, n])
             else:
                 for d in range(width):
                     dB[q, n, d] += u[i, d] * G[q, n, d]
             for d in range(width):
-                dx[i, d] += (b if timed_B else B[q, n, d]) * G[q, n, d]
+                dx[i, d] += (b if varying_b else B[q, n, d]) * G[q, n, d]
         if planes == 1:
             for d in range(width):
                 row[0, d] = ah[i, 0, n, d] * G[0, n, d]
@@ -217,7 +245,7 @@ def retreat(s: Sizes, c: Scratch, i: int, t: Tiles) -> None:
                 dA[q, n, d] += dt[i, d] * row[q, d]
 
 
-@njit(**INNER)
+@njit(**PART)
 def retreat_chunk(s: Sizes, c: Scratch, steps: int, t: Tiles) -> None:
     """The steps of a chunk, last one first; finishes dx and ddt."""
     x, dt, dy, y, dx, ddt, D, width = c.x, c.dt, t.dy, t.y, t.dx, t.ddt, t.D, t.u.shape[1]
@@ -231,15 +259,15 @@ def retreat_chunk(s: Sizes, c: Scratch, steps: int, t: Tiles) -> None:
         retreat(s, c, i, t)
         for d in range(width):
             ddt[i, d] = (ddt[i, d] + x[i, d] * dx[i, d]) * c.slope[i, d]
-            t.dbias[d] += ddt[i, d]
+            t.grad_bias[d] += ddt[i, d]
         for d in range(width):
             dx[i, d] = dt[i, d] * dx[i, d] + D[d] * dy[i, d]
-            t.dD[d] += dy[i, d] * x[i, d]
+            t.grad_d[d] += dy[i, d] * x[i, d]
         if c.restart[i]:
             fill(t.G)
 
 
-@njit(**INNER)
+@njit(**PART)
 def gate(s: Sizes, v: Inputs, b: int, d0: int, width: int, steps: int, token: np.ndarray, dy: np.ndarray) -> None:
     """Multiplies the rows of dy by silu(z)."""
     for i in range(steps):
@@ -249,8 +277,10 @@ def gate(s: Sizes, v: Inputs, b: int, d0: int, width: int, steps: int, token: np
                 dy[i, d] *= z[d] * sigmoid(z[d])
 
 
-@njit(**INNER)
-def gate_gradient(s: Sizes, v: Inputs, b: int, k: int, d0: int, width: int, steps: int, c: Scratch, y: np.ndarray, o: Adjoints) -> None:
+@njit(**PART)
+def gate_gradient(
+    s: Sizes, v: Inputs, b: int, k: int, d0: int, width: int, steps: int, c: Scratch, y: np.ndarray, o: Adjoints
+) -> None:
     """Adds ``dy y silu'(z)`` to dz, with y before the gate."""
     routes = s.routes if s.keep else 1
     for i in range(steps):
@@ -261,19 +291,40 @@ def gate_gradient(s: Sizes, v: Inputs, b: int, k: int, d0: int, width: int, step
             out = o.z[(b * s.length + token) * s.channels + d0 :]
             for d in range(width):
                 sig = sigmoid(z[d])
-                out[d] += dy[d] * y[i, d] * (sig + z[d] * sig * (1 - sig))
+                out[d] += dy[d] * y[i, d] * (sig + z[d] * (sig - sig * sig))
 
 
-@njit(**INNER)
+@njit(**PART)
 def backward_chunk(
-    s: Sizes, v: Inputs, o: Adjoints, b: int, k: int, g: int, d0: int, d1: int, first: int, steps: int, part: int, c: Scratch, t: Tiles
+    s: Sizes,
+    v: Inputs,
+    o: Adjoints,
+    b: int,
+    k: int,
+    g: int,
+    d0: int,
+    d1: int,
+    first: int,
+    steps: int,
+    part: int,
+    c: Scratch,
+    t: Tiles,
 ) -> None:
     """One chunk of one route: t.h holds the state before it, t.G the adjoint after it, and before it on return."""
     width, entries = d1 - d0, s.state * s.planes
     routes = s.routes if s.keep else 1
     gather(s, v, b, k, g, d0, d1, first, steps, t.bias, c, True)
     stride = routes * s.channels
-    gather_rows(o.y, b * s.length * stride + (k if s.keep else 0) * s.channels + d0, stride, c.token, c.token, steps, width, t.dy)
+    gather_rows(
+        o.y,
+        b * s.length * stride + (k if s.keep else 0) * s.channels + d0,
+        stride,
+        c.token,
+        c.token,
+        steps,
+        width,
+        t.dy,
+    )
     if s.gated:
         gate(s, v, b, d0, width, steps, c.token, t.dy)
     replay(s, c, steps, t)
@@ -287,41 +338,50 @@ def backward_chunk(
     add_rows(t.ddt, c.place, c.token, steps, b * s.length * stride + k * s.channels + d0, stride, width, o.dt)
     stride = s.routes * s.groups * entries
     at = (part * s.batch + b) * s.length * stride + (k * s.groups + g) * entries
-    if s.timed_B:
-        add_rows(t.timed_dB, c.place, c.token, steps, at, stride, entries, o.B)
-    if s.timed_C:
-        add_rows(t.timed_dC, c.place, c.token, steps, at, stride, entries, o.C)
+    if s.varying_b:
+        add_rows(t.step_db, c.place, c.token, steps, at, stride, entries, o.B)
+    if s.varying_c:
+        add_rows(t.step_dc, c.place, c.token, steps, at, stride, entries, o.C)
 
 
-@njit(**KERNEL)
-def backward(part: int, j0: int, j1: int, run: int, q0: int, q1: int, s: Sizes, v: Inputs, o: Adjoints) -> None:
-    """Blocks ``j0:j1`` (part ``part``) of sequences ``q0:q1`` (run ``run``), all routes."""
-    for j in range(j0, j1):
-        d0, d1 = v.blocks[j, 0], v.blocks[j, 1]
-        g = d0 * s.groups // s.channels
-        width = lanes(d1 - d0)
-        c, t = make_scratch(s, v, width), make_tiles(s, v, width)
-        for k in range(s.routes):
-            load_tile(v.A, s, k, d0, d1, t.A)
-            if not s.timed_B:
-                load_tile(v.B, s, k, d0, d1, t.B)
-            if not s.timed_C:
-                load_tile(v.C, s, k, d0, d1, t.C)
-            load_row(v.D, s, k, d0, d1, t.D)
-            load_row(v.dt_bias, s, k, d0, d1, t.bias)
-            for q in range(q0, q1):
-                b, start, stop, slot = sequence(s, v, q)
-                load_state(o.final, s, q, k, d0, d1, t.G)
-                for chunk in range((stop - start + CHUNK - 1) // CHUNK - 1, -1, -1):
-                    done = chunk * CHUNK
-                    first = stop - 1 - done if s.reverse else start + done
-                    load_saved(o.saved, s, slot + chunk, k, d0, d1, t.h)
-                    backward_chunk(s, v, o, b, k, g, d0, d1, first, min(CHUNK, stop - start - done), part, c, t)
-                    add_tile(t.dA, s, run, k, d0, d1, o.A)
-                    if not s.timed_B:
-                        add_tile(t.dB, s, run, k, d0, d1, o.B)
-                    if not s.timed_C:
-                        add_tile(t.dC, s, run, k, d0, d1, o.C)
-                    add_row(t.dD, s, run, k, d0, d1, o.D)
-                    add_row(t.dbias, s, run, k, d0, d1, o.dt_bias)
-                store_state(t.G, s, q, k, d0, d1, o.initial)
+def _make(sources: str) -> Callable[..., None]:
+
+    @kernel
+    def backward(part: int, j0: int, j1: int, run: int, q0: int, q1: int, s: Sizes, v: Inputs, o: Adjoints) -> None:
+        """Blocks ``j0:j1`` (part ``part``) of sequences ``q0:q1`` (run ``run``), all routes."""
+        _ = sources
+        for j in range(j0, j1):
+            d0, d1 = v.blocks[j, 0], v.blocks[j, 1]
+            g = d0 * s.groups // s.channels
+            width = lanes(d1 - d0)
+            c, t = make_scratch(s, v, width), make_tiles(s, v, width)
+            for k in range(s.routes):
+                load_tile(v.A, s, k, d0, d1, t.A)
+                if not s.varying_b:
+                    load_tile(v.B, s, k, d0, d1, t.B)
+                if not s.varying_c:
+                    load_tile(v.C, s, k, d0, d1, t.C)
+                load_row(v.D, s, k, d0, d1, t.D)
+                load_row(v.dt_bias, s, k, d0, d1, t.bias)
+                for q in range(q0, q1):
+                    b, start, stop, slot = sequence(s, v, q)
+                    load_state(o.final, s, q, k, d0, d1, t.G)
+                    for chunk in range((stop - start + CHUNK - 1) // CHUNK - 1, -1, -1):
+                        done = chunk * CHUNK
+                        first = stop - 1 - done if s.reverse else start + done
+                        load_saved(o.saved, s, slot + chunk, k, d0, d1, t.h)
+                        backward_chunk(s, v, o, b, k, g, d0, d1, first, min(CHUNK, stop - start - done), part, c, t)
+                        add_tile(t.grad_a, s, run, k, d0, d1, o.A)
+                        if not s.varying_b:
+                            add_tile(t.grad_b, s, run, k, d0, d1, o.B)
+                        if not s.varying_c:
+                            add_tile(t.grad_c, s, run, k, d0, d1, o.C)
+                        add_row(t.grad_d, s, run, k, d0, d1, o.D)
+                        add_row(t.grad_bias, s, run, k, d0, d1, o.dt_bias)
+                        flush(t.G)
+                    store_state(t.G, s, q, k, d0, d1, o.initial)
+
+    return backward
+
+
+backward = _make(SOURCES)

@@ -9,7 +9,10 @@ B batch, L tokens, D channels, N state, K routes, P scan positions, G groups, S 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -18,10 +21,22 @@ from kernels.selective_scan.cpu_math import MATH, exp, rotation, sigmoid, softpl
 from kernels.selective_scan.problem import CHUNK
 
 # Functions that only kernels call: without the wrappers for Python, which take longer to compile than they do.
-INNER = {**MATH, "nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-# Kernels, cached on disk.
-KERNEL = {**MATH, "nogil": True, "cache": True}
+INNER: Any = {**MATH, "nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+# Parts of one kernel: compiled with it, not once alone and once more inside it.
+PART: Any = {**MATH, "inline": "always"}
 SLOT, SKIP = -1, -2  # in place of a token: padding of a route; padding of a sequence
+# What the kernels are made of. Numba keys its disk cache by the file of the kernel itself and by the values that the
+# kernel closes over, so each kernel closes over this: an edit of any of these files compiles it again.
+SOURCES = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("cpu_*.py")))).hexdigest()
+
+
+def kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """Compiles a kernel on its first call, and keeps it on disk where a folder can be written."""
+    options = {**MATH, "nogil": True}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # numba found no folder for its cache
+        return njit(**options)(function)
 
 
 class Sizes(NamedTuple):
@@ -44,8 +59,8 @@ class Sizes(NamedTuple):
     reverse: int
     gated: int
     keep: int
-    timed_B: int  # B varies over time, else (K, Q, N, D)
-    timed_C: int
+    varying_b: int  # B varies over time, else (K, Q, N, D)
+    varying_c: int
 
 
 class Inputs(NamedTuple):
@@ -71,7 +86,7 @@ class Inputs(NamedTuple):
     initial: np.ndarray
     route: np.ndarray  # (K, P)
     code: np.ndarray  # (B, K, P)
-    bounds: np.ndarray  # (S + 1,)
+    bounds: np.ndarray  # (S + 1,) int64
     blocks: np.ndarray  # (blocks, 2) first and last + 1 channel; none crosses a group
 
 
@@ -88,13 +103,13 @@ class Scratch(NamedTuple):
     C: np.ndarray
 
 
-@njit(**INNER)
+@njit(**PART)
 def lanes(width: int) -> int:
     """The width of a block, padded to whole SIMD registers."""
     return (width + 15) // 16 * 16
 
 
-@njit(**INNER)
+@njit(**PART)
 def make_scratch(s: Sizes, v: Inputs, width: int) -> Scratch:
     """Scratch for a chunk; the padding lanes of x are zero and stay so."""
     kind = v.x.dtype
@@ -111,12 +126,12 @@ def make_scratch(s: Sizes, v: Inputs, width: int) -> Scratch:
     )
 
 
-@njit(**INNER)
+@njit(**PART)
 def sequence(s: Sizes, v: Inputs, q: int) -> tuple[int, int, int, int]:
     """Row, first position, end position and first saved slot of sequence ``q``."""
     if s.packed:
-        start = np.int64(v.bounds[q])
-        return 0, start, np.int64(v.bounds[q + 1]), start // CHUNK + q
+        start = v.bounds[q]
+        return 0, start, v.bounds[q + 1], start // CHUNK + q
     return q, 0, s.positions, q * ((s.positions + CHUNK - 1) // CHUNK)
 
 
@@ -147,6 +162,17 @@ def fill(tile: np.ndarray) -> None:
 
 
 @njit(**INNER)
+def flush(tile: np.ndarray) -> None:
+    """Sets denormals to zero. A state that only decays would stay one, and each step would be 20 times as slow."""
+    tiny = np.finfo(tile.dtype).tiny
+    for q in range(tile.shape[0]):
+        for n in range(tile.shape[1]):
+            for d in range(tile.shape[2]):
+                if abs(tile[q, n, d]) < tiny:
+                    tile[q, n, d] = 0
+
+
+@njit(**INNER)
 def load_state(source: np.ndarray, s: Sizes, q: int, k: int, d0: int, d1: int, h: np.ndarray) -> None:
     """Sequence ``q`` of states ``(S, K, D, N, Q)`` to a tile; zeros in the padding lanes."""
     fill(h)
@@ -169,7 +195,7 @@ def store_state(h: np.ndarray, s: Sizes, q: int, k: int, d0: int, d1: int, targe
                 target[at + n * s.planes + plane] = h[plane, n, d - d0]
 
 
-@njit(**INNER)
+@njit(**PART)
 def gather_tokens(s: Sizes, v: Inputs, b: int, k: int, first: int, steps: int, c: Scratch) -> None:
     """Which token each of ``steps`` positions is, the first position being ``first``, in scan order."""
     for i in range(steps):
@@ -182,14 +208,23 @@ def gather_tokens(s: Sizes, v: Inputs, b: int, k: int, first: int, steps: int, c
 
 
 @njit(**INNER)
-def gather_rows(source: np.ndarray, base: int, stride: int, at: np.ndarray, token: np.ndarray, steps: int, width: int, rows: np.ndarray) -> None:
-    """Rows of ``source`` at ``base + at[i] * stride``, zeros where there is no token."""
+def gather_rows(
+    source: np.ndarray,
+    base: int,
+    stride: int,
+    place: np.ndarray,
+    token: np.ndarray,
+    steps: int,
+    width: int,
+    rows: np.ndarray,
+) -> None:
+    """Rows of ``source`` at ``base + place[i] * stride``, zeros where there is no token."""
     for i in range(steps):
         if token[i] < 0:
             for d in range(width):
                 rows[i, d] = 0
         else:
-            row = source[base + at[i] * stride :]
+            row = source[base + place[i] * stride :]
             for d in range(width):
                 rows[i, d] = row[d]
 
@@ -208,9 +243,20 @@ def activate(on: int, steps: int, bias: np.ndarray, dt: np.ndarray, slope: np.nd
                 dt[i, d] = softplus(dt[i, d])
 
 
-@njit(**INNER)
+@njit(**PART)
 def gather(
-    s: Sizes, v: Inputs, b: int, k: int, g: int, d0: int, d1: int, first: int, steps: int, bias: np.ndarray, c: Scratch, slopes: bool
+    s: Sizes,
+    v: Inputs,
+    b: int,
+    k: int,
+    g: int,
+    d0: int,
+    d1: int,
+    first: int,
+    steps: int,
+    bias: np.ndarray,
+    c: Scratch,
+    slopes: bool,
 ) -> None:
     """Reads ``steps`` positions, the first at ``first``, in scan order; ``slopes`` wants the derivative of dt too."""
     gather_tokens(s, v, b, k, first, steps, c)
@@ -219,10 +265,10 @@ def gather(
     at = b * v.dt_strides[0] + k * v.dt_strides[2] + d0
     gather_rows(v.dt, at, v.dt_strides[1], c.place, c.token, steps, d1 - d0, c.dt)
     activate(s.softplus, steps, bias, c.dt, c.slope, slopes)
-    if s.timed_B:
+    if s.varying_b:
         at = b * v.B_strides[0] + k * v.B_strides[2] + g * v.B_strides[3]
         gather_rows(v.B, at, v.B_strides[1], c.place, c.token, steps, s.state * s.planes, c.B)
-    if s.timed_C:
+    if s.varying_c:
         at = b * v.C_strides[0] + k * v.C_strides[2] + g * v.C_strides[3]
         gather_rows(v.C, at, v.C_strides[1], c.place, c.token, steps, s.state * s.planes, c.C)
 

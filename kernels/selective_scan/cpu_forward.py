@@ -7,37 +7,61 @@ B batch, L tokens, D channels, N state, K routes, P scan positions, S sequences,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
 from kernels.selective_scan.cpu_chunk import (
-    INNER, KERNEL, SKIP, Inputs, Scratch, Sizes, decay, fill, gather, lanes, load_row, load_state, load_tile, make_scratch, sequence,
+    INNER,
+    PART,
+    SKIP,
+    SOURCES,
+    Inputs,
+    Scratch,
+    Sizes,
+    decay,
+    fill,
+    flush,
+    gather,
+    kernel,
+    lanes,
+    load_row,
+    load_state,
+    load_tile,
+    make_scratch,
+    sequence,
     store_state,
-)  # fmt: skip
+)
 from kernels.selective_scan.cpu_math import exp, sigmoid
 from kernels.selective_scan.problem import CHUNK
 
 
 @njit(**INNER)
 def save(h: np.ndarray, s: Sizes, slot: int, k: int, d0: int, d1: int, saved: np.ndarray) -> None:
-    """A tile to slot ``slot`` of saved ``(slots, K, N, D, Q)``; clears denormals, which would slow every later step."""
-    tiny = np.finfo(h.dtype).tiny
+    """A tile to slot ``slot`` of saved ``(slots, K, N, D, Q)``."""
     for n in range(s.state):
-        at = ((slot * s.routes + k) * s.state + n) * s.channels
+        at = ((slot * s.routes + k) * s.state + n) * s.channels + d0
         for plane in range(s.planes):
             for d in range(d1 - d0):
-                if abs(h[plane, n, d]) < tiny:
-                    h[plane, n, d] = 0
-                saved[(at + d0 + d) * s.planes + plane] = h[plane, n, d]
+                saved[(at + d) * s.planes + plane] = h[plane, n, d]
 
 
 @njit(**INNER)
 def advance_real(
-    s: Sizes, c: Scratch, steps: int, A: np.ndarray, B: np.ndarray, C: np.ndarray, D: np.ndarray, h: np.ndarray, y: np.ndarray
+    s: Sizes,
+    c: Scratch,
+    steps: int,
+    A: np.ndarray,
+    B: np.ndarray,
+    C: np.ndarray,
+    D: np.ndarray,
+    h: np.ndarray,
+    y: np.ndarray,
 ) -> None:
     """Runs the steps of a chunk: h moves on, y ``(T, W)`` is read."""
     width = D.size
-    timed_B, timed_C = s.timed_B != 0, s.timed_C != 0
+    varying_b, varying_c = s.varying_b != 0, s.varying_c != 0
     Bt, Ct = c.B, c.C
     x, dt = c.x, c.dt
     for i in range(steps):
@@ -52,14 +76,23 @@ def advance_real(
             b = Bt[i, n]
             r = Ct[i, n]
             for d in range(width):
-                value = exp(dt[i, d] * A[0, n, d]) * h[0, n, d] + x[i, d] * (b if timed_B else B[0, n, d])
+                value = exp(dt[i, d] * A[0, n, d]) * h[0, n, d] + x[i, d] * (b if varying_b else B[0, n, d])
                 h[0, n, d] = value
-                y[i, d] += value * (r if timed_C else C[0, n, d])
+                y[i, d] += value * (r if varying_c else C[0, n, d])
 
 
 @njit(**INNER)
 def advance_complex(
-    s: Sizes, c: Scratch, steps: int, A: np.ndarray, B: np.ndarray, C: np.ndarray, D: np.ndarray, h: np.ndarray, a: np.ndarray, y: np.ndarray
+    s: Sizes,
+    c: Scratch,
+    steps: int,
+    A: np.ndarray,
+    B: np.ndarray,
+    C: np.ndarray,
+    D: np.ndarray,
+    h: np.ndarray,
+    a: np.ndarray,
+    y: np.ndarray,
 ) -> None:
     """``advance_real`` on two planes; y takes twice the real part."""
     width = D.size
@@ -74,10 +107,10 @@ def advance_complex(
             c.x[i, d] *= c.dt[i, d]
         for n in range(s.state):
             for plane in range(2):
-                if s.timed_B:
+                if s.varying_b:
                     for d in range(width):
                         B[plane, n, d] = c.B[i, 2 * n + plane]
-                if s.timed_C:
+                if s.varying_c:
                     for d in range(width):
                         C[plane, n, d] = c.C[i, 2 * n + plane]
             for d in range(width):
@@ -89,8 +122,19 @@ def advance_complex(
                 y[i, d] += half + half
 
 
-@njit(**INNER)
-def put(s: Sizes, v: Inputs, b: int, k: int, d0: int, width: int, steps: int, token: np.ndarray, rows: np.ndarray, y: np.ndarray) -> None:
+@njit(**PART)
+def put(
+    s: Sizes,
+    v: Inputs,
+    b: int,
+    k: int,
+    d0: int,
+    width: int,
+    steps: int,
+    token: np.ndarray,
+    rows: np.ndarray,
+    y: np.ndarray,
+) -> None:
     """Adds rows, gated, to their tokens of y ``(B, L, K or 1, D)``: gating each route is gating their sum."""
     routes = s.routes if s.keep else 1
     for i in range(steps):
@@ -105,43 +149,53 @@ def put(s: Sizes, v: Inputs, b: int, k: int, d0: int, width: int, steps: int, to
             out[d] += rows[i, d]
 
 
-@njit(**KERNEL)
-def forward(
-    j0: int, j1: int, q0: int, q1: int, s: Sizes, v: Inputs, y: np.ndarray, final: np.ndarray, saved: np.ndarray
-) -> None:
-    """Blocks ``j0:j1`` of sequences ``q0:q1``, all routes.
+def _make(sources: str) -> Callable[..., None]:
 
-    Writes y ``(B, L, K or 1, D)`` (zeros before), final ``(S, K, D, N, Q)`` and saved ``(slots, K, N, D, Q)``, all flat.
-    """
-    for j in range(j0, j1):
-        d0, d1 = v.blocks[j, 0], v.blocks[j, 1]
-        g = d0 * s.groups // s.channels
-        width = lanes(d1 - d0)
-        tile, kind = (s.planes, s.state, width), v.x.dtype
-        A, B, C = np.zeros(tile, kind), np.zeros(tile, kind), np.zeros(tile, kind)
-        a, h = np.zeros(tile, kind), np.zeros(tile, kind)
-        bias, D, rows = np.zeros(width, kind), np.zeros(width, kind), np.zeros((CHUNK, width), kind)
-        c = make_scratch(s, v, width)
-        for k in range(s.routes):
-            load_tile(v.A, s, k, d0, d1, A)
-            if not s.timed_B:
-                load_tile(v.B, s, k, d0, d1, B)
-            if not s.timed_C:
-                load_tile(v.C, s, k, d0, d1, C)
-            load_row(v.D, s, k, d0, d1, D)
-            load_row(v.dt_bias, s, k, d0, d1, bias)
-            for q in range(q0, q1):
-                b, start, stop, slot = sequence(s, v, q)
-                load_state(v.initial, s, q, k, d0, d1, h)
-                for done in range(0, stop - start, CHUNK):
-                    steps = min(CHUNK, stop - start - done)
-                    save(h, s, slot, k, d0, d1, saved)
-                    slot += 1
-                    first = stop - 1 - done if s.reverse else start + done
-                    gather(s, v, b, k, g, d0, d1, first, steps, bias, c, False)
-                    if s.planes == 1:
-                        advance_real(s, c, steps, A, B, C, D, h, rows)
-                    else:
-                        advance_complex(s, c, steps, A, B, C, D, h, a, rows)
-                    put(s, v, b, k, d0, d1 - d0, steps, c.token, rows, y)
-                store_state(h, s, q, k, d0, d1, final)
+    @kernel
+    def forward(
+        j0: int, j1: int, q0: int, q1: int, s: Sizes, v: Inputs, y: np.ndarray, final: np.ndarray, saved: np.ndarray
+    ) -> None:
+        """Blocks ``j0:j1`` of sequences ``q0:q1``, all routes.
+
+        Writes y ``(B, L, K or 1, D)`` (zeros at first), final ``(S, K, D, N, Q)`` and saved
+        ``(slots, K, N, D, Q)``, all flat.
+        """
+        _ = sources
+        for j in range(j0, j1):
+            d0, d1 = v.blocks[j, 0], v.blocks[j, 1]
+            g = d0 * s.groups // s.channels
+            width = lanes(d1 - d0)
+            tile, kind = (s.planes, s.state, width), v.x.dtype
+            A, B, C = np.zeros(tile, kind), np.zeros(tile, kind), np.zeros(tile, kind)
+            a, h = np.zeros(tile, kind), np.zeros(tile, kind)
+            bias, D, rows = np.zeros(width, kind), np.zeros(width, kind), np.zeros((CHUNK, width), kind)
+            c = make_scratch(s, v, width)
+            for k in range(s.routes):
+                load_tile(v.A, s, k, d0, d1, A)
+                if not s.varying_b:
+                    load_tile(v.B, s, k, d0, d1, B)
+                if not s.varying_c:
+                    load_tile(v.C, s, k, d0, d1, C)
+                load_row(v.D, s, k, d0, d1, D)
+                load_row(v.dt_bias, s, k, d0, d1, bias)
+                for q in range(q0, q1):
+                    b, start, stop, slot = sequence(s, v, q)
+                    load_state(v.initial, s, q, k, d0, d1, h)
+                    for done in range(0, stop - start, CHUNK):
+                        steps = min(CHUNK, stop - start - done)
+                        flush(h)
+                        save(h, s, slot, k, d0, d1, saved)
+                        slot += 1
+                        first = stop - 1 - done if s.reverse else start + done
+                        gather(s, v, b, k, g, d0, d1, first, steps, bias, c, False)
+                        if s.planes == 1:
+                            advance_real(s, c, steps, A, B, C, D, h, rows)
+                        else:
+                            advance_complex(s, c, steps, A, B, C, D, h, a, rows)
+                        put(s, v, b, k, d0, d1 - d0, steps, c.token, rows, y)
+                    store_state(h, s, q, k, d0, d1, final)
+
+    return forward
+
+
+forward = _make(SOURCES)

@@ -8,17 +8,18 @@ place); in float64 they call libm. Called from Python they are the plain float64
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numba import types
 from numba.extending import overload
 
 # Fused multiply-adds and nothing more: reassociation would undo the rounding tricks below. Divisions don't raise.
-MATH = {"fastmath": {"contract"}, "error_model": "numpy"}
+MATH: Any = {"fastmath": {"contract"}, "error_model": "numpy"}
 
 F = np.float32
 ONE, TWO, HALF = F(1), F(2), F(0.5)
-LOG2E, LN2_HIGH, LN2_LOW = F(1.4426950408889634), F(0.693359375), F(-2.12194440e-4)  # ln 2 = high + low; n high is exact
+LOG2E, LN2_HIGH, LN2_LOW = F(1.4426950408889634), F(0.693359375), F(-2.12194440e-4)  # ln 2 in two; n * high is exact
 # Adding 1.5 * 2^23 rounds to an integer n; with 127 more the low bits are the exponent field of 2^n.
 ROUND = F(12582912 + 127)
 LOWEST, HIGHEST = F(-88.1), F(88.8)  # the exponent field is 0 here (2^n = 0), 255 there (2^n = inf)
@@ -100,7 +101,7 @@ def _sigmoid(v):
 @overload(rotation, jit_options=MATH)
 def _rotation(dt, frequency):
     def polynomial(dt, frequency):
-        angle = np.float64(dt) * np.float64(frequency)  # exact; reduced in float64, so that large angles keep their phase
+        angle = np.float64(dt) * np.float64(frequency)  # exact, and reduced in float64: large angles keep their phase
         turn = np.rint(angle * TURNS)
         r = np.float32(angle - turn / TURNS)
         quarter = np.int32(turn - 4.0 * np.floor(turn * 0.25))

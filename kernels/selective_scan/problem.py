@@ -98,7 +98,9 @@ class Problem:
     @property
     def state_dtype(self) -> torch.dtype:
         """Dtype of the state: ``dtype``, or its complex counterpart."""
-        return self.dtype.to_complex() if self.is_complex else self.dtype
+        if not self.is_complex:
+            return self.dtype
+        return torch.complex128 if self.dtype == torch.float64 else torch.complex64  # to_complex() doesn't compile
 
     @property
     def slots(self) -> int:

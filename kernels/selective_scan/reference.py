@@ -9,6 +9,7 @@ B batch, L tokens, D channels, N state, K routes, P scan positions, G groups, S 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -21,7 +22,7 @@ from kernels.selective_scan.problem import Problem
 def scan(p: Problem) -> tuple[Tensor, Tensor]:
     """Returns ``y (B, L, D)`` or ``(B, L, K, D)`` in x's dtype, and the final state ``(S, K, D, N)``."""
     if p.cu_seqlens is not None:
-        return _packed(p, p.cu_seqlens)
+        return packed(p, p.cu_seqlens, scan)
     x, dt, B, C = inputs_at_positions(p)
     A, h = p.A.to(p.state_dtype), start_state(p)
     order = range(p.positions - 1, -1, -1) if p.reverse else range(p.positions)
@@ -106,8 +107,8 @@ def _places(route: Tensor) -> Tensor:
     return torch.where(route < 0, -1, torch.arange(route.shape[1], device=route.device, dtype=route.dtype))
 
 
-def _packed(p: Problem, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Each packed sequence on its own, end to end again."""
+def packed(p: Problem, cu_seqlens: Tensor, scan: Callable[[Problem], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Scans each packed sequence on its own, and lays them end to end again."""
     bounds = cu_seqlens.tolist()
     outs, states = [], []
     for s, (start, end) in enumerate(pairwise(bounds)):

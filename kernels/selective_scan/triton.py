@@ -10,6 +10,9 @@ states that a first pass over the chunks has found. ``triton_steps.py`` explains
 B batch, L tokens, D channels, N state, K routes, P positions, G groups, S sequences, BD channels of a program.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
+# ruff: noqa: RUF005  Triton grows tuples by +, it has no starred expressions
 from __future__ import annotations
 
 import torch
@@ -19,8 +22,16 @@ from torch import Tensor
 
 from kernels.selective_scan.problem import Problem
 from kernels.selective_scan.triton_backward import backward
+from kernels.selective_scan.triton_plan import Plan, device_of, interleaved
 from kernels.selective_scan.triton_steps import (
-    CH, Plan, decay, device_of, interleaved, join, load_number, load_step, read_step, segment, shifted, store_number, times,
+    CH,
+    decay,
+    join,
+    load_number,
+    load_step,
+    read_step,
+    store_number,
+    times,
 )  # fmt: skip
 
 __all__ = ["backward", "forward"]
@@ -34,14 +45,14 @@ def forward_kernel(x, dt, A, B, C, D, z, dt_bias, tokens, cu_seqlens, initial, s
                    CONST_B: tl.constexpr, CONST_C: tl.constexpr, PACKED: tl.constexpr, RESTART: tl.constexpr,
                    AT_TOKEN: tl.constexpr, SOFTPLUS: tl.constexpr, COMPLEX: tl.constexpr, SPLIT: tl.constexpr,
                    T: tl.constexpr, W: tl.constexpr, BD: tl.constexpr):  # fmt: skip
-    """y (B, L, K, D); the states before each chunk. One program a chunk (SPLIT) or a sequence, route and channel block."""
+    """y (B, L, K, D), states before the chunks. One program a sequence (SPLIT: chunk), route and channel block."""
     pid = tl.program_id(0).to(tl.int64)
     block, g, k, s = pid % blocks, pid // blocks % G, pid // blocks // G % K, pid // blocks // G // K
-    w = tl.arange(0, W)[:, None] + tl.zeros([W, BD], tl.int32)
-    d = (g * (channels // G) + block * BD + tl.arange(0, BD))[None, :] + tl.zeros([W, BD], tl.int64)
+    w = tl.arange(0, W)[None, :] + tl.zeros([BD, W], tl.int32)
+    d = (g * (channels // G) + block * BD + tl.arange(0, BD))[:, None] + tl.zeros([BD, W], tl.int64)
     live = d < (g + 1) * (channels // G)
     real: tl.constexpr = A.dtype.element_ty
-    bias = tl.zeros([W, BD], real)
+    bias = tl.zeros([BD, W], real)
     if HAS_BIAS:
         bias = tl.load(dt_bias + k * channels + d, mask=live, other=0).to(real)
     begin, end = s, s + 1
@@ -53,12 +64,13 @@ def forward_kernel(x, dt, A, B, C, D, z, dt_bias, tokens, cu_seqlens, initial, s
         else:
             begin, end = s * per_row, (s + 1) * per_row
         for n in range(N):
-            hr = tl.zeros([W, BD], real)
+            hr = tl.zeros([BD, W], real)
             hi = hr
             if HAS_INITIAL:
                 hr, hi = load_number(initial, ((s * K + k) * channels + d) * N + n, live, COMPLEX)
-            store_number(saved, ((begin * K + k) * N + n) * channels + d, hr, hi, live & (w == 0) & (begin < end), COMPLEX)
-            store_number(final, ((s * K + k) * channels + d) * N + n, hr, hi, live & (w == 0) & (begin >= end), COMPLEX)
+            one = live & (w == 0)
+            store_number(saved, ((begin * K + k) * N + n) * channels + d, hr, hi, one & (begin < end), COMPLEX)
+            store_number(final, ((s * K + k) * channels + d) * N + n, hr, hi, one & (begin >= end), COMPLEX)
         tl.debug_barrier()
     for slot in range(begin, end):
         b, c = slot // per_row, slot % per_row
@@ -71,7 +83,7 @@ def forward_kernel(x, dt, A, B, C, D, z, dt_bias, tokens, cu_seqlens, initial, s
             entry, _, xv, _, step = read_step(
                 x, dt, steps, x_l, dt_l, x_off, dt_off, bias, place, live, j, AT_TOKEN, SOFTPLUS)  # fmt: skip
             entries, dts, inputs = entries + (entry,), dts + (step,), inputs + (step * xv,)
-            skip = tl.zeros([W, BD], real)
+            skip = tl.zeros([BD, W], real)
             if HAS_D:
                 skip = xv * tl.load(D + k * channels + d, mask=live, other=0).to(real)
             ys = ys + (skip,)
@@ -84,8 +96,8 @@ def forward_kernel(x, dt, A, B, C, D, z, dt_bias, tokens, cu_seqlens, initial, s
             if CONST_B:
                 Br, Bi = load_number(B, (k * N + n) * channels + d, live, COMPLEX)
             decays, news = (), ()
-            lr, li = tl.zeros([W, BD], real), tl.zeros([W, BD], real)
-            pr, pi = tl.full([W, BD], 1.0, real), tl.zeros([W, BD], real)
+            lr, li = tl.zeros([BD, W], real), tl.zeros([BD, W], real)
+            pr, pi = tl.full([BD, W], 1.0, real), tl.zeros([BD, W], real)
             for i in tl.static_range(T):
                 ar, ai = decay(dts[i], Ar, Ai, entries[i], RESTART, COMPLEX)
                 if not CONST_B:
@@ -95,11 +107,7 @@ def forward_kernel(x, dt, A, B, C, D, z, dt_bias, tokens, cu_seqlens, initial, s
                 lr, li = lr + br, li + bi
                 pr, pi = times(ar, ai, pr, pi, COMPLEX)
                 decays, news = decays + ((ar, ai),), news + ((br, bi),)
-            pr, pi, lr, li = join(pr, pi, lr, li, COMPLEX)
-            sr, si = times(pr, pi, cr, ci, COMPLEX)
-            sr, si = sr + lr, si + li
-            hr = shifted(sr, cr, w)
-            hi = shifted(si, ci, w) if COMPLEX else hr
+            sr, si, hr, hi = join(pr, pi, lr, li, cr, ci, COMPLEX)
             if not SPLIT:
                 last = live & (w == W - 1)
                 ahead += K * N * channels
@@ -125,8 +133,14 @@ def forward_kernel(x, dt, A, B, C, D, z, dt_bias, tokens, cu_seqlens, initial, s
         tl.debug_barrier()  # the next chunk's warps read the state that the last warp wrote
 
 
+def registers(p: Problem) -> dict[str, int]:
+    """Three programs fit a multiprocessor of NVIDIA's with 80 registers a thread; wider numbers would spill there."""
+    narrow = p.x.is_cuda and torch.version.hip is None and p.state_dtype == torch.float32
+    return {"maxnreg": 80} if narrow else {}
+
+
 def splits(p: Problem, programs: int) -> bool:
-    """Whether all chunks run at once: the first pass costs half a scan, so only where too few programs fill the device."""
+    """Whether all chunks run at once. The first pass costs half a scan: only where programs are too few otherwise."""
     cores = torch.cuda.get_device_properties(p.x.device).multi_processor_count if p.x.is_cuda else 128
     return programs < 2 * cores and p.slots >= 4 * p.sequences
 
@@ -135,22 +149,23 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Runs the scan.
 
     Returns:
-        y ``(B, L, D)`` or ``(B, L, K, D)`` in x's dtype, the final state ``(S, K, D, N)``, and the state before each chunk
-        ``(slots, K, N, D)``, zero in slots that belong to no chunk.
+        y ``(B, L, D)`` or ``(B, L, K, D)`` in x's dtype, the final state ``(S, K, D, N)``, and the state before each
+        chunk ``(slots, K, N, D)``, zero in slots that belong to no chunk.
     """
     with device_of(p.x):
         return _forward(p)
 
 
 def _forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    plan = Plan(p, segment(p))
+    plan = Plan(p)
     B, C = plan.by_step(p.B), plan.by_step(p.C)
     split = splits(p, p.sequences * plan.programs)
     if split:
         saved, products = plan.totals(B)
         final = plan.carry(saved, products, p.initial_state, adjoint=False)
     else:
-        saved, final = plan.states(p.slots, p.routes, p.state, p.channels), plan.states(p.sequences, p.routes, p.channels, p.state)
+        saved = plan.states(p.slots, p.routes, p.state, p.channels)
+        final = plan.states(p.sequences, p.routes, p.channels, p.state)
         if p.cu_seqlens is not None:
             saved.zero_()
     merged = p.merge and p.routes > 1
@@ -162,7 +177,8 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     forward_kernel[((p.slots if split else p.sequences) * plan.programs,)](
         B=B, C=C, D=None if p.D is None else p.D.contiguous(), cu_seqlens=p.cu_seqlens, initial=initial,
         saved=interleaved(saved), final=interleaved(final), y=y, HAS_D=p.D is not None, HAS_INITIAL=initial is not None,
-        CONST_B=p.B.ndim == 3, CONST_C=p.C.ndim == 3, PACKED=p.cu_seqlens is not None, SPLIT=split, **plan.inputs,
+        CONST_B=p.B.ndim == 3, CONST_C=p.C.ndim == 3, PACKED=p.cu_seqlens is not None, SPLIT=split,
+        **plan.inputs, **registers(p),
     )  # fmt: skip
     if merged:
         y = y.sum(2).to(p.x.dtype)

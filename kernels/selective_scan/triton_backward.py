@@ -6,13 +6,17 @@ With q_t = a_t h_{t-1} (never h_t - b_t, which cancels), dy before the gate and 
     dC_t = dy_t h_t*,   dB_t = dt_t x_t G_t,   dA = sum_t dt_t q_t* G_t
     u_t = sum_n Re(B_t* G_t),   dx_t = dt_t u_t + D dy_t,   ddt_t = x_t u_t + sum_n Re((A q_t)* G_t)
 
-The states at the chunks' starts come from the forward, the adjoints at their ends from a pass over the chunks backwards
-(``Plan.totals`` and ``Plan.carry``). In between a chunk's W warps walk their segments both ways, as in the forward. dB and
-dC are summed over a program's channels and written beside the other programs'; ``rows_kernel`` adds them in a fixed order.
+The states at the chunks' starts come from the forward, the adjoints at their ends from a pass over the chunks
+backwards (``Plan.totals`` and ``Plan.carry``). In between a chunk's W warps walk their segments both ways, as in the
+forward. dB and dC are summed over a program's channels and written beside those of the other programs; ``rows_kernel``
+adds them in a fixed order.
 
 B batch, L tokens, D channels, N state, K routes, P positions, G groups, S sequences, BD channels of a program.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
+# ruff: noqa: RUF005  Triton grows tuples by +, it has no starred expressions
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -23,9 +27,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.selective_scan.problem import CHUNK, Problem
+from kernels.selective_scan.triton_plan import Plan, device_of, interleaved
 from kernels.selective_scan.triton_steps import (
-    CH, Plan, decay, device_of, feedback, interleaved, join, load_number, load_step, read_dy, read_step, segment, shifted,
-    store_number, times,
+    CH,
+    decay,
+    feedback,
+    join,
+    load_number,
+    load_step,
+    read_dy,
+    read_step,
+    store_number,
+    times,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -35,12 +48,12 @@ WORKSPACE = 256 << 20  # bytes for the parts of dB and dC; more channel blocks t
 
 
 @triton.jit
-def store_sums(pointer, number, re, im, column, live, w, W: tl.constexpr, T: tl.constexpr, CONST: tl.constexpr,
-               COMPLEX: tl.constexpr):  # fmt: skip
+def store_sums(pointer, number, re, im, column, live, w,
+               T: tl.constexpr, CONST: tl.constexpr, COMPLEX: tl.constexpr):  # fmt: skip
     """Sums of a program for dB or dC: of a state's CH steps, or, where it is constant, of each channel."""
     if CONST:
-        re = tl.sum(re, 0, keep_dims=True) + tl.zeros_like(re)
-        im = tl.sum(im, 0, keep_dims=True) + tl.zeros_like(im) if COMPLEX else re
+        re = tl.sum(re, 1, keep_dims=True) + tl.zeros_like(re)
+        im = tl.sum(im, 1, keep_dims=True) + tl.zeros_like(im) if COMPLEX else re
         store_number(pointer, number, re, im, live & (w == 0), COMPLEX)
     else:
         steps = w * T + column
@@ -55,8 +68,8 @@ def add_step(sr, si, re, im, column, i, CONST: tl.constexpr, COMPLEX: tl.constex
     if CONST:
         sr, si = sr + re, si + im
     else:
-        sr = tl.where(column == i, tl.sum(re, 1, keep_dims=True), sr)
-        si = tl.where(column == i, tl.sum(im, 1, keep_dims=True), si) if COMPLEX else sr
+        sr = tl.where(column == i, tl.sum(re, 0, keep_dims=True), sr)
+        si = tl.where(column == i, tl.sum(im, 0, keep_dims=True), si) if COMPLEX else sr
     return sr, si
 
 
@@ -70,12 +83,12 @@ def backward_kernel(x, dt, A, B, C, D, z, dt_bias, dy, tokens, saved, adjoint, d
     """One program a chunk, route and channel block. dA, dD and dbias are written chunk by chunk."""
     pid = tl.program_id(0).to(tl.int64)
     part, g, k, slot = pid % blocks, pid // blocks % G, pid // blocks // G % K, pid // blocks // G // K
-    w = tl.arange(0, W)[:, None] + tl.zeros([W, BD], tl.int32)
-    column = tl.arange(0, BD)[None, :] + tl.zeros([W, BD], tl.int32)
+    w = tl.arange(0, W)[None, :] + tl.zeros([BD, W], tl.int32)
+    column = tl.arange(0, BD)[:, None] + tl.zeros([BD, W], tl.int32)
     d = (g * (channels // G) + (first_block + part) * BD + column).to(tl.int64)
     live = d < (g + 1) * (channels // G)
     real: tl.constexpr = A.dtype.element_ty
-    zero = tl.zeros([W, BD], real)
+    zero = tl.zeros([BD, W], real)
     bias, Dd = zero, zero
     if HAS_BIAS:
         bias = tl.load(dt_bias + k * channels + d, mask=live, other=0).to(real)
@@ -87,8 +100,9 @@ def backward_kernel(x, dt, A, B, C, D, z, dt_bias, dy, tokens, saved, adjoint, d
     entries, dts, xs, dys, us, vs, ys = (), (), (), (), (), (), ()
     for i in tl.static_range(T):
         j = w * T + i
+        place = first + sign * (c * CH + j)
         entry, token, xv, _, step = read_step(
-            x, dt, steps, x_l, dt_l, x_off, dt_off, bias, first + sign * (c * CH + j), live, j, AT_TOKEN, SOFTPLUS)  # fmt: skip
+            x, dt, steps, x_l, dt_l, x_off, dt_off, bias, place, live, j, AT_TOKEN, SOFTPLUS)  # fmt: skip
         dy_off, z_off = ((b * L + token) * dy_k + k % dy_k) * channels + d, b * z_b + token * z_l + d * z_d
         entries, dts, xs, us, vs = entries + (entry,), dts + (step,), xs + (xv,), us + (zero,), vs + (zero,)
         dys = dys + (read_dy(dy, z, dy_off, z_off, live & (token >= 0), real, HAS_Z)[0],)
@@ -123,16 +137,12 @@ def backward_kernel(x, dt, A, B, C, D, z, dt_bias, dy, tokens, saved, adjoint, d
             rr, ri = times(decays[i][0], -decays[i][1], rr + fr, ri + fi, COMPLEX)
         # the segments' turn in the adjoint scan is the reverse of that in the forward scan
         turn = W - 1 - w
-        prf, rr = tl.gather(pr, turn, 0), tl.gather(rr, turn, 0)
-        pif, ri = (-tl.gather(pi, turn, 0), tl.gather(ri, turn, 0)) if COMPLEX else (prf, rr)
-        prf, pif, rr, ri = join(prf, pif, rr, ri, COMPLEX)
-        sr, si = times(prf, pif, er, ei, COMPLEX)
-        rr = shifted(sr + rr, er, turn)
-        ri = shifted(si + ri, ei, turn) if COMPLEX else rr
-        pr, pi, hr, hi = join(pr, pi, hr, hi, COMPLEX)
-        sr, si = times(pr, pi, cr, ci, COMPLEX)
-        hr = shifted(sr + hr, cr, w)
-        hi = shifted(si + hi, ci, w) if COMPLEX else hr
+        prf, rr = tl.gather(pr, turn, 1), tl.gather(rr, turn, 1)
+        pif, ri = (-tl.gather(pi, turn, 1), tl.gather(ri, turn, 1)) if COMPLEX else (prf, rr)
+        _, _, rr, ri = join(prf, pif, rr, ri, er, ei, COMPLEX)
+        rr = tl.gather(rr, turn, 1)
+        ri = tl.gather(ri, turn, 1) if COMPLEX else rr
+        _, _, hr, hi = join(pr, pi, hr, hi, cr, ci, COMPLEX)
         before, sums, cr, ci = (), (), zero, zero
         for i in tl.static_range(T):
             if not CONST_B:
@@ -143,9 +153,11 @@ def backward_kernel(x, dt, A, B, C, D, z, dt_bias, dy, tokens, saved, adjoint, d
             hr, hi = qr + dts[i] * xs[i] * Br, qi + dts[i] * xs[i] * Bi
             fr, fi = feedback(dys[i], hr, hi, COMPLEX)
             cr, ci = add_step(cr, ci, fr, fi, column, i, CONST_C, COMPLEX)
-            before, sums = before + ((qr, qi),), sums + (ys[i] + (2.0 * (hr * Cr - hi * Ci) if COMPLEX else hr * Cr),)
+            before = before + ((qr, qi),)
+            sums = sums + (ys[i] + (2.0 * (hr * Cr - hi * Ci) if COMPLEX else hr * Cr),)
         ys = sums
-        store_sums(dC + (0 if CONST_C else group), state if CONST_C else n, cr, ci, column, live, w, W, T, CONST_C, COMPLEX)
+        to_C, number = (dC, state) if CONST_C else (dC + group, n)
+        store_sums(to_C, number, cr, ci, column, live, w, T, CONST_C, COMPLEX)
         br, bi, er, ei = zero, zero, zero, zero
         backward_us, backward_vs = (), ()
         for i in tl.static_range(T - 1, -1, -1):
@@ -162,8 +174,9 @@ def backward_kernel(x, dt, A, B, C, D, z, dt_bias, dy, tokens, saved, adjoint, d
             backward_vs = (vs[i] + (Ar * qr + Ai * qi if COMPLEX else Ar * qr),) + backward_vs
             rr, ri = times(decays[i][0], -decays[i][1], Gr, Gi, COMPLEX)
         us, vs = backward_us, backward_vs
-        store_sums(dB + (0 if CONST_B else group), state if CONST_B else n, br, bi, column, live, w, W, T, CONST_B, COMPLEX)
-        store_sums(dA, state, er, ei, column, live, w, W, T, True, COMPLEX)
+        to_B, number = (dB, state) if CONST_B else (dB + group, n)
+        store_sums(to_B, number, br, bi, column, live, w, T, CONST_B, COMPLEX)
+        store_sums(dA, state, er, ei, column, live, w, T, True, COMPLEX)
     dDs, dbiases = zero, zero
     for i in tl.static_range(T):
         j = w * T + i
@@ -186,15 +199,15 @@ def backward_kernel(x, dt, A, B, C, D, z, dt_bias, dy, tokens, saved, adjoint, d
             tl.store(dz + out, after * ys[i] * sigmoid * (1.0 + gate * (1.0 - sigmoid)), mask=mask)
     chunk = (slot * K + k) * channels + d
     if HAS_D:
-        store_sums(dD, chunk, dDs, dDs, column, live, w, W, T, True, False)
+        store_sums(dD, chunk, dDs, dDs, column, live, w, T, True, False)
     if HAS_BIAS:
-        store_sums(dbias, chunk, dbiases, dbiases, column, live, w, W, T, True, False)
+        store_sums(dbias, chunk, dbiases, dbiases, column, live, w, T, True, False)
 
 
 @triton.jit
 def rows_kernel(sums, tokens, out, t_b, t_k, per_row, slots, blocks, K, G, N, L, first, sign,
                 AT_TOKEN: tl.constexpr, ADD: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """out (B, L, K, G, N) from sums (blocks, slots, K, G, N, CHUNK): the blocks added up, steps back at their tokens."""
+    """out (B, L, K, G, N) from sums (blocks, slots, K, G, N, CHUNK): blocks added up, steps back at their tokens."""
     pid = tl.program_id(0).to(tl.int64)
     g, k, slot = pid % G, pid // G % K, pid // G // K
     b, c = slot // per_row, slot % per_row
@@ -228,7 +241,7 @@ def backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> Gr
 def _backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> Gradients:
     from kernels.selective_scan import Gradients
 
-    plan = Plan(p, segment(p))
+    plan = Plan(p)
     B, C = plan.by_step(p.B), plan.by_step(p.C)
     dy = (dy.unsqueeze(2) if dy.ndim == 3 else dy).contiguous()
     adjoint, products = plan.totals(C, dy)
@@ -247,9 +260,9 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> G
     dA = products  # read for the last time by carry
     shared = {
         "B": B, "C": C, "D": None if p.D is None else p.D.contiguous(), "dy": dy, "saved": interleaved(saved),
-        "adjoint": interleaved(adjoint), "dx": dx, "ddt": ddt, "dz": dz, "dA": interleaved(dA), "dD": dD, "dbias": dbias,
-        "dy_k": dy.shape[2], "slots": p.slots, "HAS_D": p.D is not None, "CONST_B": p.B.ndim == 3, "CONST_C": p.C.ndim == 3,
-        **plan.inputs,
+        "adjoint": interleaved(adjoint), "dx": dx, "ddt": ddt, "dz": dz, "dA": interleaved(dA), "dD": dD,
+        "dbias": dbias, "dy_k": dy.shape[2], "slots": p.slots, "HAS_D": p.D is not None, "CONST_B": p.B.ndim == 3,
+        "CONST_C": p.C.ndim == 3, **plan.inputs,
     }  # fmt: skip
     dB, dC = _launch(plan, shared)
     return Gradients(
@@ -287,7 +300,7 @@ def _launch(plan: Plan, shared: dict[str, object]) -> tuple[Tensor, Tensor]:
             if t.ndim == 5:
                 block = min(16, triton.next_power_of_2(parts))
                 rows_kernel[(p.slots * p.routes * p.groups, triton.cdiv(parts, block))](
-                    part, plan.tokens, interleaved(total), slots=p.slots, blocks=blocks, K=p.routes, G=p.groups, N=parts,
-                    L=p.length, ADD=first > 0, BN=block, **plan.order,
+                    part, plan.tokens, interleaved(total), slots=p.slots, blocks=blocks, K=p.routes, G=p.groups,
+                    N=parts, L=p.length, ADD=first > 0, BN=block, **plan.order,
                 )  # fmt: skip
     return tuple(g.sum(0).transpose(1, 2) if t.ndim == 3 else g for t, g in zip((p.B, p.C), grads, strict=True))

@@ -25,4 +25,6 @@ def assert_as_accurate(name: str, value: torch.Tensor, reference: torch.Tensor, 
     assert value.dtype == reference.dtype, f"{name}: dtype {value.dtype}, wanted {reference.dtype}"
     floor = 4 * torch.finfo(value.dtype).eps
     ours, theirs = relative_rms(value, truth), relative_rms(reference, truth)
-    assert ours <= max(2 * theirs, floor), f"{name}: error {ours:.3g}, wanted at most twice the reference's {theirs:.3g}"
+    assert ours <= max(2 * theirs, floor), (
+        f"{name}: error {ours:.3g}, wanted at most twice the reference's {theirs:.3g}"
+    )

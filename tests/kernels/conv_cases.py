@@ -100,6 +100,16 @@ CASES = {
     "route_seq_idx_reverse": Case(route="padded", per_route=True, seq_idx=_rows(SEQ_IDX), reverse=True),
 }
 
+ROUNDED = (
+    "state",
+    "reverse",
+    "packed",
+    "seq_idx",
+    "route_padded",
+    "route_inputs",
+    "long",
+)  # also run in lower precision
+
 
 def run(case: Case, dtype: torch.dtype, backend: str, device: str = "cpu") -> dict[str, Tensor]:
     """Outputs and gradients (of a loss over y and the final state) by name."""

@@ -69,6 +69,11 @@ CASES = {
     "no_rows": Case(shape=(0, 6), residual=True, bias=True),
 }
 
+ROUNDED = (  # also run in lower precision
+    "rms", "layer", "rms_residual", "rms_residual_low", "layer_residual_low", "layer_gate_before",
+    "groups", "many_rows",
+)  # fmt: skip
+
 
 def run(
     case: Case, dtype: torch.dtype, backend: str, device: str = "cpu", rounded: torch.dtype | None = None

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from conv_cases import CASES, ROUTES, SEQ_IDX, Case, compare, run
+from conv_cases import CASES, ROUNDED, ROUTES, SEQ_IDX, Case, compare, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def test_float64(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW])
-@pytest.mark.parametrize("name", ["state", "reverse", "packed", "seq_idx", "route_padded", "route_inputs", "long"])
+@pytest.mark.parametrize("name", ROUNDED)
 def test_low_precision(name: str, dtype: torch.dtype, backend: str) -> None:
     compare(CASES[name], dtype, backend)
 

@@ -1,0 +1,231 @@
+"""The adapters for ``mamba_ssm`` and ``causal_conv1d``: golden numbers, options, in-place updates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import golden_cases, golden_inputs
+from fill import check, fill_input
+from torch import Tensor
+
+from kernels import compat, norm, selective_scan
+
+SCAN, CONV = golden_cases("op_selective_scan_a"), golden_cases("op_causal_conv1d_a")
+LAYERED = [n for n in CONV if not n.startswith("update")]
+
+
+def _check_gradients(case: dict[str, Any], inputs: dict[str, Tensor], loss: Tensor) -> None:
+    for name, grad in zip(case["grads"], torch.autograd.grad(loss, [inputs[n] for n in case["grads"]]), strict=True):
+        check(grad, case["grads"][name])
+
+
+@pytest.mark.parametrize("name", SCAN)
+def test_golden_selective_scan(name: str) -> None:
+    case = SCAN[name]
+    inputs = {n: t.requires_grad_() for n, t in golden_inputs(case).items()}
+    y, state = compat.selective_scan_fn(**inputs, **case["config"])
+    check(y, case["outputs"]["y"])
+    check(state, case["outputs"]["last_state"])
+    loss = (y * fill_input("loss_weight", y.shape)).sum()
+    if "last_state" in case["loss"]:
+        loss = loss + (state * fill_input("loss_weight_state", state.shape)).sum()
+    _check_gradients(case, inputs, loss)
+
+
+@pytest.mark.parametrize("name", LAYERED)
+def test_golden_causal_conv1d(name: str) -> None:
+    case = CONV[name]
+    inputs = {n: t.requires_grad_(t.is_floating_point()) for n, t in golden_inputs(case).items()}
+    y, state = compat.causal_conv1d_fn(**inputs, **case["config"], return_final_states=True)
+    check(y, case["outputs"]["y"])
+    loss = (y * fill_input("loss_weight", y.shape)).sum()
+    if "final_states" in case["outputs"]:
+        check(state, case["outputs"]["final_states"])
+    if "final_states" in case["loss"]:
+        loss = loss + (state * fill_input("loss_weight_state", state.shape)).sum()
+    _check_gradients(case, inputs, loss)
+
+
+@pytest.mark.parametrize("name", sorted(set(CONV) - set(LAYERED)))
+def test_golden_causal_conv1d_update(name: str) -> None:
+    case = CONV[name]
+    inputs = golden_inputs(case)
+    y = compat.causal_conv1d_update(**inputs, **case["config"])
+    check(y, case["outputs"]["y"])
+    check(inputs["conv_state"], case["outputs"]["conv_state"])
+
+
+def test_complex_scan_takes_packed_parts() -> None:
+    u, delta = torch.randn(2, 3, 7).double(), torch.rand(2, 3, 7).double()
+    A = torch.complex(-torch.rand(3, 4), torch.randn(3, 4)).to(torch.complex128)
+    B, C = torch.randn(2, 4, 14).double(), torch.randn(3, 4).to(torch.complex128)
+    y, state = compat.selective_scan_fn(u, delta, A, B, C, return_last_state=True)
+    h, wanted = torch.zeros(2, 3, 4).to(torch.complex128), []
+    for t in range(7):
+        b = torch.complex(B[..., 2 * t], B[..., 2 * t + 1])
+        h = torch.exp(delta[..., t, None] * A) * h + (delta * u)[..., t, None] * b[:, None]
+        wanted.append(2 * (h * C).sum(-1).real)
+    torch.testing.assert_close(y, torch.stack(wanted, -1))
+    torch.testing.assert_close(state, h)
+
+
+def _inner_arguments(is_complex: bool = False) -> dict[str, Tensor]:
+    E, N, R, W, M = 6, 3, 2, 4, 5
+    shapes = {
+        "xz": (2, 2 * E, 9), "conv1d_weight": (E, 1, W), "conv1d_bias": (E,),
+        "x_proj_weight": (R + 2 * N * (1 + is_complex), E), "delta_proj_weight": (E, R),
+        "out_proj_weight": (M, E), "out_proj_bias": (M,), "D": (E,), "delta_bias": (E,),
+    }  # fmt: skip
+    tensors = {n: torch.randn(s).double() * 0.5 for n, s in shapes.items()}
+    tensors["A"] = -torch.rand(E, N).double()
+    if is_complex:
+        tensors["A"] = torch.complex(tensors["A"], torch.randn(E, N).double())
+    return {n: t.requires_grad_() for n, t in tensors.items()}
+
+
+def _inner_by_hand(a: dict[str, Tensor], norms: dict[str, Tensor]) -> Tensor:
+    x, z = a["xz"].chunk(2, dim=1)
+    x = F.silu(F.conv1d(x, a["conv1d_weight"], a["conv1d_bias"], padding=3, groups=6)[..., :9]).transpose(1, 2)
+    dt, B, C = (x @ a["x_proj_weight"].t()).split([2, 3, 3], dim=-1)
+    dt = dt @ a["delta_proj_weight"].t()
+    if norms:
+        B, C = F.rms_norm(B, (3,), norms["b_rms_weight"], 1e-6), F.rms_norm(C, (3,), norms["c_rms_weight"], 1e-6)
+        dt = F.rms_norm(dt, (6,), norms["dt_rms_weight"], 1e-6)
+    y = selective_scan(
+        x, dt, a["A"], B[:, :, None], C[:, :, None], a["D"], z.transpose(1, 2), a["delta_bias"], backend="reference"
+    )
+    return y @ a["out_proj_weight"].t() + a["out_proj_bias"]
+
+
+@pytest.mark.parametrize("with_norms", [False, True])
+@pytest.mark.parametrize("checkpoint_lvl", [0, 1])
+def test_mamba_inner(with_norms: bool, checkpoint_lvl: int) -> None:
+    a = _inner_arguments()
+    norms = {f"{n}_rms_weight": torch.rand(6 if n == "dt" else 3).double() for n in ("b", "c", "dt") if with_norms}
+    y, wanted = compat.mamba_inner_fn(**a, **norms, checkpoint_lvl=checkpoint_lvl), _inner_by_hand(a, norms)
+    torch.testing.assert_close(y, wanted)
+    weight = torch.randn(y.shape).double()
+    grads = [torch.autograd.grad((t * weight).sum(), list(a.values())) for t in (y, wanted)]
+    for name, got, want in zip(a, *grads, strict=True):  # the output bias too, which the original gets wrong
+        torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_mamba_inner_with_given_and_biased_parameters() -> None:
+    a = {n: t.detach() for n, t in _inner_arguments().items()}
+    bias = torch.randn(3).double()
+    B = torch.randn(6, 3).double()
+    narrow = {**a, "x_proj_weight": a["x_proj_weight"][[0, 1, 5, 6, 7]]}
+    y = compat.mamba_inner_fn(**narrow, B=B, C_proj_bias=bias)
+    x, z = a["xz"].chunk(2, dim=1)
+    x = compat.causal_conv1d_fn(x, a["conv1d_weight"].squeeze(1), a["conv1d_bias"], activation="silu")
+    low = x.transpose(1, 2) @ narrow["x_proj_weight"].t()
+    delta, C = low[..., :2] @ a["delta_proj_weight"].t(), low[..., 2:] + bias
+    scan = compat.selective_scan_fn(
+        x, delta.transpose(1, 2), a["A"], B, C.transpose(1, 2), a["D"], z, a["delta_bias"], delta_softplus=True
+    )
+    torch.testing.assert_close(y, F.linear(scan.transpose(1, 2), a["out_proj_weight"], a["out_proj_bias"]))
+
+
+def test_mamba_inner_with_complex_states() -> None:
+    a = _inner_arguments(is_complex=True)
+    y = compat.mamba_inner_fn(**a)
+    assert y.shape == (2, 9, 5)
+    assert all(
+        torch.isfinite(torch.view_as_real(g) if g.is_complex() else g).all()
+        for g in torch.autograd.grad(y.sum(), list(a.values()))
+    )
+    with pytest.raises(ValueError, match="got complex A, wanted real"):
+        compat.mamba_inner_fn(**a, b_rms_weight=torch.ones(3))
+
+
+def test_final_states_out_is_written_and_returned() -> None:
+    x, weight, out = torch.randn(2, 5, 9), torch.randn(5, 4), torch.zeros(2, 5, 3)
+    _, state = compat.causal_conv1d_fn(x, weight, return_final_states=True, final_states_out=out, activation="swish")
+    assert state is out
+    torch.testing.assert_close(out, x[..., -3:])
+
+
+@pytest.mark.parametrize("S", [1, 3, 8])
+def test_update_continues_the_convolution(S: int) -> None:
+    x, weight, bias = torch.randn(2, 5, 6 + S), torch.randn(5, 4), torch.randn(5)
+    wanted = compat.causal_conv1d_fn(x, weight, bias, activation="silu")[..., 6:]
+    state = x[..., 1:6].clone()
+    y = compat.causal_conv1d_update(x[..., 6:], state, weight, bias, "silu")
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(state, x[..., -5:])
+
+
+@pytest.mark.parametrize("S", [1, 3, 8])
+def test_update_of_a_circular_buffer(S: int) -> None:
+    T, seen = 5, torch.tensor([6, 13])
+    x, weight = torch.randn(2, 5, 13 + S), torch.randn(5, 4)
+    state = torch.zeros(2, 5, T)
+    wanted = []
+    for b, n in enumerate(seen.tolist()):
+        for t in range(n - T, n):
+            state[b, :, t % T] = x[b, :, t]
+        wanted.append(compat.causal_conv1d_fn(x[b : b + 1, :, : n + S], weight)[..., n:])
+    new = torch.stack([x[b, :, n : n + S] for b, n in enumerate(seen.tolist())])
+    y = compat.causal_conv1d_update(new, state, weight, cache_seqlens=seen.int())
+    torch.testing.assert_close(y, torch.cat(wanted))
+    for b, n in enumerate(seen.tolist()):
+        for t in range(n + S - T, n + S):
+            torch.testing.assert_close(state[b, :, t % T], x[b, :, t])
+
+
+def test_update_of_chosen_rows() -> None:
+    x, weight, state = torch.randn(4, 5), torch.randn(5, 4), torch.randn(6, 5, 3)
+    rows = torch.tensor([4, -1, 0, -1], dtype=torch.int32)
+    before = state.clone()
+    y = compat.causal_conv1d_update(x, state, weight, conv_state_indices=rows)
+    for b, row in ((0, 4), (2, 0)):
+        alone = before[row : row + 1].clone()
+        torch.testing.assert_close(y[b : b + 1], compat.causal_conv1d_update(x[b : b + 1], alone, weight))
+        torch.testing.assert_close(state[row], alone[0])
+    assert (y[[1, 3]] == 0).all()
+    assert torch.equal(state[[1, 2, 3, 5]], before[[1, 2, 3, 5]])
+    untouched = state.clone()
+    compat.causal_conv1d_update(x, state, weight, conv_state_indices=torch.full((4,), -1))
+    assert torch.equal(state, untouched)
+
+
+def test_varlen_states() -> None:
+    x = torch.randn(9, 5)
+    states = compat.causal_conv1d_varlen_states(x, torch.tensor([0, 2, 2, 9]), 3)
+    torch.testing.assert_close(states[0], F.pad(x[:2], (0, 0, 1, 0)).t())
+    assert (states[1] == 0).all()
+    torch.testing.assert_close(states[2], x[6:].t())
+
+
+def test_norms() -> None:
+    x, residual, weight, bias = torch.randn(3, 6).bfloat16(), torch.randn(3, 6), torch.rand(6), torch.rand(6)
+    y, total = compat.rms_norm_fn(x, weight, None, residual, prenorm=True)
+    torch.testing.assert_close(total, x + residual)
+    torch.testing.assert_close(y, F.rms_norm(total, (6,), weight, 1e-6).bfloat16())
+    y, total = compat.layer_norm_fn(x, weight, bias, residual.bfloat16(), prenorm=True, residual_in_fp32=True)
+    assert total.dtype == torch.bfloat16
+    y, total = compat.layer_norm_fn(x, weight, bias, prenorm=True, residual_in_fp32=True)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(y, F.layer_norm(x.float(), (6,), weight, bias, 1e-6).bfloat16())
+    z = torch.randn(3, 6).bfloat16()
+    gated = compat.rmsnorm_fn(x, weight, bias, z, group_size=3, norm_before_gate=False)
+    torch.testing.assert_close(gated, norm(x, weight, bias, z=z, eps=1e-6, group_size=3, norm_before_gate=False))
+    assert not torch.equal(gated, compat.layernorm_fn(x, weight, bias, z, group_size=3, norm_before_gate=False))
+
+
+@pytest.mark.parametrize("argument", ["x1", "weight1", "bias1", "rowscale", "dropout_p", "return_dropout_mask"])
+def test_norms_refuse_what_they_do_not_do(argument: str) -> None:
+    value = {"dropout_p": 0.1, "return_dropout_mask": True}.get(argument, torch.ones(3, 6))
+    with pytest.raises(ValueError, match=f"{argument}: got a value"):
+        compat.layer_norm_fn(torch.ones(3, 6), torch.ones(6), None, **{argument: value})
+
+
+def test_bad_input_says_what_is_wanted() -> None:
+    x, weight = torch.zeros(2, 5, 9), torch.zeros(5, 4)
+    with pytest.raises(ValueError, match="activation: got 'gelu'"):
+        compat.causal_conv1d_fn(x, weight, activation="gelu")
+    with pytest.raises(ValueError, match="conv_state: got 2 columns, wanted at least W - 1 = 3"):
+        compat.causal_conv1d_update(x, torch.zeros(2, 5, 2), weight)
