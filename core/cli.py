@@ -31,13 +31,14 @@ def main(
     module: "type[TrainingModule] | str",
     data: "type[LightningDataModule] | str",
     *,
+    command: str = "train",
     default_recipe: str | None = None,
     choose_data: bool = False,
     links: Mapping[str, str] | None = None,
     argv: Sequence[str] | None = None,
     configs: Path = CONFIGS,
 ) -> None:
-    """Run ``python -m DOMAIN.train [RECIPE] [STAGE] [options]``.
+    """Run ``python -m DOMAIN.COMMAND [RECIPE] [STAGE] [options]``.
 
     ``sys.argv`` stays as it is: with several devices, the other processes are started from it.
 
@@ -46,6 +47,7 @@ def main(
         module: The training module, whose constructor is ``--model.*``. A class, or better its dotted name
             (``vision.module.Classifier``): that is imported only when it is needed.
         data: The data module, whose constructor is ``--data.*``; a class or its dotted name.
+        command: Name of the module that calls this, for help and for the hints on how to go on.
         default_recipe: Recipe taken when the first argument is absent or an option; None demands one.
         choose_data: ``data`` is a base class, and recipes name the subclass (``data: {class_path:, init_args:}``).
         links: Attributes of the data module that go into the model's constructor, such as
@@ -57,7 +59,7 @@ def main(
         SystemExit: With code 2 after a user's mistake, 130 after Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    program = f"python -m {domain}.train"
+    program = f"python -m {domain}.{command}"
     with exit_codes():
         recipes = {path.stem: path for path in sorted((configs / domain).glob("*.yaml"))}
         if arguments[:1] in (["-h"], ["--help"]) or (not arguments and default_recipe is None):

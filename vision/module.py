@@ -83,8 +83,8 @@ class Classifier(TrainingModule):
         label_smoothing: float = 0.0,
         mixup: MixupOptions | None = None,
         grad_checkpointing: bool = False,
-        optimizer: OptimizerOptions = OptimizerOptions(),  # noqa: B008  read only
-        schedule: ScheduleOptions = ScheduleOptions(),  # noqa: B008  read only
+        optimizer: OptimizerOptions = OptimizerOptions(),
+        schedule: ScheduleOptions = ScheduleOptions(),
         compile: bool = False,
     ) -> None:
         super().__init__(optimizer, schedule, compile)

@@ -117,8 +117,8 @@ def times(ar, ai, br, bi, COMPLEX: tl.constexpr):
 def decay(dt, Ar, Ai, entry, RESTART: tl.constexpr, COMPLEX: tl.constexpr):
     """a_t = exp(dt A), zero where the state restarts.
 
-    exp2(dt * rate) with rate = A log2(e) in two parts: rounded to one, it would be off by the same amount at every step,
-    and the gradient of A would add that up.
+    exp2(dt * rate) with rate = A log2(e) in two parts: rounded to one, it would be off by the same amount at every
+    step, and the gradient of A would add that up.
     """
     rate = Ar * LOG2E
     rest = tl.fma(Ar, LOG2E, -rate) + Ar * LOG2E_REST

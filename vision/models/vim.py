@@ -28,6 +28,8 @@ from vision.routes import check_routes
 
 __all__ = ["Vim"]
 
+torch.fx.wrap("resample_positions")  # a leaf for plain tracers in this module too
+
 
 class VimBlock(nn.Module):
     """Add -> Norm -> Mixer; branch and residual stream travel apart, so that addition and norm are one kernel."""

@@ -1,0 +1,1 @@
+"""Genomes: FASTA files in, language models and classifiers of DNA out."""

@@ -1,0 +1,136 @@
+"""Models of DNA on the Mamba blocks of ``core.lm``: a causal language model, and a classifier with the same backbone.
+
+Legend: B batch, L length, D model width, V padded vocabulary (16), K classes.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from core.checkpoints import load_into, read_weights
+from core.errors import UserError
+from core.lm import MambaConfig, MambaLM
+from genomics.vocabulary import COMPLEMENT, PAD, TOKENS
+
+Pooling = Literal["max", "mean", "last"]
+
+
+class GenomeLM(MambaLM):
+    """A causal language model of DNA: token ids (B, L) -> logits of the next token (B, L, V).
+
+    The vocabulary is HyenaDNA's, 12 tokens padded to 16. Parameter names are those of ``core.lm.MambaLM``.
+
+    Args:
+        d_model: Width D.
+        n_layer: Number of blocks.
+        d_state: State size of each channel.
+        d_conv: Width of the causal convolution. Wider than text models' 4, a block sees a whole k-mer at once.
+        expand: Inner width over D.
+
+    Raises:
+        ValueError: For sizes that do not fit.
+    """
+
+    def __init__(self, d_model: int, n_layer: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
+        mixer = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+        super().__init__(MambaConfig(d_model=d_model, n_layer=n_layer, vocab_size=len(TOKENS), ssm_cfg=mixer))
+
+
+class GenomeClassifier(nn.Module):
+    """A backbone of ``GenomeLM``, pooled over the positions, and a linear head: (B, L) -> (B, K).
+
+    Args:
+        num_classes: K.
+        pooling: What stands for the sequence: each channel's maximum, its mean, or the last position. Padding is
+            left out.
+        average_strands: Score both strands of each sequence and average the logits, so that a sequence and its
+            reverse complement get the same scores (Schiff et al. 2024, Caduceus, section 4.2, post-hoc conjoining).
+            In training a strand is scored as it comes.
+        sizes: Arguments of ``GenomeLM``.
+
+    Raises:
+        ValueError: For sizes that do not fit.
+    """
+
+    def __init__(self, num_classes: int, pooling: Pooling = "max", average_strands: bool = True, **sizes: int) -> None:
+        super().__init__()
+        self.pooling: Pooling = pooling
+        self.average_strands = average_strands
+        self.backbone = GenomeLM(**sizes).backbone
+        self.head = nn.Linear(sizes["d_model"], num_classes)
+        self.register_buffer("complement", torch.from_numpy(COMPLEMENT).long(), persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Score sequences.
+
+        Args:
+            ids: (B, L) int64, right-padded with [PAD].
+
+        Returns:
+            Logits (B, K).
+        """
+        logits = self._score(ids)
+        if self.average_strands and not self.training:
+            logits = (logits + self._score(self.other_strand(ids))) / 2
+        return logits
+
+    def other_strand(self, ids: Tensor) -> Tensor:
+        """Return reverse complements (B, L); padding stays at the right."""
+        length = ids.shape[1]
+        real = (ids != PAD).sum(1, keepdim=True)
+        index = torch.arange(length, device=ids.device).expand_as(ids)
+        flipped = torch.where(index < real, real - 1 - index, index)
+        return self.complement[ids.gather(1, flipped)]  # type: ignore[index]
+
+    def _score(self, ids: Tensor) -> Tensor:
+        return self.head(pool(self.backbone(ids), ids != PAD, self.pooling))
+
+
+def pool(hidden: Tensor, real: Tensor, pooling: Pooling) -> Tensor:
+    """Reduce positions to one vector a sequence.
+
+    Args:
+        hidden: (B, L, D).
+        real: (B, L) bool, False at right padding; a row has one real position at least.
+        pooling: ``max``, ``mean`` or ``last``.
+
+    Returns:
+        (B, D).
+    """
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), real.sum(1) - 1]
+    if pooling == "mean":
+        return (hidden * real.unsqueeze(2)).sum(1) / real.sum(1, keepdim=True)
+    return hidden.masked_fill(~real.unsqueeze(2), float("-inf")).amax(1)
+
+
+def load_backbone(model: GenomeClassifier, path: str | Path) -> None:
+    """Take over the backbone of a pretrained language model.
+
+    Args:
+        model: The classifier.
+        path: A checkpoint of ``genomics.pretrain`` (``.ckpt``), or a file of weights (``.safetensors``, ``.bin``).
+
+    Raises:
+        UserError: If the file is none of these, or holds a model of another kind or size.
+    """
+    state = _checkpoint_weights(Path(path)) if str(path).endswith(".ckpt") else read_weights(path)
+    prefix = "backbone."
+    backbone = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    if not backbone:
+        raise UserError(f"{path} holds no backbone of a language model; give a checkpoint of genomics.pretrain")
+    load_into(model.backbone, backbone, str(path))
+
+
+def _checkpoint_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; wanted the .ckpt file of a run of genomics.pretrain")
+    try:
+        checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state = dict(checkpoint["state_dict"])
+    except Exception as error:  # torch raises half a dozen kinds for files that are something else
+        first = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is no checkpoint of a training run ({first}); give a .ckpt file of one") from error
+    return {name.removeprefix("net."): tensor for name, tensor in state.items()}

@@ -1,0 +1,178 @@
+"""FASTA files of every kind, read at random by forked and spawned workers."""
+
+import gzip
+import pickle
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from core.errors import UserError
+from genomics.fasta import Fasta
+from genomics.vocabulary import decode, encode
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def random_records(count: int = 7, longest: int = 5000) -> dict[str, str]:
+    rng = np.random.default_rng(0)
+    return {f"chr{i}": "".join(rng.choice(list("ACGTacgtN"), int(rng.integers(1, longest)))) for i in range(count)}
+
+
+def as_fasta(records: dict[str, str], width: int = 61, end: str = "\n") -> str:
+    lines = []
+    for name, bases in records.items():
+        lines += [f">{name} some words", *(bases[i : i + width] for i in range(0, len(bases), width))]
+    return end.join(lines) + end
+
+
+def write(path: Path, text: str) -> Path:
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_bytes(text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.fa", "a.fa.gz", "a", "renamed.gz.txt"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("width", [1, 61, 10**6])
+def test_reads_what_is_there(tmp_path: Path, name: str, end: str, width: int) -> None:
+    records = random_records(3, 500)
+    fasta = Fasta(write(tmp_path / name, as_fasta(records, width, end)))
+    assert dict(fasta.lengths) == {key: len(bases) for key, bases in records.items()}
+    for key, bases in records.items():
+        assert decode(fasta.read(key)) == bases.upper()
+        assert decode(fasta.read(key, 1, len(bases) // 2 + 1)) == bases[1 : len(bases) // 2 + 1].upper()
+        assert fasta.read(key, len(bases), len(bases)).shape == (0,)
+
+
+def test_plain_text_called_gz(tmp_path: Path) -> None:
+    path = tmp_path / "plain.fa.gz"
+    path.write_text(">a\nACGT\n")
+    assert decode(Fasta(path).read("a")) == "ACGT"
+
+
+def test_irregular_lines_blank_lines_and_comments(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.fa", ";a comment\n\n>one\nAC\nGTACGT\n\nA\n\n>two\nTTT")
+    fasta = Fasta(path)
+    assert decode(fasta.read("one")) == "ACGTACGTA"
+    assert decode(fasta.read("two")) == "TTT"
+
+
+def test_concatenated_gzip_members_as_bgzip_writes_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.fa.gz"
+    path.write_bytes(gzip.compress(b">a\nACG") + gzip.compress(b"T\n>b\nGG\n"))
+    assert decode(Fasta(path).read("a")) == "ACGT"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        ("ACGT\n", "no FASTA file.*'ACGT"),
+        (">a\nACGT\n>a\nGG\n", "two records are called 'a'"),
+        (">a\nACG7T\n", r"'a': character '7' at position 4"),
+        (">a\nAC\nG7\n>b\nA-T\n", r"'a': character '7' at position 4"),
+        (">a\nACGT\n>b\n", "'b' has a header and no bases"),
+        (">\nACGT\n", "no name"),
+        (">a\nACGT\nMTEYK\n", r"character 'E' at position 7"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.fa", "a.fa.gz"])
+def test_mistakes_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    path = write(tmp_path / name, text)
+    for _ in range(2):  # nothing of a refused file is kept
+        with pytest.raises(UserError, match=message):
+            Fasta(path)
+
+
+def test_missing_file_folder_and_damaged_gzip(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no FASTA file at"):
+        Fasta(tmp_path / "none.fa")
+    with pytest.raises(UserError, match="cannot be read"):
+        Fasta(tmp_path)
+    path = write(tmp_path / "a.fa.gz", as_fasta(random_records()))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(UserError, match="damaged gzip"):
+        Fasta(path)
+
+
+def test_places_outside_are_refused(tmp_path: Path) -> None:
+    fasta = Fasta(write(tmp_path / "a.fa", ">a\nACGT\n"))
+    with pytest.raises(UserError, match="no record 'b'"):
+        fasta.read("b")
+    for start, end in ((0, 5), (-1, 2), (3, 2)):
+        with pytest.raises(UserError, match="outside the record"):
+            fasta.read("a", start, end)
+
+
+def test_nothing_is_written_beside_the_file(tmp_path: Path) -> None:
+    folder = tmp_path / "users"
+    folder.mkdir()
+    path = write(folder / "a.fa", ">a\nACGT\n")
+    folder.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        Fasta(path).read("a")
+        assert [file.name for file in folder.iterdir()] == ["a.fa"]
+    finally:
+        folder.chmod(0o755)
+    assert list((tmp_path / "cache" / "triscan" / "fasta").glob("*.fai"))
+
+
+def test_a_cache_that_cannot_be_made_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert decode(Fasta(write(tmp_path / "a.fa", ">a\nACGT\n")).read("a")) == "ACGT"
+
+
+def test_a_changed_file_is_indexed_again(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.fa", ">a\nACGT\n")
+    assert decode(Fasta(path).read("a")) == "ACGT"
+    write(path, ">a\nACGTTTT\n>b\nGG\n")
+    assert decode(Fasta(path).read("b")) == "GG"
+
+
+class _RandomWindows(Dataset):
+    def __init__(self, fasta: Fasta, places: list[tuple[str, int, int]]) -> None:
+        self.fasta, self.places = fasta, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> tuple[int, bytes]:
+        return index, self.fasta.read(*self.places[index]).tobytes()
+
+
+@pytest.mark.parametrize("name", ["a.fa", "a.fa.gz"])
+def test_10000_random_windows_from_forked_workers_equal_the_file(tmp_path: Path, name: str) -> None:
+    records = random_records(9, 20000)
+    fasta = Fasta(write(tmp_path / name, as_fasta(records)))
+    rng = np.random.default_rng(1)
+    places = []
+    for _ in range(10_000):
+        key = f"chr{rng.integers(9)}"
+        start = int(rng.integers(len(records[key])))
+        places.append((key, start, min(start + 200, len(records[key]))))
+    fasta.read("chr0", 0, 1)  # the parent's handle is open before the fork
+    loader = DataLoader(
+        _RandomWindows(fasta, places), batch_size=None, num_workers=2, multiprocessing_context="fork", shuffle=True
+    )
+    seen = 0
+    for index, found in loader:
+        key, start, end = places[index]
+        assert found == encode(records[key][start:end]).tobytes()
+        seen += 1
+    assert seen == 10_000
+
+
+def test_spawned_workers_get_a_copy_without_the_handle(tmp_path: Path) -> None:
+    fasta = Fasta(write(tmp_path / "a.fa", ">a\nACGT\n"))
+    fasta.read("a")
+    assert decode(pickle.loads(pickle.dumps(fasta)).read("a", 1)) == "CGT"

@@ -1,0 +1,101 @@
+"""The language model, the classifier and what they share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from core.checkpoints import save_weights
+from core.errors import UserError
+from core.lm import MambaLM
+from genomics.models import GenomeClassifier, GenomeLM, load_backbone, pool
+from genomics.vocabulary import PAD
+
+SIZES = {"d_model": 8, "n_layer": 2, "d_state": 3, "d_conv": 5}
+
+
+def classifier(pooling: str = "max", average_strands: bool = True, seed: int = 0) -> GenomeClassifier:
+    torch.manual_seed(seed)
+    return GenomeClassifier(3, pooling, average_strands, **SIZES).eval()  # type: ignore[arg-type]
+
+
+def sequences(*lengths: int) -> torch.Tensor:
+    ids = torch.full((len(lengths), max(lengths)), PAD)
+    for row, length in zip(ids, lengths, strict=True):
+        row[:length] = torch.randint(7, 11, (length,), generator=torch.Generator().manual_seed(length))
+    return ids
+
+
+def test_language_model_is_the_core_one_with_16_tokens() -> None:
+    model = GenomeLM(**SIZES)
+    assert isinstance(model, MambaLM)
+    assert model(sequences(6, 9)).shape == (2, 9, 16)
+    assert "backbone.layers.1.mixer.A_log" in model.state_dict()
+
+
+def test_the_published_1k_size_has_the_published_parameters() -> None:
+    parameters = sum(p.numel() for p in GenomeLM(d_model=128, n_layer=12).parameters())
+    assert abs(parameters - 1.4e6) < 0.05e6  # Gu & Dao 2023, table 11
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean", "last"])
+def test_padding_does_not_change_the_scores(pooling: str) -> None:
+    model = classifier(pooling)
+    together = model(sequences(17, 11, 1))
+    alone = torch.cat([model(sequences(length)) for length in (17, 11, 1)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean", "last"])
+def test_both_strands_get_the_same_scores_in_evaluation_only(pooling: str) -> None:
+    model, ids = classifier(pooling), sequences(13, 9)
+    other = model.other_strand(ids)
+    torch.testing.assert_close(model(ids), model(other), rtol=1e-4, atol=1e-5)
+    assert torch.equal(model.other_strand(other), ids)
+    assert not torch.allclose(model.train()(ids), model(other), atol=1e-4)
+    single = classifier(pooling, average_strands=False)
+    assert torch.equal(single(ids), single.train()(ids))
+
+
+def test_pooling_by_hand() -> None:
+    hidden = torch.tensor([[[1.0, -4.0], [3.0, -6.0], [9.0, 9.0]]])
+    real = torch.tensor([[True, True, False]])
+    assert pool(hidden, real, "max").tolist() == [[3.0, -4.0]]
+    assert pool(hidden, real, "mean").tolist() == [[2.0, -5.0]]
+    assert pool(hidden, real, "last").tolist() == [[3.0, -6.0]]
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    model = classifier().train()
+    model(sequences(20, 20, 20)).square().sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_backbone_of_a_language_model(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    language, model = GenomeLM(**SIZES), classifier()
+    before = model.head.weight.clone()
+    save_weights(language.state_dict(), tmp_path / "model.safetensors")
+    torch.save({"state_dict": {f"net.{k}": v for k, v in language.state_dict().items()}}, tmp_path / "best.ckpt")
+    for name in ("model.safetensors", "best.ckpt"):
+        model = classifier()
+        load_backbone(model, tmp_path / name)
+        ids = sequences(7)
+        torch.testing.assert_close(model.backbone(ids), language.backbone(ids))
+        assert torch.equal(model.head.weight, before)
+
+
+def test_files_that_hold_no_fitting_backbone(tmp_path: Path) -> None:
+    model = classifier()
+    with pytest.raises(UserError, match="no checkpoint at"):
+        load_backbone(model, tmp_path / "none.ckpt")
+    (tmp_path / "text.ckpt").write_text("hello")
+    with pytest.raises(UserError, match="is no checkpoint of a training run"):
+        load_backbone(model, tmp_path / "text.ckpt")
+    torch.save({"state_dict": {"net.head.weight": torch.zeros(2)}}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="holds no backbone"):
+        load_backbone(model, tmp_path / "other.ckpt")
+    wide = {f"net.{k}": v for k, v in GenomeLM(**{**SIZES, "d_model": 16}).state_dict().items()}
+    torch.save({"state_dict": wide}, tmp_path / "wide.ckpt")
+    with pytest.raises(UserError, match=r"wrong shape.*\(16, 16\) instead of \(16, 8\)"):
+        load_backbone(model, tmp_path / "wide.ckpt")
