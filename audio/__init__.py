@@ -1,0 +1,1 @@
+"""Sound: raw waveforms modelled sample by sample, from any folder of recordings."""

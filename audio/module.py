@@ -1,0 +1,165 @@
+"""Training of a model of raw sound: the next level's cross-entropy, in bits per sample.
+
+Dimension letters: B batch, L samples, Q levels.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from audio.codec import Codec
+from audio.datasets import PADDING, AudioData, Batch
+from audio.listen import add_players
+from audio.net import SoundNet
+from audio.sampling import generate_levels
+from audio.sashimi import SashimiConfig
+from core.checkpoints import load_into
+from core.errors import UserError
+from core.generate import Sampling
+from core.training.module import OptimizerOptions, ScheduleOptions, TrainingModule
+from core.training.report import Report
+
+RECORD = "audio"  # the entry of a checkpoint that says what the net's weights mean
+
+
+class SoundModel(TrainingModule):
+    """A SaShiMi over levels, trained to predict the next one.
+
+    Args:
+        config: Sizes of the net.
+        codec: What the levels mean; the data's.
+        sample_rate: In Hz; the data's.
+        report_clips: Clips that are generated for the report.
+        report_seconds: Their length.
+        optimizer: The optimizer and its parameter groups.
+        schedule: The learning rate over the run.
+        compile: Compile the net.
+    """
+
+    headline = "test/bits_per_sample"
+    item_name = "windows"
+
+    def __init__(
+        self,
+        config: SashimiConfig = SashimiConfig(),  # noqa: B008  frozen
+        codec: Codec = Codec(),  # noqa: B008  frozen
+        sample_rate: int = 16000,
+        report_clips: int = 4,
+        report_seconds: float = 1.0,
+        optimizer: OptimizerOptions = OptimizerOptions(),
+        schedule: ScheduleOptions = ScheduleOptions(),
+        compile: bool = False,
+    ) -> None:
+        super().__init__(optimizer, schedule, compile)
+        self.config, self.codec, self.sample_rate = config, codec, sample_rate
+        self.report_clips, self.report_seconds = report_clips, report_seconds
+        try:
+            self.net = SoundNet(config, codec.levels)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"--model.config: {error}") from error
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross-entropy in nats over the samples of a batch, padding left out."""
+        logits = self.net(batch.inputs)
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=PADDING)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, stage: str) -> None:
+        """Log loss and bits per sample such that the epoch's value is the mean over all samples."""
+        loss = self.loss(batch)
+        for name, value in (("loss", loss), ("bits_per_sample", loss / math.log(2))):
+            self.log(
+                f"{stage}/{name}", value, on_epoch=True, on_step=False, prog_bar=True, sync_dist=True,
+                batch_size=self.batch_tokens(batch),
+            )  # fmt: skip
+
+    def batch_tokens(self, batch: Batch) -> int:
+        """Number of samples, padding left out."""
+        return int((batch.targets != PADDING).sum())
+
+    def on_test_epoch_end(self) -> None:
+        """Log the bits per sample of simple models on the same windows."""
+        for name, bits in self._data.baselines().items():
+            self.log(f"baseline/{name}", bits)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Record what the weights mean, so that generation needs nothing but the checkpoint."""
+        checkpoint[RECORD] = {
+            "config": asdict(self.config),
+            "codec": asdict(self.codec),
+            "sample_rate": self.sample_rate,
+        }
+
+    @torch.no_grad()
+    def add_to_report(self, report: Report) -> None:
+        """Add what was read, and clips: generated ones, and recordings of the test part as the codec leaves them."""
+        report.facts("Recordings", self._data.facts())
+        count, length = self.report_clips, round(self.report_seconds * self.sample_rate)
+        if not count or not length:
+            return
+        self.net.eval()
+        generator = torch.Generator().manual_seed(0)
+        clips = generate_levels(self.net, self.codec.start, count, length, Sampling(), generator=generator)
+        add_players(
+            report, "Generated", [(self.codec.decode(clip), f"clip {i + 1}") for i, clip in enumerate(clips)],
+            self.sample_rate, "Drawn sample by sample from the model, temperature 1, seed 0; none was left out.",
+        )  # fmt: skip
+        recorded = [clip[:length].long() for clip in self._data.parts["test"].clips[:count] if len(clip)]
+        names = [path.name for path in self._data.files["test"]]
+        add_players(
+            report, "Recorded", [(self.codec.decode(clip), name) for clip, name in zip(recorded, names, strict=False)],
+            self.sample_rate, "Recordings of the test part through the codec: as good as the generated ones can get.",
+        )  # fmt: skip
+
+    @property
+    def _data(self) -> AudioData:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, AudioData)
+        return data
+
+
+class Trained(NamedTuple):
+    """A trained net, and what its levels mean."""
+
+    net: SoundNet
+    codec: Codec
+    sample_rate: int  # Hz
+
+
+def load_trained(path: Path) -> Trained:
+    """Reads a checkpoint of ``audio.train``; the net is on the CPU, ready to generate.
+
+    Args:
+        path: The file, or the folder of a run, whose best checkpoint is then taken.
+
+    Raises:
+        UserError: If there is none, or it is one of another model.
+    """
+    if path.is_dir():
+        path = next(
+            (p for p in (path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")) if p.is_file()), path
+        )
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; give a .ckpt file of audio.train, or the folder of its run")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for files that are something else
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise UserError(
+            f"{path} is no checkpoint of a training run ({reason}); give a .ckpt file of audio.train"
+        ) from error
+    record = checkpoint.get(RECORD) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(record, Mapping) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} is a checkpoint of another model; give a .ckpt file of audio.train")
+    config = SashimiConfig(**{**record["config"], "pool": tuple(record["config"]["pool"])})
+    codec = Codec(**record["codec"])
+    net = SoundNet(config, codec.levels)
+    weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
+    load_into(net, weights, str(path))
+    return Trained(net.eval(), codec, int(record["sample_rate"]))

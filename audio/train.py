@@ -1,0 +1,12 @@
+"""Trains a model of raw sound: ``python -m audio.train``, ``python -m audio.train digits --data.root DIR``."""
+
+from core.cli import main
+
+if __name__ == "__main__":
+    main(
+        "audio",
+        "audio.module.SoundModel",
+        "audio.datasets.AudioData",
+        default_recipe="digits",
+        links={"data.codec": "model.codec", "data.sample_rate": "model.sample_rate"},
+    )

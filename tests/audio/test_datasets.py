@@ -1,0 +1,143 @@
+"""Folders as windows: nothing dropped, nothing leaked between parts, SC09's lists, the embedded digits."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from audio.codec import Codec
+from audio.datasets import EMBEDDED, PADDING, SC09_FOLDERS, AudioData, split_files
+from core.errors import UserError
+
+
+def write(path: Path, length: int, rate: int = 16000, channels: int = 1, seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    samples = np.random.default_rng(seed).uniform(-0.5, 0.5, (length, channels))
+    soundfile.write(path, samples, rate, subtype="PCM_16")
+
+
+def folder(root: Path, lengths: list[int]) -> Path:
+    for i, length in enumerate(lengths):
+        write(root / f"{i}.wav", length, seed=i)
+    return root
+
+
+def test_windows_hold_every_sample_once(tmp_path: Path) -> None:
+    lengths = [1, 99, 100, 101, 250, 37, 400]
+    data = AudioData(str(folder(tmp_path, lengths)), window=100, batch_size=3, val_fraction=0.2, test_fraction=0.2)
+    data.setup("fit")
+    assert sorted(len(clip) for part in data.parts.values() for clip in part.clips) == sorted(lengths)
+    for loader, part in ((data.val_dataloader(), "val"), (data.test_dataloader(), "test")):
+        seen = torch.cat([row[row != PADDING] for batch in loader for row in batch.targets])
+        assert torch.equal(seen, torch.cat([clip.long() for clip in data.parts[part].clips]))
+    trained = sum(int((batch.targets != PADDING).sum()) for batch in data.train_dataloader())
+    assert trained == sum(len(clip) for clip in data.parts["train"].clips)
+
+
+def test_inputs_are_the_targets_one_later_and_padding_is_masked(tmp_path: Path) -> None:
+    data = AudioData(str(folder(tmp_path, [130, 250, 90, 10])), window=100, batch_size=8)
+    data.setup("fit")
+    for loader in (data.train_dataloader(), data.test_dataloader()):
+        for inputs, targets in loader:
+            assert bool((inputs[:, 0] == 128).all())
+            real = targets[:, 1:] != PADDING
+            assert torch.equal(inputs[:, 1:][real], targets[:, :-1][real])
+            assert bool((inputs >= 0).all())
+            assert bool((inputs < 256).all())
+            assert int((targets != PADDING).sum(1).max()) == targets.shape[1]  # no column of padding alone
+
+
+def test_a_clip_is_normalised_as_a_whole(tmp_path: Path) -> None:
+    for i in range(3):
+        soundfile.write(tmp_path / f"{i}.wav", np.linspace(0, 0.3, 200), 16000, subtype="PCM_24")
+    data = AudioData(str(tmp_path), window=100, codec=Codec("linear", "peak"))
+    data.setup("fit")
+    clip = data.parts["train"].clips[0]
+    assert int(clip[-1]) == 255
+    assert int(clip[99]) == pytest.approx(191, abs=1)
+
+
+def test_conversions_are_listed(tmp_path: Path) -> None:
+    write(tmp_path / "a.wav", 800, rate=8000)
+    write(tmp_path / "b.flac", 4410, rate=44100, channels=2)
+    write(tmp_path / "c.wav", 1600)
+    write(tmp_path / "d.wav", 0)
+    data = AudioData(str(tmp_path), val_fraction=0.1, test_fraction=0.1, split_seed=0)
+    data.setup("fit")
+    text = data.facts()["conversions"]
+    for words in ("resampled from 8000 to 16000", "resampled from 44100", "2 channels", "1 files without a sample"):
+        assert words in text
+    assert sorted(len(clip) for part in data.parts.values() for clip in part.clips) == [0, 1600, 1600, 1600]
+
+
+def test_parts_are_split_by_file_and_by_seed(tmp_path: Path) -> None:
+    folder(tmp_path, [10] * 20)
+    parts = split_files(tmp_path, {"val": 0.1, "test": 0.25}, 0)
+    assert {part: len(files) for part, files in parts.items()} == {"train": 13, "val": 2, "test": 5}
+    assert len({path for files in parts.values() for path in files}) == 20
+    assert parts == split_files(tmp_path, {"val": 0.1, "test": 0.25}, 0)
+    assert parts != split_files(tmp_path, {"val": 0.1, "test": 0.25}, 1)
+
+
+def test_too_few_files_are_refused(tmp_path: Path) -> None:
+    folder(tmp_path, [10, 10])
+    with pytest.raises(UserError, match="got 2 audio files, wanted at least 3"):
+        split_files(tmp_path, {"val": 0.1, "test": 0.1}, 0)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    folder(tmp_path, [1000] * 4)
+    path = tmp_path / "2.wav"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(UserError, match=r"2\.wav: the recording is cut off"):
+        AudioData(str(tmp_path)).setup("fit")
+
+
+def sc09(root: Path) -> Path:
+    for i, name in enumerate((*SC09_FOLDERS, "bed", "_background_noise_")):
+        for speaker in ("aa", "bb", "cc"):
+            write(root / name / f"{speaker}_nohash_0.wav", 16000 - 500 * i, seed=i)
+    (root / "validation_list.txt").write_text("\n".join(f"{n}/bb_nohash_0.wav" for n in (*SC09_FOLDERS, "bed")) + "\n")
+    (root / "testing_list.txt").write_text("\r\n".join(f"{n}/cc_nohash_0.wav" for n in (*SC09_FOLDERS, "bed")))
+    return root
+
+
+def test_speech_commands_is_split_by_its_lists(tmp_path: Path) -> None:
+    parts = split_files(sc09(tmp_path), {"val": 0.5, "test": 0.4}, 0)
+    for part, speaker in (("train", "aa"), ("val", "bb"), ("test", "cc")):
+        assert [path.relative_to(tmp_path).as_posix() for path in parts[part]] == [
+            f"{name}/{speaker}_nohash_0.wav" for name in SC09_FOLDERS
+        ]
+
+
+def test_speech_commands_without_a_digit_is_refused(tmp_path: Path) -> None:
+    root = sc09(tmp_path)
+    for path in (root / "seven").iterdir():
+        path.unlink()
+    (root / "seven").rmdir()
+    with pytest.raises(UserError, match="no folder seven/"):
+        split_files(root, {}, 0)
+
+
+def test_the_embedded_digits() -> None:
+    data = AudioData()
+    data.setup("fit")
+    files = [path for paths in data.files.values() for path in paths]
+    assert sorted(path.relative_to(EMBEDDED).as_posix() for path in files) == sorted(
+        f"{language}/{digit}.flac" for language in ("en", "es", "fr", "it", "ru") for digit in range(10)
+    )
+    assert data.notes == []  # 16 kHz and mono as they are
+    assert 31 < sum(len(clip) for part in data.parts.values() for clip in part.clips) / 16000 < 33
+    assert sum(path.stat().st_size for path in EMBEDDED.parent.rglob("*")) < 2**20
+    assert "CC BY-SA 3.0" in (EMBEDDED.parent / "SOURCE").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"window": 0}, "--data.window is 0"), ({"val_fraction": 0.6, "test_fraction": 0.5}, "leave something")],
+)
+def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AudioData(**options)

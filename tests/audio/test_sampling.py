@@ -1,0 +1,122 @@
+"""Generation: the compiled step equals the net, prompts are continued, seeds repeat."""
+
+import pytest
+import torch
+
+from audio.net import SoundNet
+from audio.sampling import choose, generate_levels, repeat_state
+from audio.sashimi import SashimiConfig
+from audio.stepping import CompiledStepper, has_compiled_step
+from core.generate import Sampling
+
+
+@pytest.fixture(scope="module")
+def net() -> SoundNet:
+    torch.manual_seed(0)
+    return SoundNet(SashimiConfig(6, 2, (2, 3), mixer_cfg={"d_state": 3, "d_conv": 3, "bias": True}, mlp=2), 16).eval()
+
+
+@torch.no_grad()
+def test_the_compiled_step_equals_the_parallel_pass_after_every_prefix(net: SoundNet) -> None:
+    for prefix in range(1, 9):
+        x = torch.randint(0, 16, (5, prefix + 13), generator=torch.Generator().manual_seed(prefix))
+        whole = net(x)
+        _, state = net.forward_state(x[:, :prefix], net.init_state(5))
+        stepper = CompiledStepper(net, state)
+        for t in range(prefix, x.shape[1]):
+            torch.testing.assert_close(stepper.step(x[:, t]), whole[:, t], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mixer_cfg", [{"d_state": 2, "d_conv": 1}, {"d_state": 5, "conv_bias": False, "expand": 1}])
+def test_the_compiled_step_knows_the_mixer_s_options(mixer_cfg: dict) -> None:
+    torch.manual_seed(1)
+    net = SoundNet(SashimiConfig(8, 1, (2,), mixer_cfg=mixer_cfg), 16).eval()
+    x = torch.randint(0, 16, (1, 11))
+    assert has_compiled_step(net)
+    stepper = CompiledStepper(net, net.init_state(1))
+    got = torch.stack([stepper.step(x[:, t]) for t in range(11)], dim=1)
+    torch.testing.assert_close(got, net(x), atol=1e-5, rtol=1e-5)
+
+
+def test_there_is_no_compiled_step_for_other_dtypes(net: SoundNet) -> None:
+    assert has_compiled_step(net)
+    assert not has_compiled_step(SoundNet(net.config, 16).double())
+
+
+def test_greedy_generation_is_the_argmax_of_the_parallel_pass(net: SoundNet) -> None:
+    clip = generate_levels(net, 8, 2, 20, Sampling(temperature=0))
+    inputs = torch.cat([torch.full((2, 1), 8), clip[:, :-1]], dim=1)
+    with torch.no_grad():
+        assert torch.equal(net(inputs).argmax(-1), clip)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_prompt_is_continued(net: SoundNet, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    monkeypatch.setenv("TRISCAN_BACKEND", backend)
+    prompt = torch.randint(0, 16, (7,))
+    clip = generate_levels(net, 8, 2, 6, Sampling(temperature=0), prompt=prompt)
+    assert clip.shape == (2, 13)
+    assert torch.equal(clip[:, :7], prompt.expand(2, -1))
+    inputs = torch.cat([torch.full((2, 1), 8), clip[:, :-1]], dim=1)
+    with torch.no_grad():
+        assert torch.equal(net(inputs).argmax(-1)[:, 7:], clip[:, 7:])
+
+
+def test_seeds(net: SoundNet) -> None:
+    def draw(seed: int) -> torch.Tensor:
+        return generate_levels(net, 8, 3, 30, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert not torch.equal(draw(1)[0], draw(1)[1])
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(0.8), Sampling(top_k=3), Sampling(top_k=1), Sampling(top_p=0.6), Sampling(1.2, 9, 0.8, 0.1)]
+)
+def test_compiled_and_other_drawing_are_the_same(
+    net: SoundNet, monkeypatch: pytest.MonkeyPatch, sampling: Sampling
+) -> None:
+    def draw() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(5)
+        return generate_levels(net, 8, 3, 25, sampling, generator=generator)
+
+    compiled = draw()
+    monkeypatch.setenv("TRISCAN_BACKEND", "reference")
+    assert torch.equal(draw(), compiled)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(top_k=2), Sampling(top_p=0.5), Sampling(temperature=0.5)])
+def test_filters(sampling: Sampling) -> None:
+    p = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
+    count = 20000
+    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    drawn = torch.bincount(choose(p.log().expand(count, -1), sampling, uniform), minlength=4) / count
+    kept = p.square() if sampling.temperature == 0.5 else p * torch.tensor([0, 1, 0, 1])
+    torch.testing.assert_close(drawn.double(), kept / kept.sum(), atol=1e-4, rtol=0)
+
+
+def test_drawn_levels_follow_the_model(net: SoundNet) -> None:
+    count = 4000
+    first = generate_levels(net, 8, count, 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    with torch.no_grad():
+        p = net(torch.tensor([[8]]))[0, 0].softmax(-1)
+    frequency = torch.bincount(first, minlength=16) / count
+    assert float((frequency - p).abs().max()) < 4 * 0.5 / count**0.5
+
+
+def test_repeated_states_are_equal_and_apart(net: SoundNet) -> None:
+    _, state = net.forward_state(torch.randint(0, 16, (1, 5)), net.init_state(1))
+    repeated = repeat_state(state, 3)
+    assert type(repeated) is type(state)
+    assert torch.equal(repeated.current[2], state.current[0])  # type: ignore[attr-defined]
+
+
+def test_nothing_to_draw_is_refused(net: SoundNet) -> None:
+    with pytest.raises(ValueError, match="0 clips"):
+        generate_levels(net, 8, 0, 5)
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        generate_levels(net, 8, 1, 5, Sampling(repetition_penalty=1.2))
+    with pytest.raises(ValueError, match="0 samples"):
+        generate_levels(net, 8, 1, 0)
