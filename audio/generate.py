@@ -124,10 +124,10 @@ def _figures(taken: float, num: int, length: int, sample_rate: int) -> dict[str,
     return {
         "clips": num,
         "seconds": seconds,
-        "wall_seconds": round(taken, 3),
+        "wall_seconds": taken,
         "real_time_factor": taken / (num * seconds),
         "stream_real_time_factor": taken / seconds,
-        "samples_per_second": round(num * length / taken),
+        "samples_per_second": num * length / taken,
     }
 
 

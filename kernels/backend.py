@@ -49,7 +49,7 @@ def choose(backend: str, device: torch.device) -> tuple[str, str]:
         ValueError: For an unknown backend, or one that cannot run on ``device``.
     """
     source = "argument"
-    if backend == "auto" and "TRISCAN_BACKEND" in os.environ:
+    if backend == "auto" and os.environ.get("TRISCAN_BACKEND"):
         backend, source = os.environ["TRISCAN_BACKEND"], "TRISCAN_BACKEND"
     if backend not in BACKENDS:
         near = difflib.get_close_matches(backend, BACKENDS, n=1)
