@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -114,6 +115,9 @@ class RecipeCLI(LightningCLI):
             "--ema_decay", type=float | None, default=None, help="Average the weights: test and save the average."
         )
         parser.add_argument(
+            "--threads", type=int | None, default=None, help="CPU threads; small nets are fastest with 1. None: all."
+        )
+        parser.add_argument(
             "--test_after_fit",
             type=bool,
             default=True,
@@ -148,6 +152,10 @@ class RecipeCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; what they refuse, and packages they lack, come of the options given."""
+        if (threads := self._option("threads")) is not None:
+            if threads < 1:
+                raise UserError(f"--threads is {threads}; it must be at least 1, or null for all")
+            torch.set_num_threads(threads)
         try:
             super().instantiate_classes()
         except UserError:
