@@ -11,7 +11,7 @@ TRITON_TESTS := $(wildcard tests/kernels/test_*_triton.py)
 .PHONY: help install demo test test-all timm-suite lint bench clean
 
 help:
-	@echo "make demo        train a classifier of handwritten digits, end with runs/demo/report.html (under 5 minutes)"
+	@echo "make demo        train on images, genomes and sound, end with runs/demo/report.html (under 10 minutes on 2 cores)"
 	@echo "make test        the tests that CI runs (under 20 minutes on 2 cores)"
 	@echo "make test-all    these, the slow ones and timm's own test-suite on our models"
 	@echo "make lint        ruff and pyright"
@@ -26,7 +26,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 install: $(INSTALLED)
 
 demo: $(INSTALLED)
-	$(PY) -m vision.train digits --run_dir runs/demo --overwrite true
+	$(PY) -m vision.train digits --run_dir runs/demo/vision --overwrite true
+	$(PY) -m genomics.classify great_apes --run_dir runs/demo/genomics --overwrite true
+	$(PY) -m audio.train digits --run_dir runs/demo/audio --overwrite true
+	$(PY) -m core.report runs/demo --title "Triscan: images, genomes and sound"
 
 test: $(INSTALLED)
 	$(PY) -m pytest -q -m "not slow and not gpu" $(addprefix --ignore=,$(TRITON_TESTS))

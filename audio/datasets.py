@@ -108,7 +108,6 @@ class AudioData(LightningDataModule):
             return
         self.files = split_files(self.root, self.fractions, self.split_seed)
         found: list[tuple[int, int]] = []
-        empty = 0
         for part, paths in self.files.items():
             clips = []
             for path in paths:
@@ -116,12 +115,8 @@ class AudioData(LightningDataModule):
                 found.append((clip.sample_rate, clip.channels))
                 levels = self.codec.encode(to_mono(clip, self.sample_rate))
                 clips.append(levels.to(torch.uint8 if self.codec.levels <= 256 else torch.int16))
-                empty += not len(levels)
             self.parts[part] = Windows(clips, self.window)
-        self.notes = conversions(found, self.sample_rate) + ([f"{empty} files without a sample"] if empty else [])
-        for part, windows in self.parts.items():
-            if not len(windows):
-                raise UserError(f"{self.root}: the {len(self.files[part])} files for {part} hold no samples at all")
+        self.notes = conversions(found, self.sample_rate)
 
     def train_dataloader(self) -> DataLoader:
         """All windows, shuffled."""

@@ -53,7 +53,8 @@ def read_clip(path: Path) -> Clip:
     """Reads a whole recording.
 
     Raises:
-        UserError: If it cannot be read to its end or holds samples that are not finite; the message names the file.
+        UserError: If it cannot be read to its end, is empty or holds samples that are not finite; the message names
+            the file.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file, wanted a recording ({', '.join(EXTENSIONS)})")
@@ -69,6 +70,8 @@ def read_clip(path: Path) -> Clip:
     missing = _missing(path, container, promised, len(samples))
     if missing:
         raise UserError(f"{path}: the recording is cut off ({missing}); copy it again, or remove it")
+    if not len(samples):
+        raise UserError(f"{path}: the recording is empty, wanted at least one sample; record it again, or remove it")
     if not np.isfinite(samples).all():
         raise UserError(f"{path}: holds samples that are NaN or infinite; write it again, or remove it")
     return Clip(samples, rate, samples.shape[1])
@@ -81,7 +84,7 @@ def to_mono(clip: Clip, sample_rate: int) -> Tensor:
         (L,) float32.
     """
     wave = torch.from_numpy(clip.samples.mean(axis=1, dtype=np.float32))
-    if clip.sample_rate == sample_rate or not len(wave):
+    if clip.sample_rate == sample_rate:
         return wave
     from torchaudio.functional import resample  # takes a second, and most folders do not need it
 

@@ -1,11 +1,14 @@
 """Generates sound from a checkpoint of ``audio.train``: ``python -m audio.generate CHECKPOINT --num 8 --seconds 2``."""
 
 import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 
 from audio.files import read_clip, to_mono, write_wav
@@ -55,20 +58,15 @@ def generate(
     """
     sampling = _check(num, seconds, temperature, top_k, top_p, device)
     trained = load_trained(Path(checkpoint).expanduser())
-    start = None if prompt is None else trained.codec.encode(_prompt(Path(prompt), trained.sample_rate))
+    start = None
+    if prompt is not None:
+        start = trained.codec.encode(to_mono(read_clip(Path(prompt).expanduser()), trained.sample_rate))
     length = max(1, round(seconds * trained.sample_rate))
     folder = numbered(RUNS) if out is None else _named(Path(out), overwrite)
     command = f"python -m audio.generate {checkpoint}"
     try:
         folder.mark({"status": "running", "command": command})
-        trained.net.to(device)
-        generate_levels(trained.net, trained.codec.start, 1, 1, sampling)  # compiles what was never run here
-        begin = time.perf_counter()
-        levels = generate_levels(
-            trained.net, trained.codec.start, num, length, sampling, prompt=start,
-            generator=torch.Generator().manual_seed(seed), progress=_progress(length, trained.sample_rate),
-        )  # fmt: skip
-        taken = time.perf_counter() - begin
+        levels, taken = _draw(trained, num, length, sampling, start, seed, device)
         metrics = _figures(taken, num, length, trained.sample_rate)
         options = {
             "checkpoint": checkpoint, "codec": str(trained.codec), "rate": f"{trained.sample_rate} Hz",
@@ -85,6 +83,21 @@ def generate(
         f"{metrics['real_time_factor']:.2f} for all of them, {metrics['stream_real_time_factor']:.2f} for each"
     )
     print(folder.path)
+
+
+def _draw(
+    trained: Trained, num: int, length: int, sampling: Sampling, start: Tensor | None, seed: int, device: str
+) -> tuple[Tensor, float]:
+    """Draws the clips; returns their levels, prompt included, and the seconds it took."""
+    trained.net.to(device)
+    generate_levels(trained.net, trained.codec.start, 1, 1, sampling)  # compiles what was never run here
+    begin = time.perf_counter()
+    with _progress(length, trained.sample_rate) as progress:
+        levels = generate_levels(
+            trained.net, trained.codec.start, num, length, sampling, prompt=start,
+            generator=torch.Generator().manual_seed(seed), progress=progress,
+        )  # fmt: skip
+    return levels, time.perf_counter() - begin
 
 
 def _check(num: int, seconds: float, temperature: float, top_k: int, top_p: float, device: str) -> Sampling:
@@ -107,16 +120,11 @@ def _check(num: int, seconds: float, temperature: float, top_k: int, top_p: floa
 
 def _named(path: Path, overwrite: bool) -> RunFolder:
     """The folder that --out names, which is not replaced silently."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {path} is a file; name a folder that does not exist yet")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UserError(f"--out {path} is not empty; name another folder, or replace it with --overwrite true")
     return named(path, overwrite)
-
-
-def _prompt(path: Path, sample_rate: int) -> Tensor:
-    wave = to_mono(read_clip(path.expanduser()), sample_rate)
-    if not len(wave):
-        raise UserError(f"{path}: holds no samples, wanted a recording to begin with")
-    return wave
 
 
 def _figures(taken: float, num: int, length: int, sample_rate: int) -> dict[str, float]:
@@ -151,11 +159,12 @@ def _write(
     write_atomically(folder.path / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
-def _progress(length: int, sample_rate: int) -> Callable[[int], None]:
-    """Prints a line every ten seconds."""
+@contextmanager
+def _progress(length: int, sample_rate: int) -> Iterator[Callable[[int], None]]:
+    """Shows how far the drawing is: a live line in a terminal, elsewhere a line every ten seconds."""
     begin = last = time.perf_counter()
 
-    def progress(done: int) -> None:
+    def line(done: int) -> None:
         nonlocal last
         now = time.perf_counter()
         if now - last >= 10 and done < length:
@@ -163,7 +172,12 @@ def _progress(length: int, sample_rate: int) -> Callable[[int], None]:
             left = (now - begin) / done * (length - done)
             print(f"{done / sample_rate:.2f} of {length / sample_rate:.2f} s, {left:.0f} s to go", flush=True)
 
-    return progress
+    if not sys.stdout.isatty():
+        yield line
+        return
+    with Progress() as bar:
+        task = bar.add_task("samples of each clip", total=length)
+        yield lambda done: bar.update(task, completed=done)
 
 
 if __name__ == "__main__":

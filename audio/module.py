@@ -37,6 +37,10 @@ class SoundModel(TrainingModule):
         sample_rate: In Hz; the data's.
         report_clips: Clips that are generated for the report.
         report_seconds: Their length.
+        report_temperature: Divides the logits when they are drawn.
+        input_noise: Standard deviation, in levels, of noise on the inputs in training; each window has its own, from 0
+            to this. A net that only ever saw recordings takes the first deviations of its own for noise and goes on
+            with noise (exposure bias); from disturbed inputs it learns to come back.
         optimizer: The optimizer and its parameter groups.
         schedule: The learning rate over the run.
         compile: Compile the net.
@@ -52,6 +56,8 @@ class SoundModel(TrainingModule):
         sample_rate: int = 16000,
         report_clips: int = 4,
         report_seconds: float = 1.0,
+        report_temperature: float = 1.0,
+        input_noise: float = 0.0,
         optimizer: OptimizerOptions = OptimizerOptions(),
         schedule: ScheduleOptions = ScheduleOptions(),
         compile: bool = False,
@@ -59,6 +65,10 @@ class SoundModel(TrainingModule):
         super().__init__(optimizer, schedule, compile)
         self.config, self.codec, self.sample_rate = config, codec, sample_rate
         self.report_clips, self.report_seconds = report_clips, report_seconds
+        for name, value in (("report_temperature", report_temperature), ("input_noise", input_noise)):
+            if not value >= 0:
+                raise UserError(f"--model.{name} is {value}, wanted at least 0")
+        self.report_temperature, self.input_noise = report_temperature, input_noise
         try:
             self.net = SoundNet(config, codec.levels)
         except (TypeError, ValueError) as error:
@@ -66,7 +76,10 @@ class SoundModel(TrainingModule):
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy in nats over the samples of a batch, padding left out."""
-        logits = self.net(batch.inputs)
+        inputs = batch.inputs
+        if self.training and self.input_noise:
+            inputs = disturb(inputs, self.input_noise, self.codec.levels)
+        logits = self.net(inputs)
         return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=PADDING)
 
     @torch.no_grad()
@@ -105,12 +118,14 @@ class SoundModel(TrainingModule):
             return
         self.net.eval()
         generator = torch.Generator().manual_seed(0)
-        clips = generate_levels(self.net, self.codec.start, count, length, Sampling(), generator=generator)
+        sampling = Sampling(temperature=self.report_temperature)
+        clips = generate_levels(self.net, self.codec.start, count, length, sampling, generator=generator)
+        how = f"temperature {self.report_temperature:g}, seed 0"
         add_players(
             report, "Generated", [(self.codec.decode(clip), f"clip {i + 1}") for i, clip in enumerate(clips)],
-            self.sample_rate, "Drawn sample by sample from the model, temperature 1, seed 0; none was left out.",
+            self.sample_rate, f"Drawn sample by sample from the model, {how}; none was left out.",
         )  # fmt: skip
-        recorded = [clip[:length].long() for clip in self._data.parts["test"].clips[:count] if len(clip)]
+        recorded = [clip[:length].long() for clip in self._data.parts["test"].clips[:count]]
         names = [path.name for path in self._data.files["test"]]
         add_players(
             report, "Recorded", [(self.codec.decode(clip), name) for clip, name in zip(recorded, names, strict=False)],
@@ -122,6 +137,22 @@ class SoundModel(TrainingModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, AudioData)
         return data
+
+
+def disturb(inputs: Tensor, most: float, levels: int) -> Tensor:
+    """Adds Gaussian noise to levels, of another strength in each window.
+
+    Args:
+        inputs: (B, L) int64 levels.
+        most: Largest standard deviation, in levels; that of a window is uniform from 0 to this.
+        levels: Number of levels Q; what leaves their range is clipped.
+
+    Returns:
+        (B, L) int64 levels.
+    """
+    strength = most * torch.rand(len(inputs), 1, device=inputs.device)
+    noise = strength * torch.randn(inputs.shape, device=inputs.device)
+    return (inputs + noise.round().long()).clamp(0, levels - 1)
 
 
 class Trained(NamedTuple):

@@ -85,7 +85,9 @@ class Fasta:
             )
         if self._memory is not None:
             return self._memory[record][start:end]
-        return encode(self._open()[record][start:end], record, start) if end > start else np.empty(0, np.uint8)
+        if end == start:
+            return np.empty(0, np.uint8)
+        return _encode(self.path, self._open()[record][start:end], record, start)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the handle behind: a spawned worker opens its own."""
@@ -109,7 +111,7 @@ def _first_bytes(path: Path) -> bytes:
         with path.open("rb") as file:
             start = file.read(4096)
     except FileNotFoundError:
-        raise UserError(f"no FASTA file at {path}") from None
+        raise UserError(f"no FASTA file at {path}; give the path of one, plain or gzipped") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read as a FASTA file: {error.strerror}") from None
     if not start.strip():
@@ -121,6 +123,14 @@ def _check_start(path: Path, start: bytes) -> None:
     if not start.lstrip().startswith((b">", b";")):
         found = start.lstrip()[:20].decode("latin-1")
         raise UserError(f"{path} is no FASTA file: it starts with {found!r}, wanted a header line '>name'")
+
+
+def _encode(path: Path, sequence: bytes | str, record: str, start: int = 0) -> np.ndarray:
+    """Encode, and name the file where that fails."""
+    try:
+        return encode(sequence, record, start)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; correct the file, or give another") from None
 
 
 def _check_lengths(path: Path, lengths: Mapping[str, int]) -> None:
@@ -165,7 +175,7 @@ def _index(path: Path) -> Path | None:
         _check_lengths(path, lengths)
         for name, length in lengths.items():
             for start in range(0, length, PIECE):
-                encode(records[name][start : start + PIECE], name, start)
+                _encode(path, records[name][start : start + PIECE], name, start)
         records.close()
         draft.replace(final)  # only a file that was checked has an index
     return final
@@ -179,7 +189,7 @@ def _read_all(path: Path, opener: Any) -> dict[str, np.ndarray]:
             for name, sequence in _parse(path, file):
                 if name in records:
                     raise UserError(f"{path}: two records are called {name!r}; names must differ")
-                records[name] = encode(sequence, name)
+                records[name] = _encode(path, sequence, name)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is a damaged gzip file ({error}); copy or download it again") from None
     _check_lengths(path, {name: len(ids) for name, ids in records.items()})

@@ -3,13 +3,16 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+
+from core.errors import UserError
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #5c6670; --line: #dfe3e8; --page: #fbfbfa; --card: #ffffff;
@@ -22,6 +25,10 @@ body { margin: 0; background: var(--page); color: var(--ink);
 main { max-width: 62rem; margin: 0 auto; padding: 2rem 1.1rem 4rem; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0; }
 h2 { font-size: 1.1rem; margin: 2.6rem 0 .7rem; }
+article { border-top: 2px solid var(--line); margin-top: 3.5rem; padding-top: 2rem; }
+article > h2 { font-size: 1.5rem; line-height: 1.25; margin: 0; }
+h3 { font-size: 1.1rem; margin: 2.6rem 0 .7rem; }
+a { color: var(--accent); }
 p.headline { font-size: 2.4rem; line-height: 1.15; font-weight: 650; margin: .5rem 0 0;
   font-variant-numeric: tabular-nums; }
 p.headline small { font-size: 1rem; font-weight: 400; color: var(--soft); }
@@ -42,6 +49,15 @@ code, pre { font: .86rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace
 """
 
 SMALL = 96  # pixels; smaller images are enlarged without smoothing
+
+
+class Page(NamedTuple):
+    """What a written page holds; ``sections`` is its own markup, the others are plain text."""
+
+    title: str
+    headline: str
+    subline: str
+    sections: str
 
 
 class Report:
@@ -121,18 +137,26 @@ class Report:
         """Add a section with markup, taken as it is: escape what is not yours."""
         self._add(title, markup, "")
 
+    def page(self, name: str, page: Page) -> None:
+        """Add a whole page that was written before, one level below this one's title.
+
+        Args:
+            name: Of the place, for links within the page: ``#name``.
+            page: From ``read_page``.
+        """
+        inside = page.sections.replace("<h2>", "<h3>").replace("</h2>", "</h3>")
+        title = f"<h2>{html.escape(page.title)}</h2>{_headline(page.headline, page.subline)}"
+        self._sections.append(f'<article id="{html.escape(name)}">{title}\n{inside}</article>\n')
+
     def render(self) -> str:
         """Return the page."""
-        headline = ""
-        if self.headline:
-            subline = f" <small>{html.escape(self.subline)}</small>" if self.subline else ""
-            headline = f'<p class="headline">{html.escape(self.headline)}{subline}</p>'
         title = html.escape(self.title)
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>{title}</title><style>{STYLE}</style></head>\n"
-            f"<body><main><h1>{title}</h1>{headline}\n{''.join(self._sections)}</main></body></html>\n"
+            f"<body><main><h1>{title}</h1>{_headline(self.headline, self.subline)}\n"
+            f"{''.join(self._sections)}</main></body></html>\n"
         )
 
     def write(self, path: Path) -> None:
@@ -142,6 +166,27 @@ class Report:
     def _add(self, title: str, body: str, caption: str) -> None:
         below = f'<p class="caption">{html.escape(caption)}</p>' if caption else ""
         self._sections.append(f"<section><h2>{html.escape(title)}</h2>{body}{below}</section>\n")
+
+
+def read_page(path: Path) -> Page:
+    """Read back a page that ``Report`` wrote.
+
+    Raises:
+        UserError: If there is none, or the file is something else.
+    """
+    if not path.is_file():
+        raise UserError(f"no page at {path}; wanted the report.html of a run that ended")
+    found = re.fullmatch(
+        r"<!doctype html>\n<html .*?<body><main><h1>(?P<title>.*?)</h1>"
+        r'(?:<p class="headline">(?P<headline>.*?)(?: <small>(?P<subline>.*?)</small>)?</p>)?\n'
+        r"(?P<sections>.*)</main></body></html>\n",
+        path.read_text(encoding="utf-8", errors="replace"),
+        re.DOTALL,
+    )
+    if found is None:
+        raise UserError(f"{path} is no page of a run, wanted one that a run wrote; move it away, or run again")
+    title, headline, subline = (html.unescape(found[name] or "") for name in ("title", "headline", "subline"))
+    return Page(title, headline, subline, found["sections"])
 
 
 def curves(rows: Sequence[Mapping[str, float]]) -> Figure | None:
@@ -189,6 +234,13 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
+
+
+def _headline(headline: str, subline: str) -> str:
+    if not headline:
+        return ""
+    small = f" <small>{html.escape(subline)}</small>" if subline else ""
+    return f'<p class="headline">{html.escape(headline)}{small}</p>'
 
 
 def _cell(value: Any) -> str:

@@ -9,9 +9,10 @@ import soundfile
 import torch
 
 from audio.codec import Codec
+from audio.datasets import Batch
 from audio.generate import generate
 from audio.listen import mel_spectrogram
-from audio.module import SoundModel, load_trained
+from audio.module import SoundModel, disturb, load_trained
 from audio.sashimi import SashimiConfig
 from core.cli import CONFIGS, main, run
 
@@ -96,6 +97,28 @@ def test_the_test_counts_every_sample(trained: Path) -> None:
     assert metrics["test/bits_per_sample"] == pytest.approx(bits / count, rel=1e-5)
 
 
+def test_disturbed_levels_differ_as_much_as_was_asked() -> None:
+    torch.manual_seed(0)
+    levels = torch.full((400, 500), 128)
+    moved = disturb(levels, 8.0, 256) - levels
+    spread = moved.double().std(dim=1)
+    assert 7 < float(spread.max()) < 8.6
+    assert float(spread.min()) < 1
+    assert 3.7 < float(spread.mean()) < 4.3  # uniform from 0 to 8
+    assert abs(float(moved.double().mean())) < 0.05
+    ends = disturb(torch.tensor([[0, 255]]).expand(50, 2), 8.0, 256)
+    assert (int(ends.min()), int(ends.max())) == (0, 255)
+
+
+def test_only_training_is_disturbed() -> None:
+    model = SoundModel(SashimiConfig(4, 1, (2,), mixer_cfg={"d_state": 2}), Codec(levels=64), input_noise=6.0)
+    levels = torch.randint(0, 64, (2, 50), generator=torch.Generator().manual_seed(0))
+    batch = Batch(levels, levels)
+    with torch.no_grad():
+        assert float(model.train().loss(batch)) != float(model.loss(batch))
+        assert float(model.eval().loss(batch)) == float(model.loss(batch))
+
+
 def test_generation(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "clips"
     run(generate, [str(trained), "--num=2", "--seconds=0.05", "--top_k=20", "--top_p=0.9", "--out", str(out)])
@@ -167,9 +190,44 @@ def test_bad_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     fails(capsys, on(root), "2.wav", "not a readable recording")
     root = recordings(tmp_path / "cut")
     (root / "3.wav").write_bytes((root / "3.wav").read_bytes()[:999])
-    fails(capsys, on(root), "3.wav", "cut off")
+    fails(capsys, on(root), "3.wav", "cut off", "copy it again")
+    root = recordings(tmp_path / "nothing")
+    (root / "1.wav").write_bytes(b"")
+    fails(capsys, on(root), "1.wav", "not a readable recording")
+    soundfile.write(root / "1.wav", np.zeros((0, 2)), 8000)
+    fails(capsys, on(root), "1.wav", "is empty", "remove it")
     fails(capsys, on(recordings(tmp_path / "two", 2)), "at least 3")
     assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_cannot_be_read_leave_nothing(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (recordings(tmp_path / "sound") / "0.wav").read_bytes()
+    for content, words in ((whole[:500], "cut off"), (b"a text", "not a readable"), (b"", "not a readable")):
+        (tmp_path / "prompt.wav").write_bytes(content)
+        options = ["--prompt", str(tmp_path / "prompt.wav"), "--out", str(tmp_path / "clips")]
+        fails(capsys, lambda options=options: run(generate, [str(trained), *options]), "prompt.wav", words)
+        assert not (tmp_path / "clips").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [(["digitz"], ["unknown recipe 'digitz'", "did you mean digits", "sc09", "smoke"]),
+     (["smoke", "fti"], ["unknown stage 'fti'", "did you mean fit"]),
+     (["smoke", "--data.windw=9"], ["--data.windw", "did you mean --data.window"]),
+     (["smoke", "--data.window=long"], ["--data.window", "'long'", "int"]),
+     (["smoke", "--model.input_noise=-1"], ["--model.input_noise is -1", "at least 0"])],
+)  # fmt: skip
+def test_recipes_and_options_that_do_not_exist(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], argv: list[str],
+    words: list[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    links = {"data.codec": "model.codec", "data.sample_rate": "model.sample_rate"}
+    place = "audio.module.SoundModel", "audio.datasets.AudioData"
+    fails(capsys, lambda: main("audio", *place, default_recipe="digits", links=links, argv=argv), *words)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_net_that_cannot_be_built_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,14 @@ def test_other_files_named_wav_are_refused(tmp_path: Path, content: bytes) -> No
         read_clip(path)
 
 
+@pytest.mark.parametrize("suffix", ["wav", "aiff"])
+def test_recordings_without_a_sample_are_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"empty.{suffix}"
+    soundfile.write(path, TONE[:0], 8000, subtype="PCM_16")
+    with pytest.raises(UserError, match=rf"empty\.{suffix}: the recording is empty, wanted at least one sample"):
+        read_clip(path)
+
+
 def test_samples_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "nan.wav"
     soundfile.write(path, np.array([0.0, np.nan, 0.1], np.float32), 8000, subtype="FLOAT")

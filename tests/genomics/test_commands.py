@@ -108,7 +108,13 @@ def test_bases_weigh_the_same_in_whatever_batches(tmp_path: Path) -> None:
         (pretrain, ">a\nAC7GT\n", [], r"'a': character '7' at position 3"),
         (pretrain, "", [], "is empty"),
         (pretrain, ">a\n" + "ACGT" * 50 + "\n", [], "shorter than the window of 1,024"),
-        (pretrain, None, [], "no FASTA file at"),
+        (pretrain, None, [], r"no FASTA file at .*x\.fa; give the path of one"),
+        (classify, ">a\nAC7GT\n", [], r"x\.fa: record 'a': character '7' at position 3 .* correct the file"),
+        (classify, "", [], "is empty; wanted FASTA records"),
+        (classify, None, [], "no FASTA file at"),
+        (pretrain, ">a\n>b\nACGT\n", [], "record 'a' has a header and no bases"),
+        (pretrain, ">a\nACGT\n", ["--data.windw", "9"], "did you mean --data.window"),
+        (pretrain, ">a\nACGT\n", ["--data.window", "long"], "--data.window is 'long'; wanted int"),
         (pretrain, ">a\nACGT\n", ["--model.d_model", "0"], "d_model: got 0"),
         (classify, "MKLV\n", [], "is no FASTA file"),
         (classify, ">a\n" + "ACGT" * 50 + "\n", [], "0 loci of 640 bases"),
@@ -131,6 +137,24 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert stop.value.code == 2
     assert [line for line in error.splitlines() if line.startswith("error:")] == error.splitlines()
     assert re.search(message, error)
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_that_do_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, word in ((classify, "great_ape"), (pretrain, "pretrian")):
+        with pytest.raises(SystemExit) as stop:
+            command(word)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2
+        assert re.fullmatch(rf"error: unknown recipe '{word}' \(did you mean .*\?\); recipes: .*\n", error)
+
+
+def test_a_folder_is_no_fasta_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "genomes").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        pretrain("pretrain", "--data.fasta", str(tmp_path / "genomes"), "--run_dir", str(tmp_path / "run"))
+    assert stop.value.code == 2
+    assert "genomes cannot be read as a FASTA file: Is a directory" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
