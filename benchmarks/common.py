@@ -1,7 +1,7 @@
 """What every benchmark shares: timing, the floors that memory and special functions set, and the rows of the CSV files.
 
 A row says what was timed (op, case, provider, mode, dtype), how long it took (20th, 50th and 80th percentile), the
-floor, the peak of memory, and on what (GPU, versions, date). The provider is an import name.
+floor, the peak of memory, and on what (GPU or processor, versions, date). The provider is an import name.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-import triton
-from triton.testing import do_bench
+from torch import Tensor
+
+from benchmarks import processor
 
 RESULTS = Path(__file__).parent / "results"
 EXPONENTIALS = 16  # a clock and multiprocessor, on every NVIDIA GPU since Volta
@@ -35,7 +36,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of ``results/<op>.csv``."""
+    """One line of ``results/<op>.csv``; ``gpu`` holds the processor's name where no GPU was used."""
 
     op: str
     case: str
@@ -54,11 +55,7 @@ class Row:
 
 
 def require_gpu(name: str) -> None:
-    """Ends the program with one message where there is no GPU.
-
-    Args:
-        name: The benchmark, for the message.
-    """
+    """Ends the program where there is no GPU, with one message that names the benchmark."""
     if not torch.cuda.is_available():
         message = f"benchmarks.{name}: found no GPU, wanted an NVIDIA GPU; run it on a machine that has one"
         print(message, file=sys.stderr)
@@ -70,63 +67,119 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def measure(function: Callable[[], object]) -> Timing:
-    """Times ``function`` with CUDA events between clearings of the L2 cache."""
+def measure(function: Callable[[], object], device: str = "cuda") -> Timing:
+    """Times ``function``: with CUDA events between clearings of the L2 cache, or by the clock on the CPU."""
     function()
+    if device == "cpu":
+        peak = processor.peak_mib(function)
+        return Timing(*processor.milliseconds(function), peak)
+    from triton.testing import do_bench
+
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     function()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    low, middle, high = do_bench(function, warmup=50, rep=300, quantiles=[0.2, 0.5, 0.8])
-    return Timing(low, middle, high, peak)
+    return Timing(*do_bench(function, warmup=50, rep=300, quantiles=[0.2, 0.5, 0.8]), peak)  # type: ignore[misc]
 
 
 @functools.cache
-def copy_bandwidth() -> float:
-    """Bytes a millisecond that a copy of 1 GiB reads and writes, measured."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+def copy_bandwidth(device: str = "cuda") -> float:
+    """Bytes a millisecond that a copy of 1 GiB (256 MiB on the CPU) reads and writes, measured."""
+    source = torch.ones(2**30 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / do_bench(lambda: target.copy_(source), return_mode="median")
+    return 2 * source.numel() / measure(lambda: target.copy_(source), device).ms_p50
 
 
 @functools.cache
 def exponential_rate() -> float:
-    """Exponentials a millisecond at the highest clock."""
+    """Exponentials a millisecond of the GPU at its highest clock."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return EXPONENTIALS * properties.multi_processor_count * properties.clock_rate
 
 
-def floor(moved: float, exponentials: float = 0) -> float:
+def floor(moved: float, exponentials: float = 0, device: str = "cuda") -> float:
     """The larger of the times that memory and the special functions need at least, in milliseconds.
 
     Args:
         moved: Bytes that must be read and written.
-        exponentials: How many there are.
+        exponentials: How many there are; counted on a GPU only.
+        device: ``cuda`` or ``cpu``.
     """
-    return max(moved / copy_bandwidth(), exponentials / exponential_rate())
+    memory = moved / copy_bandwidth(device)
+    return memory if device == "cpu" else max(memory, exponentials / exponential_rate())
 
 
-def row(op: str, case: str, provider: str, mode: str, dtype: torch.dtype, timing: Timing, floor_ms: float) -> Row:
+def _machine(device: str) -> dict[str, str]:
+    """The columns that say on what a row was measured."""
+    if device == "cpu":
+        name, triton = f"{processor.name()}, {torch.get_num_threads()} threads", ""
+    else:
+        import triton as package
+
+        name, triton = torch.cuda.get_device_name(), package.__version__
+    return {"gpu": name, "torch": torch.__version__, "triton": triton, "date": datetime.date.today().isoformat()}
+
+
+def row(
+    op: str, case: str, provider: str, mode: str, dtype: torch.dtype, timing: Timing, floor_ms: float,
+    device: str = "cuda",
+) -> Row:  # fmt: skip
     """A row of this machine, today; also printed.
 
     Args:
         op: The op, which names the file.
         case: The shape; ``target/...`` for one with a stated target.
         provider: Import name.
-        mode: ``forward`` or ``backward`` (alone).
+        mode: ``forward``, ``backward`` (alone) or ``forward_backward`` (both, as in training).
         dtype: Dtype of the inputs.
         timing: What ``measure`` returned.
         floor_ms: What ``floor`` returned.
+        device: ``cuda`` or ``cpu``.
     """
     numbers = {name: f"{value:.4f}" for name, value in asdict(timing).items()}
     made = Row(
         op=op, case=case, provider=provider, mode=mode, dtype=str(dtype).removeprefix("torch."), **numbers,
-        floor_ms=f"{floor_ms:.4f}", gpu=torch.cuda.get_device_name(), torch=torch.__version__,
-        triton=triton.__version__, date=datetime.date.today().isoformat(),
+        floor_ms=f"{floor_ms:.4f}", **_machine(device),
     )  # fmt: skip
     print(*list(asdict(made).values())[:10], sep="\t", flush=True)
+    return made
+
+
+def time_passes(
+    op: str, case: str, provider: str, function: Callable[[], Tensor | tuple[Tensor, ...]], leaves: list[Tensor],
+    floors: dict[str, float], device: str = "cuda",
+) -> list[Row]:  # fmt: skip
+    """Rows of one provider, one a mode.
+
+    Args:
+        op: As in ``row``, like case and provider.
+        case: See op.
+        provider: See op.
+        function: The forward.
+        leaves: What gets gradients; the first one's dtype is the row's.
+        floors: Milliseconds by mode: these modes are timed.
+        device: ``cuda`` or ``cpu``.
+    """
+
+    def forward() -> tuple[Tensor, ...]:
+        found = function()
+        return found if isinstance(found, tuple) else (found,)
+
+    with torch.set_grad_enabled("backward" in floors):  # else no graph stays in memory
+        outputs = forward()
+    grads = [torch.randn_like(t) for t in outputs]
+    made = []
+    for mode, floor_ms in floors.items():
+        with torch.set_grad_enabled(mode != "forward"):
+            if mode == "forward":
+                timing = measure(forward, device)
+            elif mode == "backward":
+                timing = measure(lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True), device)
+            else:
+                timing = measure(lambda: torch.autograd.grad(forward(), leaves, grads), device)
+        made.append(row(op, case, provider, mode, leaves[0].dtype, timing, floor_ms, device))
     return made
 
 

@@ -1,11 +1,11 @@
-"""Times the selective scan on the CPU against the Python loop that mamba_ssm falls back to there.
+"""Times the selective scan on the CPU beside the two ways in which it is usually written in PyTorch, in float32.
 
-    python -m benchmarks.selective_scan_cpu            # prints
-    python -m benchmarks.selective_scan_cpu --write    # and appends to benchmarks/results/selective_scan_cpu.csv
+    python -m benchmarks.selective_scan_cpu [--write] [--threads N] [--case NAME ...]
 
-The loop is the published algorithm as it is usually written in PyTorch: all decays and inputs of all positions first,
-then one Python step per position. Backward means the backward alone. ``floor_ms`` is the time to read the inputs and
-write the outputs once, at the copy bandwidth measured in the same run.
+``torch_loop`` is the algorithm that mamba_ssm falls back to: the decays and inputs of all positions first, then one
+Python step a position. ``torch_parallel`` scans these in log2 L rounds, as mamba.py does (Blelloch 1990), with a
+backward that scans the gradients in reverse. Both are written here anew. ``floor_ms`` is the time to read the inputs
+and write the outputs once (forward_backward: and the same for the gradients) at the copy bandwidth of the same run.
 
 B batch, L tokens, D channels, N state.
 """
@@ -13,181 +13,141 @@ B batch, L tokens, D channels, N state.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import importlib.metadata
-import platform
-import threading
-import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.common import Row, floor, time_passes, write
 from kernels import selective_scan
 
-CASES = {
+CASES = {  # B, D, L, N
     "target/B2_D384_L1024_N16": (2, 384, 1024, 16),
     "vim_tiny/B8_D384_L197_N16": (8, 384, 197, 16),
     "long/B1_D128_L4096_N16": (1, 128, 4096, 16),
+    "memory/B1_D32_L131072_N16": (1, 32, 131072, 16),
 }
-COLUMNS = (
-    "op", "case", "provider", "mode", "dtype", "ms_p20", "ms_p50", "ms_p80", "floor_ms", "peak_mib",
-    "gpu", "torch", "triton", "date",
-)  # fmt: skip
-RESULTS = Path(__file__).parent / "results" / "selective_scan_cpu.csv"
 
 
-def python_loop(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor
-) -> Tensor:
-    """The scan as a loop over materialised ``(B, L, D, N)`` decays and inputs; arguments as ``selective_scan``.
+def terms(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Decays and inputs of the recurrence, both ``(B, L, D, N)``."""
+    dt = F.softplus(dt + dt_bias)
+    return torch.exp(dt[..., None] * A), (dt * x)[..., None] * B  # B has one group: (B, L, 1, N)
+
+
+def loop(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor) -> Tensor:
+    """The scan step by step; the arguments are those of ``selective_scan``.
 
     ``unbind`` is kinder to it than the usual indexing, whose backward fills a whole ``(B, L, D, N)`` at each step.
     """
-    dt = F.softplus(dt + dt_bias)
-    decays = torch.exp(torch.einsum("bld,dn->bldn", dt, A))
-    inputs = torch.einsum("bld,bln,bld->bldn", dt, B.squeeze(2), x)
-    h = x.new_zeros(x.shape[0], *A.shape)
-    ys = []
+    decays, inputs = terms(x, dt, A, B, dt_bias)
+    h, ys = x.new_zeros(x.shape[0], *A.shape), []
     for decay, step, c in zip(decays.unbind(1), inputs.unbind(1), C[:, :, 0].unbind(1), strict=True):
         h = decay * h + step
         ys.append(torch.einsum("bdn,bn->bd", h, c))
     return (torch.stack(ys, 1) + x * D) * F.silu(z)
 
 
-def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor) -> Tensor:
+def states(decays: Tensor, inputs: Tensor) -> Tensor:
+    """All h_t = decays_t h_{t-1} + inputs_t, ``(B, L, ...)``: pairs are joined, scanned, and taken apart again."""
+    length = decays.shape[1]
+    if length == 1:
+        return inputs
+    even, odd = slice(0, length - 1, 2), slice(1, length, 2)
+    joined = torch.addcmul(inputs[:, odd], decays[:, odd], inputs[:, even])
+    h = torch.empty_like(inputs)
+    h[:, odd] = states(decays[:, odd] * decays[:, even], joined)
+    h[:, 0] = inputs[:, 0]
+    torch.addcmul(inputs[:, 2::2], decays[:, 2::2], h[:, 1 : length - 1 : 2], out=h[:, 2::2])
+    return h
+
+
+class ParallelScan(torch.autograd.Function):
+    """``states`` with the gradient of the recurrence: g_t = dh_t + decays_{t+1} g_{t+1}."""
+
+    @staticmethod
+    def forward(ctx: Any, decays: Tensor, inputs: Tensor) -> Tensor:
+        h = states(decays, inputs)
+        ctx.save_for_backward(decays, h)
+        return h
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        decays, h = ctx.saved_tensors
+        following = torch.cat([torch.zeros_like(decays[:, :1]), decays[:, 1:].flip(1)], 1)
+        g = states(following, grads[0].flip(1)).flip(1)
+        return torch.cat([torch.zeros_like(g[:, :1]), g[:, 1:] * h[:, :-1]], 1), g
+
+
+def parallel(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor) -> Tensor:
+    """The scan in parallel rounds; the arguments are those of ``selective_scan``."""
+    h = ParallelScan.apply(*terms(x, dt, A, B, dt_bias))
+    return (torch.einsum("bldn,bln->bld", h, C[:, :, 0]) + x * D) * F.silu(z)
+
+
+def ours(**tensors: Tensor) -> Tensor:
     """This project's scan."""
-    return selective_scan(x, dt, A, B, C, D, z, dt_bias, backend="cpu")  # type: ignore[return-value]
+    return selective_scan(**tensors, backend="cpu")  # type: ignore[return-value, arg-type]
+
+
+PROVIDERS: dict[str, Callable[..., Tensor]] = {"triscan": ours, "torch_loop": loop, "torch_parallel": parallel}
 
 
 def draw(B: int, D: int, L: int, N: int) -> dict[str, Tensor]:
     """Inputs of one case, float32."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
+    torch.manual_seed(0)
     inputs = {
-        "x": normal(B, L, D),
-        "dt": normal(B, L, D),
+        "x": torch.randn(B, L, D),
+        "dt": torch.randn(B, L, D),
         "A": -torch.arange(1.0, N + 1).expand(D, N).contiguous(),
-        "B": normal(B, L, 1, N),
-        "C": normal(B, L, 1, N),
-        "D": normal(D),
-        "z": normal(B, L, D),
-        "dt_bias": normal(D) - 4,
+        "B": torch.randn(B, L, 1, N),
+        "C": torch.randn(B, L, 1, N),
+        "D": torch.randn(D),
+        "z": torch.randn(B, L, D),
+        "dt_bias": torch.randn(D) - 4,
     }
     return {n: t.requires_grad_() for n, t in inputs.items()}
 
 
-def times(function: Callable[[], object], seconds: float) -> list[float]:
-    """Milliseconds of each call: after one to warm up, at least 3 and as many as fit in ``seconds``."""
-    function()
-    found: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(found) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        function()
-        found.append((time.perf_counter() - start) * 1e3)
-    return sorted(found)
+def check(function: Callable[..., Tensor]) -> None:
+    """Holds a provider to the reference in float64: values and gradients, of an odd length."""
+    inputs = {n: t.detach().double().requires_grad_() for n, t in draw(2, 3, 13, 4).items()}
+    outputs = [function(**inputs), selective_scan(**inputs, backend="reference")]  # type: ignore[arg-type]
+    torch.testing.assert_close(*outputs)
+    got, wanted = (torch.autograd.grad(y.square().sum(), list(inputs.values())) for y in outputs)  # type: ignore
+    torch.testing.assert_close(got, wanted)
 
 
-def resident() -> int:
-    """Bytes of memory that the process holds now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
-
-
-def peak(function: Callable[[], object]) -> float:
-    """MiB by which the process grew at most during one call, looked at every millisecond."""
-    before, highest, done = resident(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal highest
-        while not done.wait(0.001):
-            highest = max(highest, resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    function()
-    done.set()
-    watcher.join()
-    return max(0, highest - before) / 2**20
-
-
-def bandwidth() -> float:
-    """Bytes a millisecond that a copy reads and writes."""
-    source, target = torch.ones(1 << 24), torch.empty(1 << 24)
-    return 2 * source.nbytes / times(lambda: target.copy_(source), 0.5)[0]
-
-
-def measure(case: str, seconds: float, rate: float) -> list[dict[str, str | float]]:
-    """The rows of one case: both providers, forward and backward."""
-    inputs = draw(*CASES[case])
-    leaves = list(inputs.values())
-    bytes_in = sum(t.nbytes for t in leaves)
-    rows: list[dict[str, str | float]] = []
-    torch.testing.assert_close(scan(**inputs), python_loop(**inputs), rtol=1e-3, atol=1e-3)
-    for provider, function in (("triscan", scan), ("torch", python_loop)):
-
-        def forward(function: Callable[..., Tensor] = function) -> Tensor:
-            with torch.no_grad():
-                return function(**inputs)
-
-        y = function(**inputs)
-        dy = torch.ones_like(y)
-
-        def backward(y: Tensor = y, dy: Tensor = dy) -> tuple[Tensor, ...]:
-            return torch.autograd.grad(y, leaves, dy, retain_graph=True)
-
-        floors = {"forward": (bytes_in + y.nbytes) / rate, "backward": (2 * bytes_in + y.nbytes) / rate}
-        for mode, call in (("forward", forward), ("backward", backward)):
-            found = times(call, seconds)
-            p20, p50, p80 = (found[int(len(found) * q)] for q in (0.2, 0.5, 0.8))
-            rows.append(
-                {
-                    "op": "selective_scan", "case": case, "provider": provider, "mode": mode, "dtype": "float32",
-                    "ms_p20": round(p20, 3), "ms_p50": round(p50, 3), "ms_p80": round(p80, 3),
-                    "floor_ms": round(floors[mode], 3), "peak_mib": round(peak(call), 1),
-                    "gpu": f"none ({platform.machine()}, {torch.get_num_threads()} threads)",
-                    "torch": torch.__version__, "triton": "",
-                    "date": datetime.date.today().isoformat(),
-                }
-            )  # fmt: skip
+def measurements(case: str) -> list[Row]:
+    """The rows of one case: each provider, forward and both passes."""
+    inputs, rows = draw(*CASES[case]), []
+    moved = sum(t.nbytes for t in inputs.values()) + inputs["x"].nbytes
+    floors = {"forward": floor(moved, device="cpu"), "forward_backward": floor(3 * moved, device="cpu")}
+    for provider, function in PROVIDERS.items():
+        leaves = list(inputs.values())
+        rows += time_passes("selective_scan", case, provider, lambda f=function: f(**inputs), leaves, floors, "cpu")
+    for mode in floors:
+        times = {r.provider: float(r.ms_p50) for r in rows if r.mode == mode}
+        print(*(f"{case} {mode}: {ms / times['triscan']:.1f} times as fast as {n}" for n, ms in times.items()
+                if n != "triscan"), sep="\n")  # fmt: skip
     return rows
 
 
 def main() -> None:
-    """Runs the cases; see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Times the selective scan on the CPU.")
-    parser.add_argument(
-        "--write", action="store_true", help="append the rows to benchmarks/results/selective_scan_cpu.csv"
-    )
-    parser.add_argument("--case", choices=list(CASES), help="one case only")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for each measurement (default: 3)")
-    arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, numba {importlib.metadata.version('numba')}, {torch.get_num_threads()} threads")
-    rate = bandwidth()
-    rows = []
-    for case in [arguments.case] if arguments.case else CASES:
-        found = measure(case, arguments.seconds, rate)
-        rows += found
-        for row in found:
-            print(f"{case:28} {row['provider']:8} {row['mode']:9} {row['ms_p50']:10.2f} ms {row['peak_mib']:8.1f} MiB")
-        for mode in ("forward", "backward"):
-            ours, loop = (row["ms_p50"] for row in found if row["mode"] == mode)
-            print(f"{case:28} {mode}: {float(loop) / float(ours):.1f} times the loop's speed")
-    if arguments.write:
-        RESULTS.parent.mkdir(exist_ok=True)
-        fresh = not RESULTS.exists()
-        with RESULTS.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if fresh:
-                writer.writeheader()
-            writer.writerows(rows)
+    """Runs the cases."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/selective_scan_cpu.csv")
+    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch and of the kernels (default: 2)")
+    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="only these shapes")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for function in PROVIDERS.values():
+        check(function)
+    found = [row for case in options.case for row in measurements(case)]
+    if options.write:
+        print(write("selective_scan_cpu", found))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Legend: B batch, L length, D model width, E inner width, N state, W convolution 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, cast
@@ -31,38 +32,28 @@ class InferenceParams(Protocol):
 
 
 class Mamba(mamba.Mamba):
-    """The Mamba block with mamba_ssm's arguments and caches; see ``core.mixers.mamba.Mamba``.
+    """The Mamba block with mamba_ssm's arguments and caches.
 
     Args:
-        d_model: As in the base class, like everything that follows but for:
+        arguments: As in ``core.mixers.mamba.Mamba``, whose order is mamba_ssm's.
         use_fast_path: Accepted; there is one path, and it is the fast one.
         layer_idx: Key of this layer's cache in ``inference_params``.
+        options: As ``arguments``, by name; an unknown one is a TypeError.
     """
 
     def __init__(
-        self,
-        d_model: int,
-        d_state: int = 16,
-        d_conv: int = 4,
-        expand: float = 2,
-        dt_rank: int | str = "auto",
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init: str = "random",
-        dt_scale: float = 1.0,
-        dt_init_floor: float = 1e-4,
-        conv_bias: bool = True,
-        bias: bool = False,
-        use_fast_path: bool = True,
-        layer_idx: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, *arguments: Any, use_fast_path: bool = True, layer_idx: int | None = None, **options: Any
     ) -> None:
-        super().__init__(
-            d_model, d_state, d_conv, expand, dt_rank, dt_min, dt_max, dt_init, dt_scale, dt_init_floor,
-            conv_bias, bias, device=device, dtype=dtype,
-        )  # fmt: skip
+        super().__init__(*arguments, **options)
         self.layer_idx = layer_idx
+
+    # The arguments by name: for help(), and for the language model, which checks its configuration against them.
+    __signature__: ClassVar[inspect.Signature] = inspect.Signature(
+        [
+            *inspect.signature(mamba.Mamba).parameters.values(),
+            *(p for p in inspect.signature(__init__).parameters.values() if p.kind is p.KEYWORD_ONLY),
+        ]
+    )
 
     def forward(
         self,

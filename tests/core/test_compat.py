@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,9 @@ def test_same_layer_as_the_plain_one():
     assert list(ours.state_dict()) == list(plain.state_dict())
     x = fill_input("x", (2, 5, 6))
     assert torch.equal(ours(x), plain(x))
+    assert {"d_state", "dt_init", "use_fast_path", "layer_idx"} < set(inspect.signature(Mamba).parameters)
+    with pytest.raises(TypeError, match="d_stat"):
+        Mamba(6, d_stat=4)
 
 
 def test_step_has_gradients():

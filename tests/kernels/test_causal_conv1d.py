@@ -9,12 +9,11 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from contract import OpContract, assert_equals_reference, assert_independent_of_threads, assert_refuses, flops
 from conv_cases import CASES, ROUNDED, ROUTES, SEQ_IDX, Case, compare, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import causal_conv1d
 
@@ -38,9 +37,7 @@ def test_reference_is_torch_conv1d() -> None:
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("name", CASES)
 def test_float64(name: str, backend: str) -> None:
-    got, wanted = run(CASES[name], torch.float64, backend), run(CASES[name], torch.float64, "reference")
-    for key, value in wanted.items():
-        torch.testing.assert_close(got[key], value, rtol=1e-10, atol=1e-12, msg=lambda m, key=key: f"{key}: {m}")
+    assert_equals_reference(run, CASES[name], backend, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -157,16 +154,7 @@ def test_padding_tokens_count_for_nothing(backend: str) -> None:
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     case = Case(B=3, L=700, D=33, activation=None)  # the exponentials are ATen's, whose last bit depends on it
-    threads = torch.get_num_threads()
-    results = []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            results.append(run(case, torch.float32, "cpu"))
-    finally:
-        torch.set_num_threads(threads)
-    for key, value in results[0].items():
-        assert torch.equal(value, results[1][key]), key
+    assert_independent_of_threads(run, case)
 
 
 def test_inputs_may_be_slices() -> None:
@@ -217,10 +205,11 @@ class Model(nn.Module):
         return y + state.sum()
 
 
-@pytest.fixture
-def model() -> Model:
-    torch.manual_seed(0)
-    return Model()
+class TestContract(OpContract):
+    Model, channels = Model, 5
+
+    def call(self, model: nn.Module, x: Tensor) -> Tensor:
+        return causal_conv1d(x, model.weight, model.bias)
 
 
 @pytest.mark.parametrize("name", ["plain", "state", "packed", "seq_idx", "route_inputs"])
@@ -241,55 +230,8 @@ def test_opcheck_of_the_backward() -> None:
     torch.library.opcheck(torch.ops.triscan.causal_conv1d_backward, arguments)
 
 
-def test_compiles_whole(model: Model) -> None:
-    x = torch.randn(2, 9, 5)
-    wanted = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
-    torch.testing.assert_close(got, wanted)
-
-
-def test_exports(model: Model) -> None:
-    length = torch.export.Dim("length", min=2, max=64)
-    program = torch.export.export(model, (torch.randn(2, 9, 5),), dynamic_shapes={"x": {1: length}})
-    x = torch.randn(2, 21, 5)
-    torch.testing.assert_close(program.module()(x), model(x))
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # timm's tests still script
-def test_fx_and_torchscript(model: Model) -> None:
-    x = torch.randn(2, 9, 5)
-    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
-    scripted = torch.jit.script(model)
-    torch.testing.assert_close(scripted(x), model(x))
-
-
-def test_meta_device(model: Model) -> None:
-    y = model.to("meta")(torch.empty(2, 9, 5, device="meta"))
-    assert y.shape == (2, 9, 5)
-    assert y.device.type == "meta"
-
-
-def test_autocast_keeps_dtypes(model: Model) -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        x = F.linear(torch.randn(2, 9, 5), torch.randn(5, 5))
-        y = causal_conv1d(x, model.weight, model.bias)
-    assert y.dtype == torch.bfloat16
-    y.float().sum().backward()
-    assert model.weight.grad.dtype == torch.float32
-
-
-def test_activation_checkpointing(model: Model) -> None:
-    x = torch.randn(2, 9, 5, requires_grad=True)
-    (wanted,) = torch.autograd.grad(model(x).square().sum(), x)
-    (got,) = torch.autograd.grad(checkpoint(model, x, use_reentrant=False).square().sum(), x)
-    torch.testing.assert_close(got, wanted)
-
-
-def test_flops_are_counted(model: Model) -> None:
-    with FlopCounterMode(display=False) as counter:
-        model(torch.randn(2, 9, 5)).sum().backward()
-    assert counter.get_total_flops() == (1 + 3) * 2 * 2 * 9 * 5 * 4
+def test_flops_are_counted() -> None:
+    assert flops(lambda: Model()(torch.randn(2, 9, 5))) == (1 + 3) * 2 * 2 * 9 * 5 * 4
 
 
 def test_only_the_state_in_the_loss() -> None:
@@ -327,5 +269,4 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_says_what_is_wanted(name: str) -> None:
     changes, message = BAD[name]
-    with pytest.raises(ValueError, match=message):
-        causal_conv1d(**{"x": X, "weight": WEIGHT, **changes})
+    assert_refuses(causal_conv1d, {"x": X, "weight": WEIGHT, **changes}, message)

@@ -229,3 +229,16 @@ def test_bad_input_says_what_is_wanted() -> None:
         compat.causal_conv1d_fn(x, weight, activation="gelu")
     with pytest.raises(ValueError, match="conv_state: got 2 columns, wanted at least W - 1 = 3"):
         compat.causal_conv1d_update(x, torch.zeros(2, 5, 2), weight)
+
+
+def test_outputs_may_be_changed_in_place() -> None:
+    x, weight = torch.randn(2, 5, 9, requires_grad=True), torch.randn(5, 4)
+    y, state = compat.causal_conv1d_fn(x, weight, return_final_states=True)
+    (wanted,) = torch.autograd.grad((2 * y).sum() + (3 * state).sum(), x)
+    y, state = compat.causal_conv1d_fn(x, weight, return_final_states=True)
+    y *= 2
+    state *= 3
+    torch.testing.assert_close(torch.autograd.grad(y.sum() + state.sum(), x)[0], wanted)
+    y = compat.selective_scan_fn(x, x, -torch.ones(5, 3), torch.randn(2, 3, 9), torch.randn(2, 3, 9))
+    y += 1
+    assert torch.autograd.grad(y.sum(), x)[0].any()

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import assert_equals_reference, assert_repeats, triton_device
 from norm_cases import CASES, ROUNDED, compare, run
 
-from kernels.backend import interpreting
-
-if not (torch.cuda.is_available() or interpreting()):
-    pytest.skip("needs an NVIDIA GPU or TRITON_INTERPRET=1", allow_module_level=True)
-
-DEVICE = "cuda" if torch.cuda.is_available() and not interpreting() else "cpu"
+DEVICE = triton_device()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_float64(name: str) -> None:
-    got = run(CASES[name], torch.float64, "triton", DEVICE)
-    for key, value in run(CASES[name], torch.float64, "reference").items():
-        torch.testing.assert_close(got[key].cpu(), value, rtol=1e-10, atol=1e-11, msg=lambda m, key=key: f"{key}: {m}")
+    assert_equals_reference(run, CASES[name], "triton", DEVICE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -28,6 +22,4 @@ def test_low_precision(name: str, dtype: torch.dtype) -> None:
 
 
 def test_repeats_bit_by_bit() -> None:
-    first, second = (run(CASES["many_rows"], torch.float32, "triton", DEVICE) for _ in range(2))
-    for key, value in first.items():
-        assert torch.equal(value, second[key]), key
+    assert_repeats(run, CASES["many_rows"], "triton", DEVICE)
