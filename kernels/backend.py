@@ -1,7 +1,8 @@
 """Which implementation of an op runs, and why. The one place that decides.
 
-``auto`` (or the environment variable ``TRISCAN_BACKEND``) picks by device: Triton on NVIDIA, AMD and Intel GPUs,
-numba on the CPU, plain ATen operators everywhere else. A named backend is taken as it is, or refused with a reason.
+``auto`` (or the environment variable ``TRISCAN_BACKEND``) picks by device: CUDA C++ compiled at run time on NVIDIA GPUs
+where an op has such a kernel for its arguments, Triton on NVIDIA, AMD and Intel GPUs, numba on the CPU, plain ATen
+operators everywhere else. A named backend is taken as it is, or refused with a reason.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import warnings
 
 import torch
 
-BACKENDS = ("auto", "triton", "gluon", "cpu", "torch", "reference")
+BACKENDS = ("auto", "cuda", "triton", "cpu", "torch", "reference")
 GPU_TYPES = ("cuda", "xpu")
 
 
@@ -35,15 +36,16 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def choose(backend: str, device: torch.device) -> tuple[str, str]:
+def choose(backend: str, device: torch.device, cuda: bool = False) -> tuple[str, str]:
     """The implementation that ``backend`` means on ``device``, and the reason in words.
 
     Args:
         backend: One of ``BACKENDS``; ``auto`` defers to ``TRISCAN_BACKEND``, then to the device.
         device: Where the tensors are.
+        cuda: Whether the op has a CUDA kernel that takes its arguments here.
 
     Returns:
-        ``(name, reason)`` with name one of ``triton``, ``cpu``, ``torch``, ``reference``.
+        ``(name, reason)`` with name one of ``cuda``, ``triton``, ``cpu``, ``torch``, ``reference``.
 
     Raises:
         ValueError: For an unknown backend, or one that cannot run on ``device``.
@@ -56,7 +58,9 @@ def choose(backend: str, device: torch.device) -> tuple[str, str]:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"backend ({source}): got {backend!r}, wanted one of {', '.join(BACKENDS)}{hint}")
     if backend != "auto":
-        return _named(backend, source, device)
+        return _named(backend, source, device, cuda)
+    if cuda:
+        return "cuda", f"device {device.type}, which has a CUDA kernel for these arguments"
     if device.type in GPU_TYPES:
         if has("triton"):
             return "triton", f"device {device.type} and Triton is installed"
@@ -68,7 +72,7 @@ def choose(backend: str, device: torch.device) -> tuple[str, str]:
     return "torch", f"no kernel exists for device {device.type}"
 
 
-def _named(backend: str, source: str, device: torch.device) -> tuple[str, str]:
+def _named(backend: str, source: str, device: torch.device, cuda: bool) -> tuple[str, str]:
     """A backend asked for by name, checked against the device."""
     reason = f"asked for ({source})"
     if backend in ("torch", "reference"):
@@ -78,25 +82,34 @@ def _named(backend: str, source: str, device: torch.device) -> tuple[str, str]:
             return backend, reason
         fix = "install numba" if device.type == "cpu" else "move the tensors to the CPU or use backend='auto'"
         raise ValueError(f"backend 'cpu' ({source}): got tensors on {device.type}, wanted CPU and numba; {fix}")
+    if backend == "cuda":
+        if cuda:
+            return backend, reason
+        raise ValueError(
+            f"backend 'cuda' ({source}): got arguments on {device.type} for which this op has no CUDA kernel, wanted "
+            "an NVIDIA GPU of compute capability 8.0 or later, real float32, bfloat16 or float16 tensors and at "
+            "most 64 states; use backend='auto'"
+        )
     if not has("triton"):
         raise ValueError(f"backend {backend!r} ({source}): Triton is not installed; pip install triton")
     if device.type in GPU_TYPES or interpreting():
-        return "triton", reason if backend == "triton" else f"{reason}; no op has a Gluon kernel yet, Triton runs"
+        return "triton", reason
     raise ValueError(
         f"backend {backend!r} ({source}): got tensors on {device.type}, wanted a GPU; "
         "move the tensors there, use backend='auto', or set TRITON_INTERPRET=1 to interpret the kernels"
     )
 
 
-def resolve(op: str, backend: str, device: torch.device) -> str:
+def resolve(op: str, backend: str, device: torch.device, cuda: bool = False) -> str:
     """``choose`` for one op; warns once when the choice is a slow fallback.
 
     Args:
         op: Name of the op, for the warning.
         backend: One of ``BACKENDS``.
         device: Where the tensors are.
+        cuda: Whether the op has a CUDA kernel that takes its arguments here.
     """
-    name, reason = choose(backend, device)
+    name, reason = choose(backend, device, cuda)
     if name == "torch" and not reason.startswith("asked"):
         warn_once(f"{op} runs on plain PyTorch operators: {reason}")
     return name

@@ -14,13 +14,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import recompute
 from kernels.backend import resolve
-from kernels.selective_scan.problem import make_problem
+from kernels.selective_scan.problem import Problem, make_problem
 
 __all__ = ["selective_scan"]
 
 TENSORS: tuple[str, ...] = (
     "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_weight", "route", "initial_state", "cu_seqlens", "seq_idx",
 )  # fmt: skip
+KERNELS = ("cpu", "cuda", "triton")  # backends with a forward and a backward of their own
 DIFFERENTIABLE: tuple[str, ...] = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_weight", "initial_state")
 
 
@@ -88,7 +89,7 @@ def selective_scan(
         cu_seqlens: ``(S + 1,)`` bounds of S sequences that lie end to end in a batch of one. Empty ones are allowed.
         seq_idx: ``(B, L)`` integers. The state restarts from zero where the value changes; the initial state enters
             the first sequence of a row, the final state is that of its last. -1 marks padding: skipped, output zero.
-        backend: ``auto``, ``triton``, ``cpu``, ``torch`` or ``reference``; see ``kernels.backend``.
+        backend: ``auto``, ``cuda``, ``triton``, ``cpu``, ``torch`` or ``reference``; see ``kernels.backend``.
 
     Returns:
         y in x's dtype, and the final state if asked for.
@@ -106,10 +107,22 @@ def selective_scan(
     return (y, state) if return_final_state else y
 
 
+def _resolve(p: Problem, backend: str) -> str:
+    """The backend that runs a problem."""
+    takes = False
+    if p.x.is_cuda:
+        from kernels.selective_scan import cuda
+
+        takes = cuda.supports(p)
+    return resolve("selective_scan", backend, p.x.device, takes)
+
+
 def _implementation(name: str) -> Any:
     """The module behind a backend: ``scan`` for plain operators, ``forward`` and ``backward`` for kernels."""
     if name == "cpu":
         from kernels.selective_scan import cpu as module
+    elif name == "cuda":
+        from kernels.selective_scan import cuda as module
     elif name == "triton":
         from kernels.selective_scan import triton as module
     elif name == "torch":
@@ -146,9 +159,10 @@ def _selective_scan(
         x, dt, A, B, C, D, z, dt_bias, dt_weight, route, initial_state, cu_seqlens, seq_idx,
         dt_softplus, route_params, merge, reverse,
     )  # fmt: skip
-    name = resolve("selective_scan", backend, x.device)
-    if name in ("cpu", "triton"):
-        y, state, saved = _implementation(name).forward(p)
+    name = _resolve(p, backend)
+    if name in KERNELS:
+        kernel = _implementation(name)
+        y, state, saved = kernel.forward(p, return_final_state) if name == "cuda" else kernel.forward(p)
     else:
         # An op's outputs are tensors of their own: no views, no aliases of its inputs.
         y, state = (t.clone(memory_format=torch.contiguous_format) for t in _implementation(name).scan(p))
@@ -202,12 +216,12 @@ def _selective_scan_backward(
     """Gradients in the order of ``DIFFERENTIABLE``, shaped as the inputs; empty for absent ones."""
     inputs = (x, dt, A, B, C, D, z, dt_bias, dt_weight, route, initial_state, cu_seqlens, seq_idx)
     flags = (dt_softplus, route_params, merge, reverse)
-    name = resolve("selective_scan", backend, x.device)
-    if name not in ("cpu", "triton"):
+    p = make_problem(*inputs, *flags)
+    name = _resolve(p, backend)
+    if name not in KERNELS:
         scan = _implementation(name).scan
         grads = recompute.gradients(lambda *t: scan(make_problem(*t, *flags)), inputs, (dy, dstate))  # type: ignore
         return tuple(grads[TENSORS.index(n)] for n in DIFFERENTIABLE)  # type: ignore[return-value]
-    p = make_problem(*inputs, *flags)
     if dstate is not None and route is None:
         dstate = dstate.unsqueeze(1)
     g = _implementation(name).backward(p, dy, dstate, saved)

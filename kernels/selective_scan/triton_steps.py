@@ -26,6 +26,9 @@ from kernels.selective_scan.problem import CHUNK
 CH = tl.constexpr(CHUNK)
 LOG2E = tl.constexpr(1.4426950216293335)  # log2(e) as float32 has it,
 LOG2E_REST = tl.constexpr(1.9259629911266175e-08)  # and what is missing
+LN2 = tl.constexpr(0.6931471805599453)
+LN2_HEAD = tl.constexpr(0.693359375)  # 9 bits: its product with an integer is exact
+LN2_TAIL = tl.constexpr(-2.1219444005469057e-4)
 
 
 @triton.jit
@@ -114,15 +117,22 @@ def times(ar, ai, br, bi, COMPLEX: tl.constexpr):
 
 
 @triton.jit
-def decay(dt, Ar, Ai, entry, RESTART: tl.constexpr, COMPLEX: tl.constexpr):
-    """a_t = exp(dt A), zero where the state restarts.
+def exp2_of_product(v, rate, rest):
+    """2 ** (v (rate + rest)), the exponent exact to twice the precision.
 
-    exp2(dt * rate) with rate = A log2(e) in two parts: rounded to one, it would be off by the same amount at every
-    step, and the gradient of A would add that up.
+    The rounding of v * rate alone is an error of |exponent| units in the last place; a rate rounded once is off by the
+    same amount at every step, and the gradient of A would add that up.
     """
+    high = v * rate
+    low = tl.fma(v, rest, tl.fma(v, rate, -high))
+    return tl.exp2(high) * tl.fma(low, LN2, 1.0)
+
+
+@triton.jit
+def decay(dt, Ar, Ai, entry, RESTART: tl.constexpr, COMPLEX: tl.constexpr):
+    """a_t = exp(dt A), zero where the state restarts."""
     rate = Ar * LOG2E
-    rest = tl.fma(Ar, LOG2E, -rate) + Ar * LOG2E_REST
-    re = tl.exp2(tl.fma(dt, rest, dt * rate))
+    re = exp2_of_product(dt, rate, tl.fma(Ar, LOG2E, -rate) + Ar * LOG2E_REST)
     if RESTART:
         re = tl.where(entry <= -3, 0.0, re)
     im = re
@@ -135,7 +145,9 @@ def decay(dt, Ar, Ai, entry, RESTART: tl.constexpr, COMPLEX: tl.constexpr):
 @triton.jit
 def softplus(v):
     """log(1 + exp(v)), accurate for small results; v itself beyond 20, as PyTorch's."""
-    e = tl.exp(-tl.abs(v))
+    small = -tl.minimum(tl.abs(v), 2000.0)
+    n = tl.floor(small * LOG2E + 0.5)  # exp(v) = 2 ** n exp(v - n log 2): exact where exp(v) would round v log2(e)
+    e = tl.exp2(n) * tl.exp((small - n * LN2_HEAD) - n * LN2_TAIL)
     u = 1.0 + e
     rounded = u - 1.0
     log1p = tl.where(rounded > 0.0, tl.log(u) * (e / tl.where(rounded > 0.0, rounded, 1.0)), e)

@@ -79,9 +79,13 @@ def test_names_are_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.resolve("scan", "triton", CUDA)
 
 
-def test_gluon_says_that_triton_runs() -> None:
-    assert "Triton runs" in backend.choose("gluon", CUDA)[1]
-    with pytest.raises(ValueError, match=r"got 'fast', wanted one of auto, triton, gluon, cpu, torch, reference$"):
+def test_a_cuda_kernel_runs_where_the_op_has_one() -> None:
+    assert backend.resolve("scan", "auto", CUDA, cuda=True) == "cuda"
+    assert backend.resolve("scan", "auto", CUDA) == "triton"
+    assert backend.resolve("scan", "triton", CUDA, cuda=True) == "triton"
+    with pytest.raises(ValueError, match=r"no CUDA kernel.*use backend=.auto."):
+        backend.resolve("scan", "cuda", CPU)
+    with pytest.raises(ValueError, match=r"got 'fast', wanted one of auto, cuda, triton, cpu, torch, reference$"):
         backend.choose("fast", CPU)
 
 

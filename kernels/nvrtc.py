@@ -1,0 +1,179 @@
+"""CUDA C++ compiled at run time by NVRTC, which ships inside PyTorch's wheels: nothing to build or to install.
+
+``kernel`` compiles a source for the current GPU and returns something to launch on PyTorch's current stream. Machine
+code is kept in memory and on disk (``TRISCAN_CACHE_DIR``, by default ``~/.cache/triscan``), so that a second process
+starts at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import tempfile
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+SHARED_MEMORY = 48 << 10  # bytes a block may use without asking for more
+MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+
+@functools.cache
+def _nvrtc() -> ctypes.CDLL:
+    """PyTorch's own NVRTC; its process has found it already where it was imported with CUDA."""
+    major = (torch.version.cuda or "0").split(".")[0]
+    name = f"libnvrtc.so.{major}"
+    site = Path(torch.__file__).parents[1] / "nvidia"
+    for path in (name, *map(str, site.glob(f"*/lib/{name}"))):
+        try:
+            return ctypes.CDLL(path)
+        except OSError:
+            continue
+    raise OSError(f"{name} not found: it comes with PyTorch's CUDA wheels (nvidia-cuda-nvrtc); reinstall torch")
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def version() -> tuple[int, int]:
+    """NVRTC's version.
+
+    Raises:
+        OSError: If this PyTorch came without it.
+    """
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _ok(_nvrtc().nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "version")
+    return major.value, minor.value
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this process can compile and run CUDA C++ on an NVIDIA GPU of compute capability 8.0 or later."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return False
+    try:
+        _nvrtc()
+        _driver()
+    except OSError:
+        return False
+    return torch.cuda.get_device_capability() >= (8, 0)
+
+
+def compile_cubin(source: str, macros: Sequence[str], architecture: str) -> bytes:
+    """Machine code of ``source``.
+
+    Args:
+        source: CUDA C++ that includes nothing.
+        macros: What is defined above it, such as ``N 16``. (As options they would reach NVRTC's own header too.)
+        architecture: For instance ``sm_90a``.
+
+    Raises:
+        RuntimeError: With the compiler's log, if it refuses the source.
+    """
+    lib, program = _nvrtc(), ctypes.c_void_p()
+    text = "".join(f"#define {m}\n" for m in macros) + source
+    _ok(lib.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"kernel.cu", 0, None, None), "create")
+    flags = [f"--gpu-architecture={architecture}", "--std=c++17"]
+    status = lib.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*(f.encode() for f in flags)))
+    size = ctypes.c_size_t()
+    if status:
+        lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        lib.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"NVRTC refused a kernel ({', '.join(macros)}):\n{log.value.decode()[:4000]}")
+    _ok(lib.nvrtcGetCUBINSize(program, ctypes.byref(size)), "size")
+    code = ctypes.create_string_buffer(size.value)
+    _ok(lib.nvrtcGetCUBIN(program, code), "fetch")
+    lib.nvrtcDestroyProgram(ctypes.byref(program))
+    return code.raw
+
+
+def _ok(status: int, step: str) -> None:
+    if status:
+        raise RuntimeError(f"NVRTC: step {step!r} failed with status {status}")
+
+
+def _cached_cubin(source: str, macros: tuple[str, ...], architecture: str) -> bytes:
+    """``compile_cubin``, through the folder of compiled kernels."""
+    folder = Path(os.environ.get("TRISCAN_CACHE_DIR") or Path.home() / ".cache" / "triscan")
+    key = hashlib.sha256("\0".join((source, *macros, architecture, str(torch.version.cuda))).encode()).hexdigest()
+    path = folder / f"{key}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    code = compile_cubin(source, macros, architecture)
+    try:  # a folder that can't be written costs the next process a compilation, no more
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            file.write(code)
+        Path(file.name).replace(path)
+    except OSError:
+        pass
+    return code
+
+
+class Kernel:
+    """A loaded kernel whose one argument is a struct of 8-byte fields.
+
+    Args:
+        code: Machine code.
+        name: The kernel's name (``extern "C"``).
+        shared: Bytes of dynamic shared memory of a block.
+    """
+
+    def __init__(self, code: bytes, name: str, shared: int) -> None:
+        self.shared, self.code = shared, code
+        module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
+        driver = _driver()
+        self._check(driver.cuModuleLoadData(ctypes.byref(module), code), f"load {name}")
+        self._check(driver.cuModuleGetFunction(ctypes.byref(self.function), module, name.encode()), f"find {name}")
+        if shared > SHARED_MEMORY:
+            status = driver.cuFuncSetAttribute(self.function, MAX_DYNAMIC_SHARED, shared)
+            self._check(status, f"give {name} {shared} bytes of shared memory")
+
+    @staticmethod
+    def _check(status: int, step: str) -> None:
+        if status:
+            raise RuntimeError(f"CUDA driver: could not {step} (status {status})")
+
+    def __call__(self, blocks: int, threads: int, fields: Sequence[int]) -> None:
+        """Launches on the current stream of the current device.
+
+        Args:
+            blocks: Number of blocks, in one dimension.
+            threads: Threads of a block.
+            fields: The struct: pointers and integers in their order.
+        """
+        if blocks == 0:
+            return
+        values = array("q", fields)
+        argument = (ctypes.c_void_p * 1)(values.buffer_info()[0])
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        status = _driver().cuLaunchKernel(
+            self.function, blocks, 1, 1, threads, 1, 1, self.shared, stream, argument, None
+        )
+        self._check(status, f"launch {blocks} blocks of {threads} threads")
+
+
+@functools.cache
+def _loaded(source: str, name: str, macros: tuple[str, ...], shared: int, device: int) -> Kernel:
+    major, minor = torch.cuda.get_device_capability(device)
+    suffix = "a" if major >= 9 else ""
+    return Kernel(_cached_cubin(source, macros, f"sm_{major}{minor}{suffix}"), name, shared)
+
+
+def kernel(source: str, name: str, macros: tuple[str, ...] = (), shared: int = 0) -> Kernel:
+    """A kernel for the current device, compiled on first use.
+
+    Args:
+        source: CUDA C++ that includes nothing.
+        name: An ``extern "C"`` kernel in it.
+        macros: What is defined above it, such as ``N 16``.
+        shared: Bytes of dynamic shared memory of a block.
+    """
+    return _loaded(source, name, macros, shared, torch.cuda.current_device())
