@@ -124,10 +124,12 @@ class Kernel:
         code: Machine code.
         name: The kernel's name (``extern "C"``).
         shared: Bytes of dynamic shared memory of a block.
+        device: Index of the GPU.
     """
 
-    def __init__(self, code: bytes, name: str, shared: int) -> None:
-        self.shared, self.code = shared, code
+    def __init__(self, code: bytes, name: str, shared: int, device: int) -> None:
+        self.shared, self.code, self.device = shared, code, device
+        self._enter()
         module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         driver = _driver()
         self._check(driver.cuModuleLoadData(ctypes.byref(module), code), f"load {name}")
@@ -135,6 +137,15 @@ class Kernel:
         if shared > SHARED_MEMORY:
             status = driver.cuFuncSetAttribute(self.function, MAX_DYNAMIC_SHARED, shared)
             self._check(status, f"give {name} {shared} bytes of shared memory")
+
+    def _enter(self) -> None:
+        """Makes PyTorch's context current: a thread of autograd's may have made no CUDA call yet."""
+        driver, context, device = _driver(), ctypes.c_void_p(), ctypes.c_int()
+        driver.cuCtxGetCurrent(ctypes.byref(context))
+        if context.value is None:
+            self._check(driver.cuDeviceGet(ctypes.byref(device), self.device), "find the device")
+            self._check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "retain its context")
+            self._check(driver.cuCtxSetCurrent(context), "enter its context")
 
     @staticmethod
     def _check(status: int, step: str) -> None:
@@ -151,6 +162,7 @@ class Kernel:
         """
         if blocks == 0:
             return
+        self._enter()
         values = array("q", fields)
         argument = (ctypes.c_void_p * 1)(values.buffer_info()[0])
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
@@ -164,7 +176,7 @@ class Kernel:
 def _loaded(source: str, name: str, macros: tuple[str, ...], shared: int, device: int) -> Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     suffix = "a" if major >= 9 else ""
-    return Kernel(_cached_cubin(source, macros, f"sm_{major}{minor}{suffix}"), name, shared)
+    return Kernel(_cached_cubin(source, macros, f"sm_{major}{minor}{suffix}"), name, shared, device)
 
 
 def kernel(source: str, name: str, macros: tuple[str, ...] = (), shared: int = 0) -> Kernel:

@@ -14,7 +14,7 @@ import functools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 WARPS = 4  # of a block
-RESIDENT = 3  # blocks of a multiprocessor: what registers and shared memory allow
 MAX_STATE = 64
 WORKSPACE = 256 << 20  # bytes for the partial sums of dB and dC
 
@@ -54,11 +53,24 @@ def source(name: str) -> str:
 
 def supports(p: Problem) -> bool:
     """Whether these kernels can take the problem; the Triton kernels take any."""
+    if not p.x.is_cuda or p.is_complex or p.state > MAX_STATE or not nvrtc.available():
+        return False
     tensors = [t for t in (p.x, p.dt, p.B, p.C, p.z) if t is not None]
-    return (
-        p.x.is_cuda and nvrtc.available() and not p.is_complex and p.state <= MAX_STATE
-        and all(t.dtype in TYPES for t in tensors)
-    )  # fmt: skip
+    needed = 4 * Launch(p, p.x).shape.backward_words(ends=False)
+    return all(t.dtype in TYPES for t in tensors) and needed <= properties(p.x.device)[1]
+
+
+@functools.cache
+def lines(macros: tuple[tuple[str, str | int], ...]) -> tuple[str, ...]:
+    """What follows ``#define`` for each macro; flags as 0 or 1."""
+    return tuple(f"{n} {int(v) if isinstance(v, bool) else v}" for n, v in macros)
+
+
+@functools.cache
+def properties(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a GPU, and the bytes of shared memory that a block may ask for there."""
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.shared_memory_per_block_optin
 
 
 def vector(widest: int, sizes: tuple[int, ...], tensors: list[Tensor]) -> int:
@@ -75,6 +87,75 @@ def vector(widest: int, sizes: tuple[int, ...], tensors: list[Tensor]) -> int:
     return 1
 
 
+class Shape(NamedTuple):
+    """How a scan is cut into blocks, threads and tiles.
+
+    Attributes:
+        lanes: LN, lanes that share a channel.
+        states: S, states of a thread.
+        part: U, steps whose states and decays fit the registers of the backward.
+        warps: NW, warps of a block that hold states.
+        help: HELP, threads of a block over those that hold states: a walk over few states is short beside the rest.
+        resident: Blocks of a multiprocessor: what registers and shared memory allow.
+        width: BD, channels of a block.
+        blocks: Blocks that share the channels of a group.
+        segments: Parts of a sequence that run at once.
+    """
+
+    lanes: int
+    states: int
+    part: int
+    warps: int
+    help: int
+    resident: int
+    width: int
+    blocks: int
+    segments: int
+
+    def forward_words(self, T: int) -> int:
+        """Words of shared memory of the forward with tiles of T steps."""
+        each = rows(2 * self.width) + rows(self.width * self.lanes) + 2 * self.lanes * self.states + 1
+        return 2 * T * each
+
+    def backward_words(self, ends: bool) -> int:
+        """Words of shared memory of the backward, or of its first pass."""
+        T, states = self.part, self.lanes * self.states
+        staged = CHUNK * (rows(2 * self.width) + self.width + 2 * states + 1)
+        if ends:
+            return staged
+        starts = CHUNK // T * 32 * self.warps * self.states
+        shares = T * (rows(self.width * self.lanes) + rows(2 * self.width * self.lanes))
+        return staged + starts + shares + self.warps * T * 2 * states
+
+
+@functools.cache
+def shape_of(state: int, channels: int, scans: int, slots: int, backward: bool, device: torch.device) -> Shape:
+    """The rule.
+
+    Args:
+        state: N.
+        channels: Of a group.
+        scans: Sequences times routes times groups.
+        slots: Chunks of a sequence.
+        backward: The backward of many states needs most of a multiprocessor's shared memory for any block: it gets
+            one of 8 warps.
+        device: The GPU.
+    """
+    cores, memory = properties(device)
+    lanes = 1 if state <= 4 else 2 if state <= 8 else 4 if state <= 16 else 8
+    states = -(-state // lanes)
+    most = 2 * WARPS if states > 4 and backward and memory >= 224 << 10 else WARPS
+    warps = min(most, -(-channels * lanes // 32))
+    help_ = max(1, 4 // lanes)
+    resident = 2 if help_ > 1 else 3 if warps <= WARPS else 1
+    width = 32 // lanes * warps
+    blocks = -(-channels // width)
+    # Segments cost a pass that finds the states they end in: only where blocks are few.
+    fit = cores * resident * WARPS // min(warps, WARPS) // max(1, scans * blocks)
+    segments = 1 if fit < 3 else max(1, min(fit, 64, slots))
+    return Shape(lanes, states, 8 if states <= 4 else 4, warps, help_, resident, width, blocks, segments)
+
+
 @dataclass(frozen=True)
 class Launch:
     """A problem, the shape of its kernels and the arguments that they share.
@@ -88,43 +169,10 @@ class Launch:
     dy: Tensor | None = None
 
     @cached_property
-    def lanes(self) -> int:
-        """LN, lanes that share a channel."""
-        return 1 if self.p.state <= 4 else 2 if self.p.state <= 8 else 4 if self.p.state <= 16 else 8
-
-    @property
-    def states(self) -> int:
-        """S, states of a thread."""
-        return -(-self.p.state // self.lanes)
-
-    @property
-    def part(self) -> int:
-        """U, steps whose states and decays fit the registers of the backward."""
-        return 8 if self.states <= 4 else 4
-
-    @cached_property
-    def warps(self) -> int:
-        """NW, warps of a block; fewer where a group has few channels."""
-        return min(WARPS, -(-(self.p.channels // self.p.groups) * self.lanes // 32))
-
-    @property
-    def width(self) -> int:
-        """BD, channels of a block."""
-        return 32 // self.lanes * self.warps
-
-    @cached_property
-    def blocks(self) -> int:
-        """Blocks that share the channels of a group."""
-        return -(-(self.p.channels // self.p.groups) // self.width)
-
-    @cached_property
-    def segments(self) -> int:
-        """Parts of a sequence that run at once. A pass finds their end states first: only if blocks are few."""
+    def shape(self) -> Shape:
         p = self.p
-        programs = max(1, p.sequences * p.routes * p.groups * self.blocks)
-        cores = torch.cuda.get_device_properties(p.x.device).multi_processor_count
-        fit = cores * RESIDENT * WARPS // self.warps // programs
-        return 1 if fit < 3 else max(1, min(fit, 64, p.slots // max(1, p.sequences)))
+        scans, slots = p.sequences * p.routes * p.groups, p.slots // max(1, p.sequences)
+        return shape_of(p.state, p.channels // p.groups, scans, slots, self.dy is not None, p.x.device)
 
     @cached_property
     def table(self) -> Tensor | None:
@@ -137,29 +185,25 @@ class Launch:
         """V and VN, channels and states that one load takes."""
         p = self.p
         rows = [t for t in (p.x, p.dt, p.z, self.dy) if t is not None]
-        channels = vector(4, (p.channels // p.groups, self.width, p.channels), rows)
-        states = vector(4, (p.state, self.states), [t for t in (p.B, p.C) if t.ndim == 5])
+        channels = vector(4, (p.channels // p.groups, self.shape.width, p.channels), rows)
+        states = vector(4, (p.state, self.shape.states), [t for t in (p.B, p.C) if t.ndim == 5])
         return channels, states
 
     def defines(self, **more: str | int) -> tuple[str, ...]:
         """The macros of a kernel."""
-        p = self.p
+        p, shape = self.p, self.shape
         V, VN = self.vectors
         real = {n: TYPES[t.dtype] for n, t in (("TX", p.x), ("TDT", p.dt), ("TB", p.B), ("TC", p.C))}
         flags = {
-            "S": self.states, "LN": self.lanes, "NW": self.warps, "U": self.part, "V": V, "VN": VN, "BLOCKS": RESIDENT,
+            "S": shape.states, "LN": shape.lanes, "NW": shape.warps, "U": shape.part, "V": V, "VN": VN,
+            "HELP": shape.help, "BLOCKS": shape.resident,
             "TZ": "float" if p.z is None else TYPES[p.z.dtype], "HAS_D": p.D is not None, "HAS_Z": p.z is not None,
             "HAS_BIAS": p.dt_bias is not None, "CONST_B": p.B.ndim == 3, "CONST_C": p.C.ndim == 3,
             "SOFTPLUS": p.dt_softplus, "TABLE": self.table is not None, "PACKED": p.cu_seqlens is not None,
             "AT_TOKEN": p.route is None or p.route_params, "PRECISE": p.x.dtype == torch.float32,
         }  # fmt: skip
-        macros = (
-            {"ENDS": 0, "T": self.part, "TY": "float", "HAS_INITIAL": 0, "HAS_FINAL": 0, "EXACT": 0}
-            | real
-            | flags
-            | more
-        )
-        return tuple(f"{n} {int(v) if isinstance(v, bool) else v}" for n, v in macros.items())
+        macros = {"ENDS": 0, "T": shape.part, "TY": "float", "HAS_INITIAL": 0, "HAS_FINAL": 0, "EXACT": 0}
+        return lines(tuple((macros | real | flags | more).items()))
 
     @cached_property
     def shared(self) -> dict[str, int | Tensor | None]:
@@ -187,23 +231,23 @@ class Launch:
         per_row = p.slots if p.cu_seqlens is not None else -(-p.positions // CHUNK)
         return fields | {
             "per_row": per_row, "first": p.positions - 1 if p.reverse else 0, "sign": -1 if p.reverse else 1,
-            "K": p.routes, "G": p.groups, "N": p.state, "L": p.length, "channels": p.channels, "blocks": self.blocks,
-            "segments": self.segments, "slots": p.slots,
+            "K": p.routes, "G": p.groups, "N": p.state, "L": p.length, "channels": p.channels,
+            "blocks": self.shape.blocks, "segments": self.shape.segments, "slots": p.slots,
         }  # fmt: skip
 
     def run(self, name: str, shared: int, fields: dict[str, int | Tensor | None], **macros: str | int) -> None:
         """Compiles a kernel on first use and launches it, a block a segment, route, group and channel block."""
         p = self.p
-        programs = p.sequences * self.segments * p.routes * p.groups * self.blocks
+        programs = p.sequences * self.shape.segments * p.routes * p.groups * self.shape.blocks
         kernel = nvrtc.kernel(source(name), name, self.defines(**macros), shared)
-        kernel(programs, 32 * self.warps, pack(self.shared | fields))
+        kernel(programs, 32 * self.shape.warps * self.shape.help, pack(self.shared | fields))
 
     def carries(self, name: str, shared: int, more: dict[str, int | Tensor | None], **macros: str | int) -> dict:
         """What the scan of each segment leaves, from zero: ``ends`` and ``sums``; nothing for one segment."""
-        if self.segments == 1:
+        if self.shape.segments == 1:
             return {}
         p = self.p
-        size = (p.sequences, self.segments, p.routes, p.channels)
+        size = (p.sequences, self.shape.segments, p.routes, p.channels)
         found = {"ends": p.x.new_empty((*size, p.state), dtype=torch.float32),
                  "sums": p.x.new_empty(size, dtype=torch.float32)}  # fmt: skip
         self.run(name, shared, {**more, **found}, ENDS=1, **macros)
@@ -250,8 +294,8 @@ def forward(p: Problem, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 
 def _forward(p: Problem, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
     launch = Launch(p)
-    T = 16 if launch.lanes == 1 else 32
-    words = 2 * T * (rows(2 * launch.width) + rows(launch.width * launch.lanes) + 2 * launch.lanes * launch.states + 1)
+    T = 16 if launch.shape.lanes == 1 else 32
+    words = launch.shape.forward_words(T)
     saved = launch.float32(p.slots, p.routes, p.state, p.channels)
     if p.cu_seqlens is not None:
         saved.zero_()
@@ -295,7 +339,7 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> G
     dx = new(size, dtype=p.x.dtype if p.x.shape[2] == p.routes else torch.float32, device=device)
     ddt = new(size, dtype=p.dt.dtype, device=device)
     dz = None if p.z is None else new(size, dtype=p.z.dtype if p.routes == 1 else torch.float32, device=device)
-    parts = (p.sequences, launch.segments, p.routes, p.channels)
+    parts = (p.sequences, launch.shape.segments, p.routes, p.channels)
     dA = launch.float32(*parts, p.state)
     dB, dC = (
         launch.float32(*parts, p.state) if t.ndim == 3 else new(t.shape, dtype=t.dtype, device=device)
@@ -304,7 +348,9 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> G
     dD, dbias = (None if t is None else launch.float32(*parts) for t in (p.D, p.dt_bias))
     dinitial = launch.float32(p.sequences, p.routes, p.channels, p.state)
     summed = p.B.ndim == 5 or p.C.ndim == 5
-    partial = launch.float32(launch.blocks, p.slots * p.routes * p.groups * CHUNK * 2 * p.state) if summed else None
+    partial = (
+        launch.float32(launch.shape.blocks, p.slots * p.routes * p.groups * CHUNK * 2 * p.state) if summed else None
+    )
     fields = {
         "dy": dy, "dy_k": dy.shape[2], "saved": saved, "dx": dx, "ddt": ddt, "dz": dz, "dA": dA, "dB": dB, "dC": dC,
         "dD": dD, "dbias": dbias, "dinitial": dinitial, "partial": partial,
@@ -316,13 +362,8 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> G
         "TDZ": "float" if dz is None else TYPES[dz.dtype],
         "HAS_FINAL": int(dstate is not None),
     }
-    T, padded, width = launch.part, launch.lanes * launch.states, launch.width
-    staged = CHUNK * (rows(2 * width) + width + 2 * launch.lanes * launch.states)
-    walked = CHUNK // T * 32 * launch.warps * launch.states
-    walked += T * (rows(width * launch.lanes) + rows(2 * width * launch.lanes))
-    words = staged + walked + (launch.warps * T * 2 * padded if summed else 0) + CHUNK
-    fields |= launch.carries("backward", 4 * (staged + CHUNK), fields, **macros)
-    launch.run("backward", 4 * words, fields, **macros)
+    fields |= launch.carries("backward", 4 * launch.shape.backward_words(ends=True), fields, **macros)
+    launch.run("backward", 4 * launch.shape.backward_words(ends=False), fields, **macros)
     if partial is not None:
         kernel = nvrtc.kernel(source("reduce"), "reduce", launch.defines(T=16), 0)
         kernel(-(-partial[0].numel() // 256), 256, pack(launch.shared | fields))

@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     float(*s_dy)[BD] = reinterpret_cast<float(*)[BD]>(s_chan + CHUNK);                        // before the gate
     float(*s_B)[NP] = reinterpret_cast<float(*)[NP]>(s_dy + CHUNK);
     float(*s_C)[NP] = s_B + CHUNK;
-    float(*s_h)[NT][S] = reinterpret_cast<float(*)[NT][S]>(s_C + CHUNK);                     // states before parts
+    float(*s_h)[WALKERS][S] = reinterpret_cast<float(*)[WALKERS][S]>(s_C + CHUNK);                     // states before parts
     float(*s_y)[PADDED(BD * LN)] = reinterpret_cast<float(*)[PADDED(BD * LN)]>(s_h + (ENDS ? 0 : SUBS));
     float(*s_uw)[PADDED(2 * BD * LN)] = reinterpret_cast<float(*)[PADDED(2 * BD * LN)]>(s_y + (ENDS ? 0 : T));
     float(*s_sum)[NW][T][2][NP] = reinterpret_cast<float(*)[NW][T][2][NP]>(s_uw + (ENDS ? 0 : T));
@@ -47,8 +47,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     const Place p(a);
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, d = p.d0 + p.ch;
     const int row0 = tid / RT, col = tid % RT * V, dc = p.d0 + col;
-    const bool channel = dc < p.dend, own = d < p.dend;
-    const i64 first = p.from(a, p.seg), last = p.from(a, p.seg + 1);
+    const bool channel = dc < p.dend, own = p.walks() && d < p.dend;
+    const i64 first = p.from(a, p.seg);
+    i64 last = p.from(a, p.seg + 1);
 
     float bias[V], skip[V], sum_D[V] = {}, sum_bias[V] = {};
 #pragma unroll
@@ -56,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         bias[i] = HAS_BIAS && channel ? reinterpret_cast<const float*>(a.bias)[p.k * a.channels + dc + i] : 0.0f;
         skip[i] = HAS_D && channel ? reinterpret_cast<const float*>(a.D)[p.k * a.channels + dc + i] : 0.0f;
     }
-    float rate[S], rest[S], g[S], B[S], C[S], sum_A[S] = {}, sum_B[S] = {}, sum_C[S] = {}, total = 0.0f;
+    float rate[S], rest[S], g[S], B[S], C[S], sum_A[S] = {}, sum_B[S] = {}, sum_C[S] = {}, total = 0.0f, slowest = __int_as_float(0x7f800000);
     const i64 state = ((p.s * a.K + p.k) * a.channels + d) * a.N;
 #pragma unroll
     for (int i = 0; i < S; i++) {
@@ -66,6 +67,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         float A = live ? reinterpret_cast<const float*>(a.A)[at] : 0.0f;
         rate[i] = A * LOG2E_HIGH;
         rest[i] = fmaf(A, LOG2E_HIGH, -rate[i]) + A * LOG2E_LOW;
+        if (live) slowest = fminf(slowest, -rate[i]);
 #if !(PRECISE || EXACT)
         rate[i] += rest[i];
 #endif
@@ -104,6 +106,12 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 
     float* partial = reinterpret_cast<float*>(a.partial) + (p.d0 - (int)p.g * (int)(a.channels / a.G)) / BD * (a.slots * a.K * a.G * CHUNK * 2 * a.N);
 
+#if ENDS && SOFTPLUS
+    i64 stop = first + reach<true, (CHUNK * RT + NT - 1) / NT>(a, p, dt, bias, slowest, first, last, reinterpret_cast<float*>(memory));
+    if (stop < last) total = __int_as_float(0x7f800000);  // what came after has decayed
+    last = stop;
+    __syncthreads();
+#endif
     for (i64 slot = last - 1; slot >= first; slot--) {
         const int place = (int)(slot - p.base) * CHUNK;
         // 1. Everything the slot's steps need: first all loads, then what is made of them.
@@ -172,6 +180,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         }
         __syncthreads();
 #if ENDS
+        if (p.walks())
 #pragma unroll 16
         for (int t = CHUNK - 1; t >= 0; t--) {
             float dt = chan(t, p.ch).x, dy = s_dy[t][p.ch], keep = TABLE ? s_keep[t] : 1.0f;
@@ -182,6 +191,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         }
 #else
         // 2. The state before each part of U steps.
+        if (p.walks()) {
         float h[S];
 #pragma unroll
         for (int i = 0; i < S; i++) {
@@ -207,6 +217,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #pragma unroll
             for (int i = 0; i < S; i++) s_h[part + 1][tid][i] = h[i];
         }
+        }
         // 3. Part by part from the last: the states again, and back over them.
 #pragma unroll 1
         for (int part = SUBS - 1; part >= 0; part--) {
@@ -226,6 +237,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 if (HAS_Z) vdy[m] = load<V>(at(dy, token, dy_l), token >= 0);
                 if (HAS_Z) vz[m] = load<V>(at(z, token, z_l), token >= 0);
             }
+            if (p.walks()) {
             float hs[U + 1][S], es[U][S], shares[U];  // shares are stored after the walk: no load moves over a store
             fetch<S>(hs[0], s_h[part][tid]);
 #pragma unroll
@@ -293,6 +305,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                         }
                     }
                 }
+            }
             }
             if (j0) continue;
             // 4. The gradients of a tile.

@@ -1,8 +1,8 @@
 // What the CUDA scans share: numbers, the layout of threads, and how rows of tokens come into shared memory.
 //
 // A thread holds S states of one channel; LN lanes share a channel. A lane's place: lane / 4 = q * GR + group and
-// channel = group * 4 + lane % 4, so that a matrix product over lane % 4 sums channels (backward). A block of NW warps
-// holds BD channels. T steps are a tile. Macros come from the host: S, LN, NW, T, V (channels a thread loads at once),
+// channel = group * 4 + lane % 4, so that a matrix product over lane % 4 sums channels (backward). The first NW warps of a
+// block hold BD channels. T steps are a tile. Macros come from the host: S, LN, NW, HELP, T, V (channels a thread loads at once),
 // VN (states at once), the element types TX, TDT, TB, TC, TZ, TY, and the options.
 
 typedef long long i64;
@@ -12,7 +12,8 @@ struct f16 { unsigned short bits; };
 #define NP (S * LN)             // states, padded
 #define GR (8 / LN)             // groups of four channels in a warp
 #define BD (4 * GR * NW)        // channels of a block
-#define NT (32 * NW)            // threads
+#define WALKERS (32 * NW)       // threads that hold states; the rest help to load, stage and write
+#define NT (WALKERS * HELP)     // threads
 #define CHUNK 64                // steps between two saved states
 #define RT (BD / V)             // threads that load one row of channels
 #define PASS ((T * RT + NT - 1) / NT)  // rows a thread loads of a tile
@@ -203,9 +204,54 @@ struct Place {
         b = s; base = begin = s * a.per_row; end = begin + a.per_row;
 #endif
     }
+    // Whether this thread holds states.
+    __device__ __forceinline__ bool walks() const { return HELP == 1 || threadIdx.x < WALKERS; }
     // Slots of segment i.
     __device__ __forceinline__ i64 from(const Args& a, i64 i) const {
         i64 span = (end - begin + a.segments - 1) / a.segments, at = begin + i * span;
         return at < end ? at : end;
     }
 };
+
+// How many of a segment's slots the state at one of its ends depends on: beyond them, every decay of every channel of the
+// block is below 2 ** -126. Counted from the last slot, or (ADJOINT) from the first. All threads of the block call it.
+template <bool ADJOINT, int ROWS> __device__ int reach(const Args& a, const Place& p, const TDT* dt, const float (&bias)[V],
+                                                       float slowest, i64 first, i64 last, float* memory) {
+    const int tid = threadIdx.x, row0 = tid / RT, col = tid % RT * V;
+    float(*s_sum)[BD] = reinterpret_cast<float(*)[BD]>(memory);      // a row for each group of threads
+    float(*s_slow)[LN] = reinterpret_cast<float(*)[LN]>(s_sum + NT / RT);
+    const bool channel = p.d0 + col < p.dend;
+    if (p.walks()) s_slow[p.ch][p.q] = slowest;
+    float sums[V] = {};
+    int slots = 0;
+    bool far = false;
+    while (!far && slots < (int)(last - first)) {
+        const int place = (int)((ADJOINT ? first + slots : last - 1 - slots) - p.base) * CHUNK;
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            int r = row0 + i * (NT / RT);
+            if (CHUNK * RT % NT && r >= CHUNK) break;
+            int entry = entry_of(a, p.b, p.k, place + r), row = row_of(a, entry, place + r);
+            Raw<TDT, V> raw = load<V>(at(dt, row, (int)a.dt_l), channel && row >= 0);
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                float step = softplus(raw[v] + bias[v]);
+                sums[v] += entry == -2 ? 0.0f : TABLE && entry <= -3 ? __int_as_float(0x7f800000) : step;
+            }
+        }
+#pragma unroll
+        for (int v = 0; v < V; v++) s_sum[row0][col + v] = sums[v];
+        __syncthreads();
+        bool reached = true;
+        for (int c = tid; c < BD; c += NT) {
+            float sum = 0.0f, slow = s_slow[c][0];
+            for (int r = 0; r < NT / RT; r++) sum += s_sum[r][c];
+#pragma unroll
+            for (int q = 1; q < LN; q++) slow = fminf(slow, s_slow[c][q]);
+            reached = reached && (p.d0 + c >= p.dend || sum * slow > 126.0f);
+        }
+        far = __syncthreads_and(reached);
+        slots++;
+    }
+    return slots;
+}

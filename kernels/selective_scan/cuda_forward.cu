@@ -20,8 +20,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
     const int tid = threadIdx.x, d = p.d0 + p.ch;
     const int row0 = tid / RT, col = tid % RT * V, dc = p.d0 + col;  // what this thread loads of a tile: V channels
     const bool channel = dc < p.dend && col < BD;
-    const bool own = d < p.dend;
-    const i64 first = p.from(a, p.seg), last = p.from(a, p.seg + 1);
+    const bool own = p.walks() && d < p.dend;
+    const i64 last = p.from(a, p.seg + 1);
+    i64 first = p.from(a, p.seg);
 
     float bias[V], skip[V];
 #pragma unroll
@@ -32,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
     }
     float rate[S], rest[S], h[S];
     const i64 state = ((p.s * a.K + p.k) * a.channels + d) * a.N;
-    float total = 0.0f;
+    float total = 0.0f, slowest = __int_as_float(0x7f800000);  // total: the sum of dt
 #pragma unroll
     for (int i = 0; i < S; i++) {
         int n = p.q * S + i;
@@ -40,6 +41,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
         float A = live ? reinterpret_cast<const float*>(a.A)[(p.k * a.channels + d) * a.N + n] : 0.0f;
         rate[i] = A * LOG2E_HIGH;
         rest[i] = fmaf(A, LOG2E_HIGH, -rate[i]) + A * LOG2E_LOW;
+        if (live) slowest = fminf(slowest, -rate[i]);
 #if !(PRECISE || EXACT)
         rate[i] += rest[i];
 #endif
@@ -66,6 +68,12 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
     const TC* C_rows = reinterpret_cast<const TC*>(a.C) + p.b * a.C_b + p.k * a.C_k + p.g * a.C_g;
     TY* y = reinterpret_cast<TY*>(a.y) + (p.b * a.L * a.K + p.k) * a.channels + dc;
     const int x_l = (int)a.x_l, dt_l = (int)a.dt_l, z_l = (int)a.z_l, y_l = (int)(a.K * a.channels);
+#if ENDS && SOFTPLUS
+    i64 start = last - reach<false, (CHUNK * RT + NT - 1) / NT>(a, p, dt, bias, slowest, first, last, reinterpret_cast<float*>(memory));
+    if (start > first) total = __int_as_float(0x7f800000);  // what came before has decayed
+    first = start;
+    __syncthreads();
+#endif
     const int origin = (int)(first - p.base) * CHUNK, tiles = (int)(last - first) * (CHUNK / T);
 
     Raw<TX, V> rx[PASS], ex[PASS];
@@ -189,6 +197,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
             for (int i = 0; i < S; i++)
                 if (p.q * S + i < (int)a.N) to[(i64)i * (int)a.channels] = h[i];
         }
+        if (p.walks()) {
         // Steps go in groups: the next group's values are on their way before this one's shares are stored, since the
         // compiler moves no load over a store.
         Values in[2][GROUP];
@@ -222,6 +231,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
 #pragma unroll
             for (int j = 0; j < GROUP; j++)
                 if (!ENDS) s_y[buf][t + j][slot_of(p.ch * LN + p.q)] = shares[j];
+        }
         }
         __syncthreads();
     }

@@ -121,11 +121,22 @@ def exp2_of_product(v, rate, rest):
     """2 ** (v (rate + rest)), the exponent exact to twice the precision.
 
     The rounding of v * rate alone is an error of |exponent| units in the last place; a rate rounded once is off by the
-    same amount at every step, and the gradient of A would add that up.
+    same amount at every step, and the gradient of A would add that up. So would the error of the GPU's own float32
+    exponential, up to two units: it is taken of an integer only, and a polynomial of the rest.
     """
     high = v * rate
-    low = tl.fma(v, rest, tl.fma(v, rate, -high))
-    return tl.exp2(high) * tl.fma(low, LN2, 1.0)
+    if v.dtype == tl.float64:
+        power = tl.exp2(high) * tl.fma(tl.fma(v, rest, tl.fma(v, rate, -high)), LN2, 1.0)
+    else:
+        n = tl.floor(high + 0.5)
+        f = tl.fma(v, rest, tl.fma(v, rate, -n))
+        p = tl.fma(f, 1.535336188319500e-4, 1.339887440266574e-3)
+        p = tl.fma(p, f, 9.618437357674640e-3)
+        p = tl.fma(p, f, 5.550332471162809e-2)
+        p = tl.fma(p, f, 2.402264791363012e-1)
+        p = tl.fma(p, f, 6.931472028550421e-1)
+        power = tl.where(high < -150.0, 0.0, tl.fma(p, f, 1.0) * tl.exp2(n))
+    return power
 
 
 @triton.jit

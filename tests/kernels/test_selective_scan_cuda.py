@@ -15,7 +15,7 @@ from kernels.selective_scan import cuda
 from kernels.selective_scan.problem import CHUNK
 
 MACROS = {
-    "S": 4, "LN": 4, "NW": 4, "U": 8, "V": 4, "VN": 4, "BLOCKS": 3, "TX": "bf16", "TDT": "f16", "TB": "bf16",
+    "S": 4, "LN": 4, "NW": 4, "HELP": 1, "U": 8, "V": 4, "VN": 4, "BLOCKS": 3, "TX": "bf16", "TDT": "f16", "TB": "bf16",
     "TC": "float", "TZ": "float", "TY": "bf16", "TDY": "bf16", "TDX": "bf16", "TDZ": "float", "HAS_D": 1,
     "HAS_Z": 1, "HAS_BIAS": 1, "HAS_INITIAL": 1, "HAS_FINAL": 1, "CONST_B": 0, "CONST_C": 0, "SOFTPLUS": 1,
     "TABLE": 1, "PACKED": 1, "AT_TOKEN": 0, "PRECISE": 0, "ENDS": 0, "EXACT": 0, "T": 8,
@@ -93,13 +93,30 @@ def test_restarts_and_skipped_tokens_in_segments(reverse: bool) -> None:
     check(tensors, "cuda", "cuda", torch.float32, reverse=reverse)
 
 
+def cut_in(segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = cuda.shape_of
+    monkeypatch.setattr(cuda, "shape_of", lambda *args: rule(*args)._replace(segments=segments))
+
+
 @gpu
 @needs_gpu
 @pytest.mark.parametrize("segments", [1, 2, 7])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_segments_at_once_equal_one(segments: int, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda.Launch, "segments", segments)
+    cut_in(segments, monkeypatch)
     check(inputs(B=2, L=10 * CHUNK + 5, D=40, N=16, options=FULL), "cuda", "cuda", torch.float32, reverse=reverse)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_segments_forget_no_more_than_they_may(slow: bool, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_in(3, monkeypatch)
+    tensors = inputs(B=1, L=60 * CHUNK, D=40, N=16, options=FULL)  # what a segment ends in has decayed a slot later
+    if slow:
+        tensors["A"][3, 2] = -1e-4  # but for one channel
+    check(tensors, "cuda", "cuda", torch.float32, reverse=reverse)
 
 
 @gpu
