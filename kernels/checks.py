@@ -5,6 +5,8 @@ B batch, L tokens, K routes, P scan positions, S packed sequences.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -81,3 +83,13 @@ def check_packing(
                 f"cu_seqlens: got {bounds.tolist()[:8]}, wanted ascending bounds from 0 to L = {length}; "
                 "it is the running sum of the lengths, with a 0 in front"
             )
+
+
+def owned(t: Tensor, shape: Sequence[int]) -> Tensor:
+    """A dense tensor of this shape that is nobody's view: what a custom op returns, for callers to change as they like.
+
+    Args:
+        t: A tensor that nothing else refers to.
+        shape: Of the result, with as many elements.
+    """
+    return torch.ops.aten._unsafe_view(t.contiguous(), tuple(shape))

@@ -188,6 +188,8 @@ class RecipeCLI(LightningCLI):
         callbacks = self._callbacks(fast)
         loggers = [] if fast else self._loggers(self._get(self.config_init, "trainer")["logger"])
         checkpoint = self._get(self.config_init, "checkpoint")
+        if fast:
+            checkpoint.save_last = False  # Lightning would write it to the working directory
         if checkpoint.dirpath is None and self.folder is not None:
             checkpoint.dirpath = str(self.folder.checkpoints)
         if checkpoint.filename == "best" and checkpoint.save_top_k not in (0, 1):

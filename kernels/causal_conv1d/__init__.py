@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.backend import resolve
 from kernels.causal_conv1d.order import final_state, final_state_backward, initial_state_backward, scan_order
 from kernels.causal_conv1d.problem import Problem, make_problem
+from kernels.checks import owned
 from kernels.recompute import gradients
 
 __all__ = ["causal_conv1d"]
@@ -111,10 +112,10 @@ def _causal_conv1d(
         state = final_state(p, order) if return_final_state else None
     else:
         y, state = _implementation(name).conv(p)
-    y = y.reshape(p.y_shape).contiguous()
+    y = owned(y, p.y_shape)
     if state is None or not return_final_state:
         return y, x.new_empty(0)
-    return y, state.reshape(p.state_shape).contiguous()
+    return y, owned(state, p.state_shape)
 
 
 @_causal_conv1d.register_fake

@@ -44,17 +44,9 @@ def causal_conv1d_fn(
         return_final_state=return_final_states,
     )  # fmt: skip
     if not isinstance(found, tuple):
-        return _unshared(found).mT
-    y, state = (_unshared(t).mT for t in found)
+        return found.mT
+    y, state = (t.mT for t in found)
     return y, (state if final_states_out is None else final_states_out.copy_(state))
-
-
-def _unshared(t: Tensor) -> Tensor:
-    """The op's output for callers that change it in place, which autograd refuses where the op returns a view.
-
-    Safe because the op's backward keeps its inputs only.
-    """
-    return torch.ops.aten._unsafe_view(t, t.shape)
 
 
 def _activation(name: str | None) -> Literal["silu"] | None:

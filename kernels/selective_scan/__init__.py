@@ -14,6 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import recompute
 from kernels.backend import resolve
+from kernels.checks import owned
 from kernels.selective_scan.problem import Problem, make_problem
 
 __all__ = ["selective_scan"]
@@ -169,7 +170,7 @@ def _selective_scan(
         saved = x.new_zeros((p.slots, p.routes, p.state, p.channels), dtype=p.state_dtype)
     if not return_final_state:
         return y, x.new_empty(0, dtype=p.state_dtype), saved
-    return y, (state if route is not None else state.squeeze(1)), saved
+    return y, (state if route is not None else owned(state, (p.sequences, p.channels, p.state))), saved
 
 
 @_selective_scan.register_fake

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import nvrtc
+from kernels.checks import owned
 from kernels.selective_scan.problem import CHUNK, Problem
 from kernels.selective_scan.triton_plan import Plan
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 WARPS = 4  # of a block
 MAX_STATE = 64
-WORKSPACE = 256 << 20  # bytes for the partial sums of dB and dC
 
 POINTERS = (
     "x", "dt", "A", "B", "C", "D", "z", "bias", "tokens", "bounds", "initial", "dfinal", "saved", "final", "y",
@@ -311,7 +311,7 @@ def _forward(p: Problem, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
     if merged:
         y = y.sum(2).to(p.x.dtype)
     elif p.route is None or p.merge:
-        y = y.squeeze(2)
+        y = owned(y, (p.batch, p.length, p.channels))
     return y, final, saved
 
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.checks import owned
 from kernels.selective_scan.problem import Problem
 from kernels.selective_scan.triton_backward import backward
 from kernels.selective_scan.triton_plan import Plan, device_of, interleaved
@@ -183,5 +184,5 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     if merged:
         y = y.sum(2).to(p.x.dtype)
     elif p.route is None or p.merge:
-        y = y.squeeze(2)
+        y = owned(y, (p.batch, p.length, p.channels))
     return y, final, saved

@@ -171,6 +171,7 @@ def test_no_test_where_none_is_wanted() -> None:
     assert not [name for name in json.loads(Path("a/metrics.json").read_text()) if name.startswith("test/")]
     train("points", "--trainer.fast_dev_run", "true")
     assert not Path("runs").exists()
+    assert not Path("checkpoints").exists()
 
 
 def test_overwrite_replaces_a_run_once_the_new_one_trains(capsys: pytest.CaptureFixture[str]) -> None:
