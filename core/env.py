@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from kernels import backend
+from kernels import backend, nvrtc
 
 PACKAGES = ("torch", "triton", "numba", "timm", "lightning", "jsonargparse", "numpy")
 OPS = ("selective_scan", "causal_conv1d", "norm")
@@ -81,13 +81,23 @@ def backends() -> dict[str, str]:
     devices = [torch.device("cpu")] + ([torch.device("cuda")] if torch.cuda.is_available() else [])
     chosen = {}
     for device in devices:
-        try:
-            name, reason = backend.choose("auto", device)
-            text = f"{name} ({reason})"
-        except ValueError as error:  # TRISCAN_BACKEND asks for what this device cannot do
-            text = str(error)
-        chosen.update({f"{op} on {device.type}": text for op in OPS})
+        for op in OPS:
+            try:
+                has_cuda = device.type == "cuda" and op == "selective_scan" and nvrtc.available()
+                name, reason = backend.choose("auto", device, has_cuda)
+                text = f"{name} ({reason})"
+            except ValueError as error:  # TRISCAN_BACKEND asks for what this device cannot do
+                text = str(error)
+            chosen[f"{op} on {device.type}"] = text
     return chosen
+
+
+def runtime_compiler() -> str:
+    """Return the version of the NVRTC that comes with PyTorch and compiles CUDA kernels at run time."""
+    try:
+        return ".".join(map(str, nvrtc.version()))
+    except OSError:
+        return "none (not a CUDA build of PyTorch)"
 
 
 def environment() -> dict[str, dict[str, str]]:
@@ -100,6 +110,7 @@ def environment() -> dict[str, dict[str, str]]:
         "torch threads": str(torch.get_num_threads()),
         "CUDA of torch": torch.version.cuda or "-",
         "GPU": "; ".join(gpus()) or "none",
+        "NVRTC": runtime_compiler(),
     }
     return {
         "versions": {**versions(), "git": git_revision() or "-"},

@@ -57,6 +57,8 @@ def choose(backend: str, device: torch.device, cuda: bool = False) -> tuple[str,
         near = difflib.get_close_matches(backend, BACKENDS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"backend ({source}): got {backend!r}, wanted one of {', '.join(BACKENDS)}{hint}")
+    if backend == "cuda" and source == "TRISCAN_BACKEND" and not cuda:
+        backend = "auto"  # not every op has such a kernel, and the variable holds for all
     if backend != "auto":
         return _named(backend, source, device, cuda)
     if cuda:

@@ -79,12 +79,16 @@ def test_names_are_taken_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.resolve("scan", "triton", CUDA)
 
 
-def test_a_cuda_kernel_runs_where_the_op_has_one() -> None:
+def test_a_cuda_kernel_runs_where_the_op_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch)
     assert backend.resolve("scan", "auto", CUDA, cuda=True) == "cuda"
     assert backend.resolve("scan", "auto", CUDA) == "triton"
     assert backend.resolve("scan", "triton", CUDA, cuda=True) == "triton"
     with pytest.raises(ValueError, match=r"no CUDA kernel.*use backend=.auto."):
         backend.resolve("scan", "cuda", CPU)
+    monkeypatch.setenv("TRISCAN_BACKEND", "cuda")  # holds for all ops, also for those that have none
+    assert backend.resolve("scan", "auto", CUDA, cuda=True) == "cuda"
+    assert backend.resolve("norm", "auto", CUDA) == "triton"
     with pytest.raises(ValueError, match=r"got 'fast', wanted one of auto, cuda, triton, cpu, torch, reference$"):
         backend.choose("fast", CPU)
 
