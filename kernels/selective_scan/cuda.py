@@ -93,7 +93,7 @@ class Shape(NamedTuple):
     Attributes:
         lanes: LN, lanes that share a channel.
         states: S, states of a thread.
-        part: U, steps whose states and decays fit the registers of the backward.
+        part: T of the backward, steps whose states and decays fit the registers.
         warps: NW, warps of a block that hold states.
         help: HELP, threads of a block over those that hold states: a walk over few states is short beside the rest.
         resident: Blocks of a multiprocessor: what registers and shared memory allow.
@@ -195,7 +195,7 @@ class Launch:
         V, VN = self.vectors
         real = {n: TYPES[t.dtype] for n, t in (("TX", p.x), ("TDT", p.dt), ("TB", p.B), ("TC", p.C))}
         flags = {
-            "S": shape.states, "LN": shape.lanes, "NW": shape.warps, "U": shape.part, "V": V, "VN": VN,
+            "S": shape.states, "LN": shape.lanes, "NW": shape.warps, "V": V, "VN": VN,
             "HELP": shape.help, "BLOCKS": shape.resident,
             "TZ": "float" if p.z is None else TYPES[p.z.dtype], "HAS_D": p.D is not None, "HAS_Z": p.z is not None,
             "HAS_BIAS": p.dt_bias is not None, "CONST_B": p.B.ndim == 3, "CONST_C": p.C.ndim == 3,

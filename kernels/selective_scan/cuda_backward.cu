@@ -1,6 +1,6 @@
 // The selective scan, backward. A block walks its channels over one segment of a sequence from the last slot to the
 // first. Of a slot, everything the steps need comes into shared memory; a first walk from the saved state leaves the
-// state before each tile of T steps. Then, tile by tile from the last, the T states are found again, in registers, and
+// state before each part of T steps. Then, part by part from the last, the T states are found again, in registers, and
 // the walk back goes over them with
 //     G_t = dy_t C_t + g_t,  g_{t-1} = a_t G_t,  q_t = a_t h_{t-1} G_t,
 //     dB_t = dt_t x_t G_t, dC_t = dy_t h_t (summed over channels), d(dt_t x_t) = <B_t, G_t>, d(dt_t) = <A, q_t>, dA = sum dt_t q_t.
@@ -31,14 +31,14 @@ __device__ __forceinline__ void add_up(float (&to)[4], const float (&one)[8], in
 }
 
 extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) {
-    constexpr int SUBS = CHUNK / U, TURNS = NT > T * RT ? NT / (T * RT) : 1;  // which threads write a tile's gradients
+    constexpr int PARTS = CHUNK / T, TURNS = NT > T * RT ? NT / (T * RT) : 1;  // threads take turns at the gradients
     extern __shared__ float4 memory[];
     float(*s_chan)[PADDED(2 * BD)] = reinterpret_cast<float(*)[PADDED(2 * BD)]>(memory);      // dt, dt x
     float(*s_dy)[BD] = reinterpret_cast<float(*)[BD]>(s_chan + CHUNK);                        // before the gate
     float(*s_B)[NP] = reinterpret_cast<float(*)[NP]>(s_dy + CHUNK);
     float(*s_C)[NP] = s_B + CHUNK;
     float(*s_h)[WALKERS][S] = reinterpret_cast<float(*)[WALKERS][S]>(s_C + CHUNK);                     // states before parts
-    float(*s_y)[PADDED(BD * LN)] = reinterpret_cast<float(*)[PADDED(BD * LN)]>(s_h + (ENDS ? 0 : SUBS));
+    float(*s_y)[PADDED(BD * LN)] = reinterpret_cast<float(*)[PADDED(BD * LN)]>(s_h + (ENDS ? 0 : PARTS));
     float(*s_uw)[PADDED(2 * BD * LN)] = reinterpret_cast<float(*)[PADDED(2 * BD * LN)]>(s_y + (ENDS ? 0 : T));
     float(*s_sum)[NW][T][2][NP] = reinterpret_cast<float(*)[NW][T][2][NP]>(s_uw + (ENDS ? 0 : T));
     float* s_keep = reinterpret_cast<float*>(s_sum + (ENDS || CONST_B && CONST_C ? 0 : 1));
@@ -57,37 +57,19 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         bias[i] = HAS_BIAS && channel ? reinterpret_cast<const float*>(a.bias)[p.k * a.channels + dc + i] : 0.0f;
         skip[i] = HAS_D && channel ? reinterpret_cast<const float*>(a.D)[p.k * a.channels + dc + i] : 0.0f;
     }
-    float rate[S], rest[S], g[S], B[S], C[S], sum_A[S] = {}, sum_B[S] = {}, sum_C[S] = {}, total = 0.0f, slowest = __int_as_float(0x7f800000);
+    const Rates rates(a, p, own);
+    float g[S], B[S], C[S], sum_A[S] = {}, sum_B[S] = {}, sum_C[S] = {}, total = 0.0f;
     const i64 state = ((p.s * a.K + p.k) * a.channels + d) * a.N;
 #pragma unroll
     for (int i = 0; i < S; i++) {
         int n = p.q * S + i;
         bool live = own && n < a.N;
         i64 at = (p.k * a.channels + d) * a.N + n;
-        float A = live ? reinterpret_cast<const float*>(a.A)[at] : 0.0f;
-        rate[i] = A * LOG2E_HIGH;
-        rest[i] = fmaf(A, LOG2E_HIGH, -rate[i]) + A * LOG2E_LOW;
-        if (live) slowest = fminf(slowest, -rate[i]);
-#if !(PRECISE || EXACT)
-        rate[i] += rest[i];
-#endif
         g[i] = !ENDS && HAS_FINAL && live ? reinterpret_cast<const float*>(a.dfinal)[state + n] : 0.0f;
         B[i] = CONST_B && live ? reinterpret_cast<const float*>(a.B)[at] : 0.0f;
         C[i] = CONST_C && live ? reinterpret_cast<const float*>(a.C)[at] : 0.0f;
     }
-#if !ENDS
-    for (i64 i = a.segments - 1; i > p.seg; i--) {
-        i64 at = ((p.s * a.segments + i) * a.K + p.k) * a.channels + d;
-        float sum = own ? reinterpret_cast<const float*>(a.sums)[at] : 0.0f;
-#pragma unroll
-        for (int j = 0; j < S; j++) {
-            int n = p.q * S + j;
-            if (!(own && n < a.N)) continue;
-            float keep = sum == __int_as_float(0x7f800000) ? 0.0f : decay(sum, rate[j], rest[j]);
-            g[j] = fmaf(keep, g[j], reinterpret_cast<const float*>(a.ends)[at * a.N + n]);
-        }
-    }
-#endif
+    for (i64 i = a.segments - 1; !ENDS && i > p.seg; i--) rates.pass(g, a, p, own, i);
     float one[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) one[i] = lane >> 2 == i ? 1.0f : 0.0f;
@@ -107,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     float* partial = reinterpret_cast<float*>(a.partial) + (p.d0 - (int)p.g * (int)(a.channels / a.G)) / BD * (a.slots * a.K * a.G * CHUNK * 2 * a.N);
 
 #if ENDS && SOFTPLUS
-    i64 stop = first + reach<true, (CHUNK * RT + NT - 1) / NT>(a, p, dt, bias, slowest, first, last, reinterpret_cast<float*>(memory));
+    i64 stop = first + reach<true, (CHUNK * RT + NT - 1) / NT>(a, p, dt, bias, rates.slowest, first, last, reinterpret_cast<float*>(memory));
     if (stop < last) total = __int_as_float(0x7f800000);  // what came after has decayed
     last = stop;
     __syncthreads();
@@ -180,139 +162,136 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         }
         __syncthreads();
 #if ENDS
-        if (p.walks())
 #pragma unroll 16
-        for (int t = CHUNK - 1; t >= 0; t--) {
+        for (int t = p.walks() ? CHUNK - 1 : -1; t >= 0; t--) {
             float dt = chan(t, p.ch).x, dy = s_dy[t][p.ch], keep = TABLE ? s_keep[t] : 1.0f;
             if (!CONST_C) fetch<S>(C, &s_C[t][p.q * S]);
 #pragma unroll
-            for (int i = 0; i < S; i++) g[i] = decay(dt, rate[i], rest[i]) * keep * fmaf(dy, C[i], g[i]);
+            for (int i = 0; i < S; i++) g[i] = decay(dt, rates.rate[i], rates.rest[i]) * keep * fmaf(dy, C[i], g[i]);
             total = TABLE && keep == 0.0f ? __int_as_float(0x7f800000) : total + dt;
         }
 #else
-        // 2. The state before each part of U steps.
+        // 2. The state before each part of T steps.
         if (p.walks()) {
-        float h[S];
+            float h[S];
 #pragma unroll
-        for (int i = 0; i < S; i++) {
-            int n = p.q * S + i;
-            h[i] = own && n < (int)a.N ? reinterpret_cast<const float*>(a.saved)[((slot * a.K + p.k) * a.N + n) * a.channels + d] : 0.0f;
-            s_h[0][tid][i] = h[i];
-        }
-#pragma unroll 1
-        for (int part = 0; part < SUBS - 1; part++) {
-#pragma unroll
-            for (int j = 0; j < U; j++) {
-                const int t = part * U + j;
-                float2 c = chan(t, p.ch);
-                if (!CONST_B) fetch<S>(B, &s_B[t][p.q * S]);
-                float keep = TABLE ? s_keep[t] : 1.0f;
-#pragma unroll
-                for (int i = 0; i < S; i++) {
-                    float e = decay(c.x, rate[i], rest[i]);
-                    if (TABLE) e *= keep;
-                    h[i] = fmaf(e, h[i], c.y * B[i]);
-                }
+            for (int i = 0; i < S; i++) {
+                int n = p.q * S + i;
+                h[i] = own && n < (int)a.N ? reinterpret_cast<const float*>(a.saved)[((slot * a.K + p.k) * a.N + n) * a.channels + d] : 0.0f;
+                s_h[0][tid][i] = h[i];
             }
+#pragma unroll 1
+            for (int part = 0; part < PARTS - 1; part++) {
 #pragma unroll
-            for (int i = 0; i < S; i++) s_h[part + 1][tid][i] = h[i];
-        }
+                for (int j = 0; j < T; j++) {
+                    const int t = part * T + j;
+                    float2 c = chan(t, p.ch);
+                    if (!CONST_B) fetch<S>(B, &s_B[t][p.q * S]);
+                    float keep = TABLE ? s_keep[t] : 1.0f;
+#pragma unroll
+                    for (int i = 0; i < S; i++) {
+                        float e = decay(c.x, rates.rate[i], rates.rest[i]);
+                        if (TABLE) e *= keep;
+                        h[i] = fmaf(e, h[i], c.y * B[i]);
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < S; i++) s_h[part + 1][tid][i] = h[i];
+            }
         }
         // 3. Part by part from the last: the states again, and back over them.
 #pragma unroll 1
-        for (int part = SUBS - 1; part >= 0; part--) {
-            const int t0 = part * U, j0 = t0 % T;  // j0: in the tile of T steps whose gradients are written together
-            // What the tile's gradients need from memory, ahead of the walks.
-            const int tile0 = t0 - j0;
+        for (int part = PARTS - 1; part >= 0; part--) {
+            const int t0 = part * T;
+            // What the gradients need from memory, ahead of the walks.
             Raw<TX, V> vx[PASS];
             Raw<TDY, V> vdy[PASS];
             Raw<TZ, V> vz[PASS];
             int entry[PASS];
 #pragma unroll
             for (int m = 0; m < PASS; m++) {
-                int r = row0 + m * (NT / RT) - part / (T / U) % TURNS * T;
-                entry[m] = channel && 0 <= r && r < T ? entry_of(a, p.b, p.k, place + tile0 + r) : -2;
+                int r = row0 + m * (NT / RT) - part % TURNS * T;
+                entry[m] = channel && 0 <= r && r < T ? entry_of(a, p.b, p.k, place + t0 + r) : -2;
                 int token = token_of(entry[m]);
                 vx[m] = load<V>(at(x, token, x_l), token >= 0);
                 if (HAS_Z) vdy[m] = load<V>(at(dy, token, dy_l), token >= 0);
                 if (HAS_Z) vz[m] = load<V>(at(z, token, z_l), token >= 0);
             }
             if (p.walks()) {
-            float hs[U + 1][S], es[U][S], shares[U];  // shares are stored after the walk: no load moves over a store
-            fetch<S>(hs[0], s_h[part][tid]);
+                float hs[T + 1][S], es[T][S], shares[T];  // shares are stored after the walk: no load moves over a store
+                fetch<S>(hs[0], s_h[part][tid]);
 #pragma unroll
-            for (int j = 0; j < U; j++) {
-                float2 c = chan(t0 + j, p.ch);
-                if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
-                if (!CONST_C && HAS_Z) fetch<S>(C, &s_C[t0 + j][p.q * S]);
-                float keep = TABLE ? s_keep[t0 + j] : 1.0f;
-                shares[j] = 0.0f;
+                for (int j = 0; j < T; j++) {
+                    float2 c = chan(t0 + j, p.ch);
+                    if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
+                    if (!CONST_C && HAS_Z) fetch<S>(C, &s_C[t0 + j][p.q * S]);
+                    float keep = TABLE ? s_keep[t0 + j] : 1.0f;
+                    shares[j] = 0.0f;
 #pragma unroll
-                for (int i = 0; i < S; i++) {
-                    es[j][i] = decay(c.x, rate[i], rest[i]);
-                    if (TABLE) es[j][i] *= keep;
-                    hs[j + 1][i] = fmaf(es[j][i], hs[j][i], c.y * B[i]);
-                    if (HAS_Z) shares[j] = fmaf(hs[j + 1][i], C[i], shares[j]);
+                    for (int i = 0; i < S; i++) {
+                        es[j][i] = decay(c.x, rates.rate[i], rates.rest[i]);
+                        if (TABLE) es[j][i] *= keep;
+                        hs[j + 1][i] = fmaf(es[j][i], hs[j][i], c.y * B[i]);
+                        if (HAS_Z) shares[j] = fmaf(hs[j + 1][i], C[i], shares[j]);
+                    }
                 }
-            }
 #pragma unroll
-            for (int j = 0; j < U; j++)
-                if (HAS_Z) s_y[j0 + j][slot_of(p.ch * LN + p.q)] = shares[j];
-            float sums[S][4] = {};
-            float2 uw[U];
+                for (int j = 0; j < T; j++)
+                    if (HAS_Z) s_y[j][slot_of(p.ch * LN + p.q)] = shares[j];
+                float sums[S][4] = {};
+                float2 uw[T];
 #pragma unroll
-            for (int j = U - 1; j >= 0; j--) {
-                float2 c = chan(t0 + j, p.ch);
-                float gy = s_dy[t0 + j][p.ch], u = 0.0f, w = 0.0f;
-                if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
-                if (!CONST_C) fetch<S>(C, &s_C[t0 + j][p.q * S]);
+                for (int j = T - 1; j >= 0; j--) {
+                    float2 c = chan(t0 + j, p.ch);
+                    float gy = s_dy[t0 + j][p.ch], u = 0.0f, w = 0.0f;
+                    if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
+                    if (!CONST_C) fetch<S>(C, &s_C[t0 + j][p.q * S]);
 #pragma unroll
-                for (int i = 0; i < S; i++) {
-                    float G = fmaf(gy, C[i], g[i]), dB = c.y * G, dC = gy * hs[j + 1][i];
-                    g[i] = es[j][i] * G;
-                    float q = g[i] * hs[j][i];
-                    u = fmaf(B[i], G, u);
-                    w = fmaf(rate[i], q, w);
-                    sum_A[i] = fmaf(c.x, q, sum_A[i]);
-                    if (CONST_B) sum_B[i] += dB;
-                    if (CONST_C) sum_C[i] += dC;
-                    if (!(CONST_B && CONST_C)) add_up(sums[i], one, j, CONST_B ? 0.0f : dB, CONST_C ? 0.0f : dC);
+                    for (int i = 0; i < S; i++) {
+                        float G = fmaf(gy, C[i], g[i]), dB = c.y * G, dC = gy * hs[j + 1][i];
+                        g[i] = es[j][i] * G;
+                        float q = g[i] * hs[j][i];
+                        u = fmaf(B[i], G, u);
+                        w = fmaf(rates.rate[i], q, w);
+                        sum_A[i] = fmaf(c.x, q, sum_A[i]);
+                        if (CONST_B) sum_B[i] += dB;
+                        if (CONST_C) sum_C[i] += dC;
+                        if (!(CONST_B && CONST_C)) add_up(sums[i], one, j, CONST_B ? 0.0f : dB, CONST_C ? 0.0f : dC);
+                    }
+                    uw[j] = make_float2(u, w);
+                    if (j % 4 == 0) {
+#pragma unroll
+                        for (int m = j; m < j + 4; m++)
+                            *reinterpret_cast<float2*>(&s_uw[m][slot_of(2 * (p.ch * LN + p.q))]) = uw[m];
+                    }
                 }
-                uw[j] = make_float2(u, w);
-                if (j % 4 == 0) {
+                if (!(CONST_B && CONST_C)) {  // summed over lane % 4; over the rest of the warp now
+                    constexpr int SHARE = GR > 1 ? GR / 2 : 1;  // lanes that hold parts of the same sum
+                    const int token = lane >> 3, which = lane >> 2 & 1, place_q = (lane & 3) / SHARE;
 #pragma unroll
-                    for (int m = j; m < j + 4; m++)
-                        *reinterpret_cast<float2*>(&s_uw[j0 + m][slot_of(2 * (p.ch * LN + p.q))]) = uw[m];
-                }
-            }
-            if (!(CONST_B && CONST_C)) {  // summed over lane % 4; over the rest of the warp now
-                constexpr int SHARE = GR > 1 ? GR / 2 : 1;  // lanes that hold parts of the same sum
-                const int token = lane >> 3, which = lane >> 2 & 1, place_q = (lane & 3) / SHARE;
+                    for (int i = 0; i < S; i++) {
 #pragma unroll
-                for (int i = 0; i < S; i++) {
+                        for (int high = 0; high < T / 4; high++) {
+                            float first_q = sums[i][2 * high], second_q = sums[i][2 * high + 1];
+                            float(&to)[2][NP] = (*s_sum)[warp][4 * high + token];
+                            if (GR == 1) {
+                                to[which][2 * place_q * S + i] = first_q;
+                                to[which][(2 * place_q + 1) * S + i] = second_q;
+                            } else {
+                                float sum = first_q + second_q;
 #pragma unroll
-                    for (int high = 0; high < U / 4; high++) {
-                        float first_q = sums[i][2 * high], second_q = sums[i][2 * high + 1];
-                        float(&to)[2][NP] = (*s_sum)[warp][j0 + 4 * high + token];
-                        if (GR == 1) {
-                            to[which][2 * place_q * S + i] = first_q;
-                            to[which][(2 * place_q + 1) * S + i] = second_q;
-                        } else {
-                            float sum = first_q + second_q;
-#pragma unroll
-                            for (int m = 1; m < SHARE; m *= 2) sum += __shfl_xor_sync(~0u, sum, m);
-                            if ((lane & 3) % SHARE == 0) to[which][place_q * S + i] = sum;
+                                for (int m = 1; m < SHARE; m *= 2) sum += __shfl_xor_sync(~0u, sum, m);
+                                if ((lane & 3) % SHARE == 0) to[which][place_q * S + i] = sum;
+                            }
                         }
                     }
                 }
             }
-            }
-            if (j0) continue;
-            // 4. The gradients of a tile.
+            // 4. The gradients of the part.
             __syncthreads();
 #pragma unroll
             for (int m = 0; m < PASS; m++) {
-                int r = row0 + m * (NT / RT) - part / (T / U) % TURNS * T;
+                int r = row0 + m * (NT / RT) - part % TURNS * T;
                 if (!(0 <= r && r < T)) continue;
                 int token = token_of(entry[m]), row = row_of(a, entry[m], place + t0 + r);
                 Pack<TDX, V> ox;
@@ -366,9 +345,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
             __syncthreads();
         }
 #endif
-#if ENDS
-        __syncthreads();
-#endif
+        if (ENDS) __syncthreads();
     }
     const i64 at = ((p.s * a.segments + p.seg) * a.K + p.k) * a.channels + d;
 #if ENDS

@@ -213,6 +213,39 @@ struct Place {
     }
 };
 
+// A of this thread's states, as decay takes it.
+struct Rates {
+    float rate[S], rest[S], slowest;
+
+    __device__ __forceinline__ Rates(const Args& a, const Place& p, bool own) {
+        slowest = __int_as_float(0x7f800000);
+#pragma unroll
+        for (int i = 0; i < S; i++) {
+            int n = p.q * S + i;
+            bool live = own && n < a.N;
+            float A = live ? reinterpret_cast<const float*>(a.A)[(p.k * a.channels + p.d0 + p.ch) * a.N + n] : 0.0f;
+            rate[i] = A * LOG2E_HIGH;
+            rest[i] = fmaf(A, LOG2E_HIGH, -rate[i]) + A * LOG2E_LOW;
+            if (live) slowest = fminf(slowest, -rate[i]);
+#if !(PRECISE || EXACT)
+            rate[i] += rest[i];
+#endif
+        }
+    }
+    // What leaves a segment where h enters it: h <- exp(A sum of dt) h + end.
+    __device__ __forceinline__ void pass(float (&h)[S], const Args& a, const Place& p, bool own, i64 segment) const {
+        i64 at = ((p.s * a.segments + segment) * a.K + p.k) * a.channels + p.d0 + p.ch;
+        float sum = own ? reinterpret_cast<const float*>(a.sums)[at] : 0.0f;
+#pragma unroll
+        for (int i = 0; i < S; i++) {
+            int n = p.q * S + i;
+            if (!(own && n < a.N)) continue;
+            float keep = sum == __int_as_float(0x7f800000) ? 0.0f : decay(sum, rate[i], rest[i]);
+            h[i] = fmaf(keep, h[i], reinterpret_cast<const float*>(a.ends)[at * a.N + n]);
+        }
+    }
+};
+
 // How many of a segment's slots the state at one of its ends depends on: beyond them, every decay of every channel of the
 // block is below 2 ** -126. Counted from the last slot, or (ADJOINT) from the first. All threads of the block call it.
 template <bool ADJOINT, int ROWS> __device__ int reach(const Args& a, const Place& p, const TDT* dt, const float (&bias)[V],

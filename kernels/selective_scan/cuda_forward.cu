@@ -31,35 +31,15 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
         bias[i] = HAS_BIAS && live ? reinterpret_cast<const float*>(a.bias)[p.k * a.channels + dc + i] : 0.0f;
         skip[i] = HAS_D && live ? reinterpret_cast<const float*>(a.D)[p.k * a.channels + dc + i] : 0.0f;
     }
-    float rate[S], rest[S], h[S];
+    const Rates rates(a, p, own);
+    float h[S], total = 0.0f;  // total: the sum of dt
     const i64 state = ((p.s * a.K + p.k) * a.channels + d) * a.N;
-    float total = 0.0f, slowest = __int_as_float(0x7f800000);  // total: the sum of dt
 #pragma unroll
     for (int i = 0; i < S; i++) {
         int n = p.q * S + i;
-        bool live = own && n < a.N;
-        float A = live ? reinterpret_cast<const float*>(a.A)[(p.k * a.channels + d) * a.N + n] : 0.0f;
-        rate[i] = A * LOG2E_HIGH;
-        rest[i] = fmaf(A, LOG2E_HIGH, -rate[i]) + A * LOG2E_LOW;
-        if (live) slowest = fminf(slowest, -rate[i]);
-#if !(PRECISE || EXACT)
-        rate[i] += rest[i];
-#endif
-        h[i] = !ENDS && HAS_INITIAL && live ? reinterpret_cast<const float*>(a.initial)[state + n] : 0.0f;
+        h[i] = !ENDS && HAS_INITIAL && own && n < a.N ? reinterpret_cast<const float*>(a.initial)[state + n] : 0.0f;
     }
-#if !ENDS
-    for (i64 i = 0; i < p.seg; i++) {
-        i64 at = ((p.s * a.segments + i) * a.K + p.k) * a.channels + d;
-        float sum = own ? reinterpret_cast<const float*>(a.sums)[at] : 0.0f;
-#pragma unroll
-        for (int j = 0; j < S; j++) {
-            int n = p.q * S + j;
-            if (!(own && n < a.N)) continue;
-            float keep = sum == __int_as_float(0x7f800000) ? 0.0f : decay(sum, rate[j], rest[j]);
-            h[j] = fmaf(keep, h[j], reinterpret_cast<const float*>(a.ends)[at * a.N + n]);
-        }
-    }
-#endif
+    for (i64 i = 0; !ENDS && i < p.seg; i++) rates.pass(h, a, p, own, i);
 
     const TX* x = reinterpret_cast<const TX*>(a.x) + p.b * a.x_b + p.k * a.x_k + dc;
     const TDT* dt = reinterpret_cast<const TDT*>(a.dt) + p.b * a.dt_b + p.k * a.dt_k + dc;
@@ -69,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
     TY* y = reinterpret_cast<TY*>(a.y) + (p.b * a.L * a.K + p.k) * a.channels + dc;
     const int x_l = (int)a.x_l, dt_l = (int)a.dt_l, z_l = (int)a.z_l, y_l = (int)(a.K * a.channels);
 #if ENDS && SOFTPLUS
-    i64 start = last - reach<false, (CHUNK * RT + NT - 1) / NT>(a, p, dt, bias, slowest, first, last, reinterpret_cast<float*>(memory));
+    i64 start = last - reach<false, (CHUNK * RT + NT - 1) / NT>(a, p, dt, bias, rates.slowest, first, last, reinterpret_cast<float*>(memory));
     if (start > first) total = __int_as_float(0x7f800000);  // what came before has decayed
     first = start;
     __syncthreads();
@@ -198,40 +178,40 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
                 if (p.q * S + i < (int)a.N) to[(i64)i * (int)a.channels] = h[i];
         }
         if (p.walks()) {
-        // Steps go in groups: the next group's values are on their way before this one's shares are stored, since the
-        // compiler moves no load over a store.
-        Values in[2][GROUP];
-        auto fetch_group = [&](Values(&to)[GROUP], int t0) {
+            // Steps go in groups: the next group's values are on their way before this one's shares are stored, since the
+            // compiler moves no load over a store.
+            Values in[2][GROUP];
+            auto fetch_group = [&](Values(&to)[GROUP], int t0) {
 #pragma unroll
-            for (int j = 0; j < GROUP; j++) {
-                to[j].chan = *reinterpret_cast<const float2*>(&s_chan[buf][t0 + j][slot_of(2 * p.ch)]);
-                if (!CONST_B) fetch<S>(to[j].B, &s_B[buf][t0 + j][p.q * S]);
-                if (!CONST_C && !ENDS) fetch<S>(to[j].C, &s_C[buf][t0 + j][p.q * S]);
-                to[j].keep = TABLE ? s_keep[buf][t0 + j] : 1.0f;
-            }
-        };
-        fetch_group(in[0], 0);
-#pragma unroll
-        for (int t = 0; t < T; t += GROUP) {
-            Values(&now)[GROUP] = in[t / GROUP % 2];
-            if (t + GROUP < T) fetch_group(in[t / GROUP % 2 ^ 1], t + GROUP);
-            float shares[GROUP];
-#pragma unroll
-            for (int j = 0; j < GROUP; j++) {
-                shares[j] = 0.0f;
-#pragma unroll
-                for (int i = 0; i < S; i++) {
-                    float e = decay(now[j].chan.x, rate[i], rest[i]);
-                    if (TABLE) e *= now[j].keep;
-                    h[i] = fmaf(e, h[i], now[j].chan.y * (CONST_B ? B[i] : now[j].B[i]));
-                    shares[j] = fmaf(h[i], CONST_C ? C[i] : now[j].C[i], shares[j]);
+                for (int j = 0; j < GROUP; j++) {
+                    to[j].chan = *reinterpret_cast<const float2*>(&s_chan[buf][t0 + j][slot_of(2 * p.ch)]);
+                    if (!CONST_B) fetch<S>(to[j].B, &s_B[buf][t0 + j][p.q * S]);
+                    if (!CONST_C && !ENDS) fetch<S>(to[j].C, &s_C[buf][t0 + j][p.q * S]);
+                    to[j].keep = TABLE ? s_keep[buf][t0 + j] : 1.0f;
                 }
-                if (ENDS) total = TABLE && now[j].keep == 0.0f ? __int_as_float(0x7f800000) : total + now[j].chan.x;
-            }
+            };
+            fetch_group(in[0], 0);
 #pragma unroll
-            for (int j = 0; j < GROUP; j++)
-                if (!ENDS) s_y[buf][t + j][slot_of(p.ch * LN + p.q)] = shares[j];
-        }
+            for (int t = 0; t < T; t += GROUP) {
+                Values(&now)[GROUP] = in[t / GROUP % 2];
+                if (t + GROUP < T) fetch_group(in[t / GROUP % 2 ^ 1], t + GROUP);
+                float shares[GROUP];
+#pragma unroll
+                for (int j = 0; j < GROUP; j++) {
+                    shares[j] = 0.0f;
+#pragma unroll
+                    for (int i = 0; i < S; i++) {
+                        float e = decay(now[j].chan.x, rates.rate[i], rates.rest[i]);
+                        if (TABLE) e *= now[j].keep;
+                        h[i] = fmaf(e, h[i], now[j].chan.y * (CONST_B ? B[i] : now[j].B[i]));
+                        shares[j] = fmaf(h[i], CONST_C ? C[i] : now[j].C[i], shares[j]);
+                    }
+                    if (ENDS) total = TABLE && now[j].keep == 0.0f ? __int_as_float(0x7f800000) : total + now[j].chan.x;
+                }
+#pragma unroll
+                for (int j = 0; j < GROUP; j++)
+                    if (!ENDS) s_y[buf][t + j][slot_of(p.ch * LN + p.q)] = shares[j];
+            }
         }
         __syncthreads();
     }

@@ -15,7 +15,7 @@ from kernels.selective_scan import cuda
 from kernels.selective_scan.problem import CHUNK
 
 MACROS = {
-    "S": 4, "LN": 4, "NW": 4, "HELP": 1, "U": 8, "V": 4, "VN": 4, "BLOCKS": 3, "TX": "bf16", "TDT": "f16", "TB": "bf16",
+    "S": 4, "LN": 4, "NW": 4, "HELP": 1, "V": 4, "VN": 4, "BLOCKS": 3, "TX": "bf16", "TDT": "f16", "TB": "bf16",
     "TC": "float", "TZ": "float", "TY": "bf16", "TDY": "bf16", "TDX": "bf16", "TDZ": "float", "HAS_D": 1,
     "HAS_Z": 1, "HAS_BIAS": 1, "HAS_INITIAL": 1, "HAS_FINAL": 1, "CONST_B": 0, "CONST_C": 0, "SOFTPLUS": 1,
     "TABLE": 1, "PACKED": 1, "AT_TOKEN": 0, "PRECISE": 0, "ENDS": 0, "EXACT": 0, "T": 8,
