@@ -50,8 +50,11 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PY) -m benchmarks.selective_scan_cpu
-	$(PY) -m benchmarks.selective_scan $(if $(PEERS),--peers)
-	$(PY) -m benchmarks.causal_conv1d $(if $(PEERS),--peers)
+	$(PY) -m benchmarks.cpu_ops
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		$(PY) -m benchmarks.selective_scan $(if $(PEERS),--peers) && \
+		$(PY) -m benchmarks.causal_conv1d $(if $(PEERS),--peers) && $(PY) -m benchmarks.norm; \
+	else echo "no GPU here: its benchmarks are left out"; fi
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
