@@ -14,13 +14,14 @@ import functools
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kernels import nvrtc
 from kernels.checks import owned
+from kernels.selective_scan.cuda_shape import Shape, properties, shape_of
 from kernels.selective_scan.problem import CHUNK, Problem
 from kernels.selective_scan.triton_plan import Plan
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from kernels.selective_scan import Gradients
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
-WARPS = 4  # of a block
 MAX_STATE = 64
 
 POINTERS = (
@@ -66,13 +66,6 @@ def lines(macros: tuple[tuple[str, str | int], ...]) -> tuple[str, ...]:
     return tuple(f"{n} {int(v) if isinstance(v, bool) else v}" for n, v in macros)
 
 
-@functools.cache
-def properties(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors of a GPU, and the bytes of shared memory that a block may ask for there."""
-    found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, found.shared_memory_per_block_optin
-
-
 def vector(widest: int, sizes: tuple[int, ...], tensors: list[Tensor]) -> int:
     """How many neighbours one load can take: the last dimension is dense, all else is a multiple of it."""
     for width in (4, 2, 1):
@@ -85,75 +78,6 @@ def vector(widest: int, sizes: tuple[int, ...], tensors: list[Tensor]) -> int:
         if width <= widest and fits and all(s % width == 0 for s in sizes):
             return width
     return 1
-
-
-class Shape(NamedTuple):
-    """How a scan is cut into blocks, threads and tiles.
-
-    Attributes:
-        lanes: LN, lanes that share a channel.
-        states: S, states of a thread.
-        part: T of the backward, steps whose states and decays fit the registers.
-        warps: NW, warps of a block that hold states.
-        help: HELP, threads of a block over those that hold states: a walk over few states is short beside the rest.
-        resident: Blocks of a multiprocessor: what registers and shared memory allow.
-        width: BD, channels of a block.
-        blocks: Blocks that share the channels of a group.
-        segments: Parts of a sequence that run at once.
-    """
-
-    lanes: int
-    states: int
-    part: int
-    warps: int
-    help: int
-    resident: int
-    width: int
-    blocks: int
-    segments: int
-
-    def forward_words(self, T: int) -> int:
-        """Words of shared memory of the forward with tiles of T steps."""
-        each = rows(2 * self.width) + rows(self.width * self.lanes) + 2 * self.lanes * self.states + 1
-        return 2 * T * each
-
-    def backward_words(self, ends: bool) -> int:
-        """Words of shared memory of the backward, or of its first pass."""
-        T, states = self.part, self.lanes * self.states
-        staged = CHUNK * (rows(2 * self.width) + self.width + 2 * states + 1)
-        if ends:
-            return staged
-        starts = CHUNK // T * 32 * self.warps * self.states
-        shares = T * (rows(self.width * self.lanes) + rows(2 * self.width * self.lanes))
-        return staged + starts + shares + self.warps * T * 2 * states
-
-
-@functools.cache
-def shape_of(state: int, channels: int, scans: int, slots: int, backward: bool, device: torch.device) -> Shape:
-    """The rule.
-
-    Args:
-        state: N.
-        channels: Of a group.
-        scans: Sequences times routes times groups.
-        slots: Chunks of a sequence.
-        backward: The backward of many states needs most of a multiprocessor's shared memory for any block: it gets
-            one of 8 warps.
-        device: The GPU.
-    """
-    cores, memory = properties(device)
-    lanes = 1 if state <= 4 else 2 if state <= 8 else 4 if state <= 16 else 8
-    states = -(-state // lanes)
-    most = 2 * WARPS if states > 4 and backward and memory >= 224 << 10 else WARPS
-    warps = min(most, -(-channels * lanes // 32))
-    help_ = max(1, 4 // lanes)
-    resident = 2 if help_ > 1 else 3 if warps <= WARPS else 1
-    width = 32 // lanes * warps
-    blocks = -(-channels // width)
-    # Segments cost a pass that finds the states they end in: only where blocks are few.
-    fit = cores * resident * WARPS // min(warps, WARPS) // max(1, scans * blocks)
-    segments = 1 if fit < 3 else max(1, min(fit, 64, slots))
-    return Shape(lanes, states, 8 if states <= 4 else 4, warps, help_, resident, width, blocks, segments)
 
 
 @dataclass(frozen=True)
@@ -261,11 +185,6 @@ def pack(fields: dict[str, int | Tensor | None]) -> list[int]:
     """The struct: addresses, then integers."""
     values = (fields.get(n) for n in POINTERS + INTEGERS)
     return [0 if v is None else v.data_ptr() if isinstance(v, Tensor) else int(v) for v in values]
-
-
-def rows(floats: int) -> int:
-    """Floats that a padded row takes in shared memory (``PADDED``)."""
-    return -(-floats // 32) * 36
 
 
 def dense(p: Problem) -> Problem:

@@ -11,7 +11,7 @@ from accuracy import assert_as_accurate, relative_rms
 from scan_options import CASES, FULL, check, inputs, run
 
 from kernels import nvrtc, selective_scan
-from kernels.selective_scan import cuda
+from kernels.selective_scan import cuda, cuda_shape
 from kernels.selective_scan.problem import CHUNK
 
 MACROS = {
@@ -33,6 +33,22 @@ def test_compiles_without_a_gpu(name: str, architecture: str) -> None:
     assert len(nvrtc.compile_cubin(cuda.source(name), macros, architecture)) > 1000
     with pytest.raises(RuntimeError, match="NVRTC refused a kernel"):
         nvrtc.compile_cubin(cuda.source(name) + "nonsense", macros, architecture)
+
+
+@pytest.mark.parametrize("state", range(1, 65))
+def test_shapes_hold_the_state_and_fit_the_gpu(state: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_shape, "properties", lambda device: (132, 227 << 10))
+    rule = cuda_shape.shape_of.__wrapped__
+    for channels in (1, 33, 1536):
+        for backward in (False, True):
+            shape = rule(state, channels, 8, 32, backward, torch.device("cuda"))
+            assert shape.lanes * shape.states >= state
+            assert shape.blocks * shape.width >= channels
+            assert (shape.blocks - 1) * shape.width < channels
+            words = shape.backward_words(ends=False) if backward else shape.forward_words(32)
+            assert 4 * words <= 227 << 10
+            assert 1 <= shape.segments <= 32
+    assert rule(state, 1536, 512, 32, True, torch.device("cuda")).segments == 1  # enough blocks without
 
 
 gpu = pytest.mark.gpu
