@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from kernels import nvrtc
-from kernels.checks import owned
 from kernels.selective_scan.cuda_shape import Shape, properties, shape_of
+from kernels.selective_scan.outputs import MapGradients, finished_y, fresh, new_y
 from kernels.selective_scan.problem import CHUNK, Problem
 from kernels.selective_scan.triton_plan import Plan
 
@@ -36,7 +36,7 @@ POINTERS = (
     "ends", "sums", "dy", "dx", "ddt", "dz", "dA", "dB", "dC", "dD", "dbias", "dinitial", "partial",
 )  # fmt: skip
 INTEGERS = (
-    "x_b", "x_l", "x_k", "x_d", "dt_b", "dt_l", "dt_k", "dt_d", "z_b", "z_l", "z_d",
+    "x_b", "x_l", "x_k", "dt_b", "dt_l", "dt_k", "z_b", "z_l",
     "B_b", "B_l", "B_k", "B_g", "B_n", "C_b", "C_l", "C_k", "C_g", "C_n",
     "t_b", "t_k", "per_row", "first", "sign", "K", "G", "N", "L", "channels", "blocks", "segments", "slots", "dy_k",
 )  # fmt: skip
@@ -144,11 +144,11 @@ class Launch:
             fields[name] = t.float().contiguous() if constant else t
             strides = (0,) * 5 if constant else t.stride()
             fields |= {f"{name}_{n}": s for n, s in zip("blkgn", strides, strict=True)}
-        fields |= {f"x_{n}": s for n, s in zip("blkd", p.x.stride(), strict=True)}
-        fields |= {f"dt_{n}": s for n, s in zip("blkd", p.dt.stride(), strict=True)}
+        fields |= {f"x_{n}": s for n, s in zip("blk", p.x.stride(), strict=False)}
+        fields |= {f"dt_{n}": s for n, s in zip("blk", p.dt.stride(), strict=False)}
         fields["x_k"] = p.x.stride(2) if p.x.shape[2] > 1 else 0
         if p.z is not None:
-            fields |= {f"z_{n}": s for n, s in zip("bld", p.z.stride(), strict=True)}
+            fields |= {f"z_{n}": s for n, s in zip("bl", p.z.stride(), strict=False)}
         if table is not None:
             rows, routes, size = table.shape
             fields |= {"t_b": routes * size if rows > 1 else 0, "t_k": size if routes > 1 else 0}
@@ -219,19 +219,11 @@ def _forward(p: Problem, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
     if p.cu_seqlens is not None:
         saved.zero_()
     final = launch.float32(p.sequences, p.routes, p.channels, p.state)
-    merged = p.merge and p.routes > 1
-    everywhere = p.route is None and p.code is None  # else some tokens get no output from the kernel
-    y = (torch.empty if everywhere else torch.zeros)(
-        (p.batch, p.length, p.routes, p.channels), dtype=torch.float32 if merged else p.x.dtype, device=p.x.device
-    )
+    y = new_y(p)
     found = launch.carries("forward", 4 * words, {}, T=T, EXACT=int(exact))
     launch.run("forward", 4 * words, {"saved": saved, "final": final, "y": y, **found},
                T=T, EXACT=int(exact), TY=TYPES[y.dtype], HAS_INITIAL=p.initial_state is not None)  # fmt: skip
-    if merged:
-        y = y.sum(2).to(p.x.dtype)
-    elif p.route is None or p.merge:
-        y = owned(y, (p.batch, p.length, p.channels))
-    return y, final, saved
+    return finished_y(p, y), final, saved
 
 
 def backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> Gradients:
@@ -252,18 +244,10 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> G
 
     dy = (dy.unsqueeze(2) if dy.ndim == 3 else dy).contiguous()
     launch = Launch(p, dy)
-    everywhere = p.route is None and p.code is None  # else some tokens get no gradient from the kernel
-    new = torch.empty if everywhere else torch.zeros
-    size, device = (p.batch, p.length, p.routes, p.channels), p.x.device
-    dx = new(size, dtype=p.x.dtype if p.x.shape[2] == p.routes else torch.float32, device=device)
-    ddt = new(size, dtype=p.dt.dtype, device=device)
-    dz = None if p.z is None else new(size, dtype=p.z.dtype if p.routes == 1 else torch.float32, device=device)
+    maps = MapGradients.new(p)
     parts = (p.sequences, launch.shape.segments, p.routes, p.channels)
     dA = launch.float32(*parts, p.state)
-    dB, dC = (
-        launch.float32(*parts, p.state) if t.ndim == 3 else new(t.shape, dtype=t.dtype, device=device)
-        for t in (p.B, p.C)
-    )
+    dB, dC = (launch.float32(*parts, p.state) if t.ndim == 3 else fresh(p, t.shape, t.dtype) for t in (p.B, p.C))
     dD, dbias = (None if t is None else launch.float32(*parts) for t in (p.D, p.dt_bias))
     dinitial = launch.float32(p.sequences, p.routes, p.channels, p.state)
     summed = p.B.ndim == 5 or p.C.ndim == 5
@@ -271,14 +255,14 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> G
         launch.float32(launch.shape.blocks, p.slots * p.routes * p.groups * CHUNK * 2 * p.state) if summed else None
     )
     fields = {
-        "dy": dy, "dy_k": dy.shape[2], "saved": saved, "dx": dx, "ddt": ddt, "dz": dz, "dA": dA, "dB": dB, "dC": dC,
-        "dD": dD, "dbias": dbias, "dinitial": dinitial, "partial": partial,
+        "dy": dy, "dy_k": dy.shape[2], "saved": saved, "dx": maps.x, "ddt": maps.dt, "dz": maps.z,
+        "dA": dA, "dB": dB, "dC": dC, "dD": dD, "dbias": dbias, "dinitial": dinitial, "partial": partial,
         "dfinal": None if dstate is None else dstate.float().contiguous(),
     }  # fmt: skip
     macros: dict[str, str | int] = {
         "TDY": TYPES[dy.dtype],
-        "TDX": TYPES[dx.dtype],
-        "TDZ": "float" if dz is None else TYPES[dz.dtype],
+        "TDX": TYPES[maps.x.dtype],
+        "TDZ": "float" if maps.z is None else TYPES[maps.z.dtype],
         "HAS_FINAL": int(dstate is not None),
     }
     fields |= launch.carries("backward", 4 * launch.shape.backward_words(ends=True), fields, **macros)
@@ -287,13 +271,13 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> G
         kernel = nvrtc.kernel(source("reduce"), "reduce", launch.defines(T=16), 0)
         kernel(-(-partial[0].numel() // 256), 256, pack(launch.shared | fields))
     return Gradients(
-        x=dx if p.x.shape[2] == p.routes else dx.sum(2, keepdim=True),
-        dt=ddt,
+        x=maps.merged_x,
+        dt=maps.dt,
         A=dA.sum((0, 1)),
         B=dB.sum((0, 1)) if p.B.ndim == 3 else dB,
         C=dC.sum((0, 1)) if p.C.ndim == 3 else dC,
         D=None if dD is None else dD.sum((0, 1)),
-        z=None if dz is None else dz.sum(2) if p.routes > 1 else dz.squeeze(2),
+        z=maps.merged_z,
         dt_bias=None if dbias is None else dbias.sum((0, 1)),
         initial_state=None if p.initial_state is None else dinitial,
     )

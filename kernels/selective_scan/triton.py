@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.checks import owned
+from kernels.selective_scan.outputs import finished_y, new_y
 from kernels.selective_scan.problem import Problem
 from kernels.selective_scan.triton_backward import backward
 from kernels.selective_scan.triton_plan import Plan, device_of, interleaved
@@ -169,11 +169,7 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
         final = plan.states(p.sequences, p.routes, p.channels, p.state)
         if p.cu_seqlens is not None:
             saved.zero_()
-    merged = p.merge and p.routes > 1
-    everywhere = p.route is None and p.code is None  # else some tokens get no output from the kernel
-    y = (torch.empty if everywhere else torch.zeros)(
-        (p.batch, p.length, p.routes, p.channels), dtype=p.dtype if merged else p.x.dtype, device=p.x.device
-    )
+    y = new_y(p)
     initial = None if p.initial_state is None else interleaved(p.initial_state.to(p.state_dtype).contiguous())
     forward_kernel[((p.slots if split else p.sequences) * plan.programs,)](
         B=B, C=C, D=None if p.D is None else p.D.contiguous(), cu_seqlens=p.cu_seqlens, initial=initial,
@@ -181,8 +177,4 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
         CONST_B=p.B.ndim == 3, CONST_C=p.C.ndim == 3, PACKED=p.cu_seqlens is not None, SPLIT=split,
         **plan.inputs, **registers(p),
     )  # fmt: skip
-    if merged:
-        y = y.sum(2).to(p.x.dtype)
-    elif p.route is None or p.merge:
-        y = owned(y, (p.batch, p.length, p.channels))
-    return y, final, saved
+    return finished_y(p, y), final, saved

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.selective_scan.outputs import MapGradients
 from kernels.selective_scan.problem import CHUNK, Problem
 from kernels.selective_scan.triton_plan import Plan, device_of, interleaved
 from kernels.selective_scan.triton_steps import (
@@ -247,32 +248,27 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> G
     adjoint, products = plan.totals(C, dy)
     dinitial = plan.carry(adjoint, products, dstate, adjoint=True)
 
-    everywhere = p.route is None and p.code is None  # else some tokens get no gradient from the kernel
-    new = torch.empty if everywhere else torch.zeros
-    size, device = (p.batch, p.length, p.routes, p.channels), p.x.device
-    dx = new(size, dtype=p.x.dtype if p.x.shape[2] == p.routes else p.dtype, device=device)
-    ddt = new(size, dtype=p.dt.dtype, device=device)
-    dz = None if p.z is None else new(size, dtype=p.z.dtype if p.routes == 1 else p.dtype, device=device)
+    maps = MapGradients.new(p)
     dD, dbias = (
-        None if t is None else torch.empty((p.slots, p.routes, p.channels), dtype=p.dtype, device=device)
+        None if t is None else torch.empty((p.slots, p.routes, p.channels), dtype=p.dtype, device=p.x.device)
         for t in (p.D, p.dt_bias)
     )
     dA = products  # read for the last time by carry
     shared = {
         "B": B, "C": C, "D": None if p.D is None else p.D.contiguous(), "dy": dy, "saved": interleaved(saved),
-        "adjoint": interleaved(adjoint), "dx": dx, "ddt": ddt, "dz": dz, "dA": interleaved(dA), "dD": dD,
+        "adjoint": interleaved(adjoint), "dx": maps.x, "ddt": maps.dt, "dz": maps.z, "dA": interleaved(dA), "dD": dD,
         "dbias": dbias, "dy_k": dy.shape[2], "slots": p.slots, "HAS_D": p.D is not None, "CONST_B": p.B.ndim == 3,
         "CONST_C": p.C.ndim == 3, **plan.inputs,
     }  # fmt: skip
     dB, dC = _launch(plan, shared)
     return Gradients(
-        x=dx if p.x.shape[2] == p.routes else dx.sum(2, keepdim=True),
-        dt=ddt,
+        x=maps.merged_x,
+        dt=maps.dt,
         A=dA.sum(0).transpose(1, 2),
         B=dB,
         C=dC,
         D=None if dD is None else dD.sum(0),
-        z=None if dz is None else dz.sum(2) if p.routes > 1 else dz.squeeze(2),
+        z=maps.merged_z,
         dt_bias=None if dbias is None else dbias.sum(0),
         initial_state=None if p.initial_state is None else dinitial,
     )

@@ -1,0 +1,66 @@
+"""The tensors that GPU kernels write maps to, one row a token and route, and what becomes of them.
+
+B batch, L tokens, D channels, K routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.checks import owned
+from kernels.selective_scan.problem import Problem
+
+
+def fresh(p: Problem, size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Memory for rows of tokens; zeros where the kernel may leave out some: along routes, or where some are skipped."""
+    new = torch.empty if p.route is None and p.code is None else torch.zeros
+    return new(tuple(size), dtype=dtype, device=p.x.device)
+
+
+def new_map(p: Problem, dtype: torch.dtype) -> Tensor:
+    """A ``fresh`` ``(B, L, K, D)``."""
+    return fresh(p, (p.batch, p.length, p.routes, p.channels), dtype)
+
+
+def new_y(p: Problem) -> Tensor:
+    """y ``(B, L, K, D)`` before the routes are merged: in x's dtype, or that of the scan where they are summed."""
+    return new_map(p, p.dtype if p.merge and p.routes > 1 else p.x.dtype)
+
+
+def finished_y(p: Problem, y: Tensor) -> Tensor:
+    """``(B, L, D)``, or ``(B, L, K, D)`` where the routes are kept, in x's dtype."""
+    if p.merge and p.routes > 1:
+        return y.sum(2).to(p.x.dtype)
+    return owned(y, (p.batch, p.length, p.channels)) if p.route is None or p.merge else y
+
+
+@dataclass(frozen=True)
+class MapGradients:
+    """Gradients of x, dt and z as kernels write them, ``(B, L, K, D)``; in the scan's dtype where routes are summed."""
+
+    p: Problem
+    x: Tensor
+    dt: Tensor
+    z: Tensor | None
+
+    @staticmethod
+    def new(p: Problem) -> MapGradients:
+        x = new_map(p, p.x.dtype if p.x.shape[2] == p.routes else p.dtype)
+        z = None if p.z is None else new_map(p, p.z.dtype if p.routes == 1 else p.dtype)
+        return MapGradients(p, x, new_map(p, p.dt.dtype), z)
+
+    @property
+    def merged_x(self) -> Tensor:
+        """In the shape of ``Problem.x``."""
+        return self.x if self.p.x.shape[2] == self.p.routes else self.x.sum(2, keepdim=True)
+
+    @property
+    def merged_z(self) -> Tensor | None:
+        """``(B, L, D)``."""
+        if self.z is None:
+            return None
+        return self.z.sum(2) if self.p.routes > 1 else self.z.squeeze(2)
