@@ -17,13 +17,14 @@ from torch import Tensor
 
 from kernels import threads
 from kernels.selective_scan import Gradients
-from kernels.selective_scan.cpu_backward import Adjoints
-from kernels.selective_scan.cpu_backward import backward as backward_kernel
-from kernels.selective_scan.cpu_chunk import Inputs, Sizes
-from kernels.selective_scan.cpu_forward import forward as forward_kernel
+from kernels.selective_scan.cpu_arguments import GROUP, Inputs, Sizes
+from kernels.selective_scan.cpu_backward import Adjoints, backward_complex, backward_real
+from kernels.selective_scan.cpu_forward import forward_complex, forward_real
+from kernels.selective_scan.cpu_simd import WIDTH
 from kernels.selective_scan.problem import Problem
 
-BLOCK = 96  # channels a task holds in its tiles
+BLOCK = 192  # at most so many channels in a task's tiles: rows long enough to be read at the memory's speed
+TASKS = 4  # blocks are narrower where there would be fewer tasks
 RUNS = 32  # at most so many runs of sequences
 FORWARD_PARTS = 64  # at most so many runs of blocks
 PARTS = 8  # at most so many runs of blocks in the backward, each with its own sums of dB and dC
@@ -38,14 +39,17 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
         chunk of each sequence in scan order, ``(slots, K, N, D)``.
     """
     keep = p.route is not None and not p.merge
-    y = p.x.new_zeros((p.batch, p.length, *((p.routes,) if keep else ()), p.channels), dtype=p.dtype)
-    final = p.x.new_zeros((p.sequences, p.routes, p.channels, p.state), dtype=p.state_dtype)
-    saved = p.x.new_zeros((p.slots, p.routes, p.state, p.channels), dtype=p.state_dtype)
-    sizes, inputs = _arguments(p, BLOCK)
+    make = p.x.new_empty if _once(p) else p.x.new_zeros
+    y = make((p.batch, p.length, *((p.routes,) if keep else ()), p.channels), dtype=p.dtype)
+    final = p.x.new_empty((p.sequences, p.routes, p.channels, p.state), dtype=p.state_dtype)
+    make = p.x.new_empty if p.cu_seqlens is None else p.x.new_zeros  # packed sequences may leave slots over
+    saved = make((p.slots, p.routes, p.state, p.channels), dtype=p.state_dtype)
+    sizes, inputs = _arguments(p)
     outputs = (_memory(y), _memory(final), _memory(saved))
     count = len(inputs.blocks)
     tasks = [(*blocks, *run) for run in _cut(p.sequences, RUNS) for blocks in _cut(count, FORWARD_PARTS)]
-    _launch(p, lambda *task: forward_kernel(*task, sizes, inputs, *outputs), tasks)
+    kernel = forward_complex if p.is_complex else forward_real
+    _launch(p, lambda *task: kernel(*task, sizes, inputs, *outputs), tasks)
     return y.to(p.x.dtype), final, saved
 
 
@@ -58,7 +62,7 @@ def backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> Gr
         dstate: Gradient of the final state ``(S, K, D, N)``, or None.
         saved: What the forward saved.
     """
-    sizes, inputs = _arguments(p, BLOCK)
+    sizes, inputs = _arguments(p)
     runs, parts = _cut(p.sequences, RUNS), _cut(len(inputs.blocks), PARTS)
 
     def zeros(*shape: int, dtype: torch.dtype = p.dtype) -> Tensor:
@@ -66,8 +70,10 @@ def backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> Gr
 
     planar = (len(runs), p.routes, sizes.planes, p.state, p.channels)
     varying = (len(parts), p.batch, p.length, p.routes, p.groups, p.state)
-    dx, ddt = zeros(p.batch, p.length, sizes.x_routes, p.channels), zeros(p.batch, p.length, p.routes, p.channels)
-    dz = zeros(p.batch, p.length, p.channels) if sizes.gated else zeros(0)
+    make = p.x.new_empty if sizes.once else p.x.new_zeros
+    dx = make((p.batch, p.length, sizes.x_routes, p.channels), dtype=p.dtype)
+    ddt = make((p.batch, p.length, p.routes, p.channels), dtype=p.dtype)
+    dz = make((p.batch, p.length, p.channels) if sizes.gated else (0,), dtype=p.dtype)
     dB = zeros(*varying, dtype=p.state_dtype) if sizes.varying_b else zeros(*planar)
     dC = zeros(*varying, dtype=p.state_dtype) if sizes.varying_c else zeros(*planar)
     dA, dD, dbias = zeros(*planar), zeros(len(runs), p.routes, p.channels), zeros(len(runs), p.routes, p.channels)
@@ -87,7 +93,8 @@ def backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> Gr
         initial=_memory(dinitial),
     )
     tasks = [(i, *blocks, r, *run) for r, run in enumerate(runs) for i, blocks in enumerate(parts)]
-    _launch(p, lambda *task: backward_kernel(*task, sizes, inputs, adjoints), tasks)
+    kernel = backward_complex if p.is_complex else backward_real
+    _launch(p, lambda *task: kernel(*task, sizes, inputs, adjoints), tasks)
     return Gradients(
         x=dx,
         dt=ddt,
@@ -99,6 +106,11 @@ def backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> Gr
         dt_bias=None if p.dt_bias is None else _total(dbias),
         initial_state=None if p.initial_state is None else dinitial,
     )
+
+
+def _once(p: Problem) -> bool:
+    """Whether each token is visited by one route and exactly once."""
+    return p.route is None and p.code is None
 
 
 def _total(parts: Tensor) -> Tensor:
@@ -130,16 +142,18 @@ def _cut(count: int, parts: int) -> list[tuple[int, int]]:
     return [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
 
 
-def _blocks(p: Problem, width: int) -> np.ndarray:
-    """First and last + 1 channel of blocks of about equal size, at most ``width``; none crosses a group."""
-    size = p.channels // p.groups
+def _blocks(p: Problem) -> np.ndarray:
+    """First and last + 1 channel of blocks of about equal size, at most ``BLOCK``; none crosses a group."""
+    size, width = p.channels // p.groups, BLOCK
+    while width > WIDTH and p.sequences * p.groups * -(-size // width) < TASKS:
+        width //= 2
     step = -(-size // max(1, -(-size // width)))
-    step = -(-step // 16) * 16 or 1
+    step = -(-step // WIDTH) * WIDTH or 1
     edges = [(g * size + d, g * size + min(d + step, size)) for g in range(p.groups) for d in range(0, size, step)]
     return np.array(edges, np.int64).reshape(-1, 2)
 
 
-def _arguments(p: Problem, width: int) -> tuple[Sizes, Inputs]:
+def _arguments(p: Problem) -> tuple[Sizes, Inputs]:
     """The problem as the kernels read it."""
     sizes = Sizes(
         batch=p.batch,
@@ -151,6 +165,7 @@ def _arguments(p: Problem, width: int) -> tuple[Sizes, Inputs]:
         state=p.state,
         groups=p.groups,
         planes=1 + p.is_complex,
+        padded=p.state if p.is_complex else -(-p.state // GROUP) * GROUP,
         routed=int(p.route is not None),
         token_params=int(p.route_params),
         coded=int(p.code is not None),
@@ -159,6 +174,7 @@ def _arguments(p: Problem, width: int) -> tuple[Sizes, Inputs]:
         reverse=int(p.reverse),
         gated=int(p.z is not None),
         keep=int(p.route is not None and not p.merge),
+        once=int(_once(p)),
         varying_b=int(p.B.ndim == 5),
         varying_c=int(p.C.ndim == 5),
     )
@@ -187,7 +203,7 @@ def _arguments(p: Problem, width: int) -> tuple[Sizes, Inputs]:
         route=np.empty((0, 0), np.int32) if p.route is None else p.route.contiguous().numpy(),
         code=np.empty((0, 0, 0), np.int8) if p.code is None else p.code.contiguous().numpy(),
         bounds=np.empty(0, np.int64) if p.cu_seqlens is None else p.cu_seqlens.long().contiguous().numpy(),
-        blocks=_blocks(p, width),
+        blocks=_blocks(p),
     )
 
 

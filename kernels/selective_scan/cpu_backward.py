@@ -20,37 +20,33 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from kernels.selective_scan.cpu_adjoint import Tiles, back_real, make_tiles
+from kernels.selective_scan.cpu_arguments import INNER, PART, SOURCES, Inputs, Sizes, kernel
 from kernels.selective_scan.cpu_chunk import (
-    INNER,
-    PART,
-    SKIP,
-    SOURCES,
-    Inputs,
     Scratch,
-    Sizes,
-    decay,
     fill,
     flush,
     gather,
     gather_rows,
-    kernel,
     lanes,
     load_row,
     load_state,
     load_tile,
     make_scratch,
+    move_row,
     sequence,
+    split_rates,
     store_state,
 )
+from kernels.selective_scan.cpu_complex import back_complex
 from kernels.selective_scan.cpu_math import sigmoid
+from kernels.selective_scan.cpu_simd import WIDTH, load, replace, store
 from kernels.selective_scan.problem import CHUNK
-
-# Sums over lanes may be reassociated: in one compiled kernel their order is still always the same.
-SUM = INNER | {"fastmath": {"contract", "reassoc", "nsz"}}
 
 
 class Adjoints(NamedTuple):
-    """Gradients in and out, flat; all but ``y``, ``final`` and ``saved`` are written and start as zeros."""
+    """Gradients in and out, flat; all but ``y``, ``final`` and ``saved`` are written. They start as zeros,
+    but for x, dt and z where every token is written once."""
 
     y: np.ndarray  # (B, L, K or 1, D)
     final: np.ndarray  # (S, K, D, N, Q) or empty
@@ -66,69 +62,18 @@ class Adjoints(NamedTuple):
     initial: np.ndarray  # (S, K, D, N, Q)
 
 
-class Tiles(NamedTuple):
-    """Scratch of one block of channels."""
-
-    A: np.ndarray  # (Q, N, W), as all down to h
-    B: np.ndarray
-    C: np.ndarray
-    grad_a: np.ndarray
-    grad_b: np.ndarray
-    grad_c: np.ndarray
-    G: np.ndarray  # conj(a_{t+1}) G_{t+1}
-    h: np.ndarray
-    a: np.ndarray  # (T, Q, N, W)
-    ah: np.ndarray  # (T, Q, N, W): a_t h_{t-1}
-    u: np.ndarray  # (T, W): dt x; as all down to ddt
-    dy: np.ndarray  # gated
-    y: np.ndarray  # before the gate
-    dx: np.ndarray
-    ddt: np.ndarray
-    row: np.ndarray  # (Q, W)
-    step_db: np.ndarray  # (T, N Q)
-    step_dc: np.ndarray
-    D: np.ndarray  # (W,)
-    bias: np.ndarray
-    grad_d: np.ndarray
-    grad_bias: np.ndarray
-    sign: np.ndarray  # (Q,): y = sum over planes of sign C h
-
-
-@njit(**PART)
-def make_tiles(s: Sizes, v: Inputs, width: int) -> Tiles:
-    """Zeros; the padding lanes of parameters and incoming gradients stay so."""
-    kind, tile, rows = v.x.dtype, (s.planes, s.state, width), (CHUNK, width)
-    long, entries = (CHUNK, s.planes, s.state, width), (CHUNK, s.planes * s.state)
-    sign = np.ones(s.planes, kind)
-    if s.planes == 2:
-        sign[0], sign[1] = 2, -2
-    return Tiles(
-        np.zeros(tile, kind), np.zeros(tile, kind), np.zeros(tile, kind), np.zeros(tile, kind), np.zeros(tile, kind),
-        np.zeros(tile, kind), np.zeros(tile, kind), np.zeros(tile, kind), np.empty(long, kind), np.empty(long, kind),
-        np.zeros(rows, kind), np.zeros(rows, kind), np.zeros(rows, kind), np.zeros(rows, kind), np.zeros(rows, kind),
-        np.zeros((s.planes, width), kind), np.zeros(entries, kind), np.zeros(entries, kind),
-        np.zeros(width, kind), np.zeros(width, kind), np.zeros(width, kind), np.zeros(width, kind), sign,
-    )  # fmt: skip
-
-
-@njit(**SUM)
-def dot(u: np.ndarray, v: np.ndarray) -> float:
-    """The sum over the lanes of ``u v``."""
-    total = u.dtype.type(0)
-    for d in range(u.size):
-        total += u[d] * v[d]
-    return total
-
-
 @njit(**INNER)
 def load_saved(saved: np.ndarray, s: Sizes, slot: int, k: int, d0: int, d1: int, h: np.ndarray) -> None:
     """Slot ``slot`` of saved ``(slots, K, N, D, Q)`` to a tile, whose padding lanes become zero."""
     fill(h)
     for n in range(s.state):
         at = ((slot * s.routes + k) * s.state + n) * s.channels + d0
-        for plane in range(s.planes):
-            for d in range(d1 - d0):
-                h[plane, n, d] = saved[(at + d) * s.planes + plane]
+        if s.planes == 1:
+            move_row(saved, at, h, n * h.shape[2], d1 - d0, False)
+        else:
+            for plane in range(2):
+                for d in range(d1 - d0):
+                    h[plane, n, d] = saved[(at + d) * 2 + plane]
 
 
 @njit(**INNER)
@@ -161,190 +106,93 @@ def add_rows(
     base: int,
     stride: int,
     width: int,
+    once: int,
     target: np.ndarray,
 ) -> None:
-    """Adds rows to ``target`` at ``base + place[i] * stride``, those of real tokens."""
+    """Adds rows to ``target`` at ``base + place[i] * stride``, those of real tokens; ``once``: writes them."""
     for i in range(steps):
         if token[i] >= 0:
-            out = target[base + place[i] * stride :]
-            for d in range(width):
-                out[d] += rows[i, d]
+            move_row(rows, i * rows.shape[1], target, base + place[i] * stride, width, once == 0)
 
 
 @njit(**INNER)
-def replay(s: Sizes, c: Scratch, steps: int, t: Tiles) -> None:
-    """Runs the steps of a chunk again and keeps ``a_t`` and ``a_t h_{t-1}``."""
-    a, ah, h, u, B = t.a, t.ah, t.h, t.u, t.B
-    varying_b, planes, width = s.varying_b != 0, s.planes, u.shape[1]
+def open_chunk(s: Sizes, c: Scratch, steps: int, t: Tiles) -> None:
+    """dt x, and what the sums over states start from: D x for y, zero for dx and ddt. Gates dy, begins dz."""
+    none = t.D.dtype.type(0)
     for i in range(steps):
-        if c.token[i] == SKIP:
-            continue
-        if c.restart[i]:
-            fill(h)
-        decay(planes, c.dt, i, t.A, a[i])
-        for d in range(width):
-            u[i, d] = c.dt[i, d] * c.x[i, d]
-        for n in range(s.state):
-            if planes == 1:
-                for d in range(width):
-                    ah[i, 0, n, d] = a[i, 0, n, d] * h[0, n, d]
-            else:
-                for d in range(width):
-                    ah[i, 0, n, d] = a[i, 0, n, d] * h[0, n, d] - a[i, 1, n, d] * h[1, n, d]
-                    ah[i, 1, n, d] = a[i, 0, n, d] * h[1, n, d] + a[i, 1, n, d] * h[0, n, d]
-            for q in range(planes):
-                b = c.B[i, n * planes + q]
-                for d in range(width):
-                    h[q, n, d] = ah[i, q, n, d] + u[i, d] * (b if varying_b else B[q, n, d])
-
-
-@njit(**INNER)
-def retreat(s: Sizes, c: Scratch, i: int, t: Tiles) -> None:
-    """One step back through all states. Leaves Re<B, G> in dx and Re<A a h, G> in ddt, ``conj(a) G`` in G."""
-    A, B, C, G, dA, dB, dC = t.A, t.B, t.C, t.G, t.grad_a, t.grad_b, t.grad_c
-    ah, a, u, dy, y, dx, ddt, row, dt = t.ah, t.a, t.u, t.dy, t.y, t.dx, t.ddt, t.row, c.dt
-    varying_b, varying_c, planes, width = s.varying_b != 0, s.varying_c != 0, s.planes, u.shape[1]
-    for n in range(s.state):
-        for q in range(planes):
-            at = n * planes + q
-            b, r, scale = c.B[i, at], c.C[i, at], t.sign[q]
-            for d in range(width):
-                row[q, d] = ah[i, q, n, d] + u[i, d] * (b if varying_b else B[q, n, d])
+        for d in range(0, t.D.size, WIDTH):
+            at = i * t.D.size + d
+            x = load(c.x, at, 0, 1)
+            store(t.u, at, 0, load(c.dt, at, 0, 1) * x)
+            store(t.y, at, 0, load(t.D, d, 0, 1) * x)
+            store(t.dx, at, 0, replace(x, none))
+            store(t.ddt, at, 0, replace(x, none))
             if s.gated:
-                for d in range(width):
-                    y[i, d] += scale * (r if varying_c else C[q, n, d]) * row[q, d]
-            for d in range(width):
-                G[q, n, d] += scale * (r if varying_c else C[q, n, d]) * dy[i, d]
-            if varying_c:
-                t.step_dc[i, at] = scale * dot(dy[i], row[q])
-            else:
-                for d in range(width):
-                    dC[q, n, d] += scale * dy[i, d] * row[q, d]
-            if varying_b:
-                t.step_db[i, at] = dot(u[i], G[q, n])
-            else:
-                for d in range(width):
-                    dB[q, n, d] += u[i, d] * G[q, n, d]
-            for d in range(width):
-                dx[i, d] += (b if varying_b else B[q, n, d]) * G[q, n, d]
-        if planes == 1:
-            for d in range(width):
-                row[0, d] = ah[i, 0, n, d] * G[0, n, d]
-                G[0, n, d] *= a[i, 0, n, d]
-        else:
-            for d in range(width):
-                real, imag = G[0, n, d], G[1, n, d]
-                row[0, d] = ah[i, 0, n, d] * real + ah[i, 1, n, d] * imag
-                row[1, d] = ah[i, 0, n, d] * imag - ah[i, 1, n, d] * real
-                G[0, n, d] = a[i, 0, n, d] * real + a[i, 1, n, d] * imag
-                G[1, n, d] = a[i, 0, n, d] * imag - a[i, 1, n, d] * real
-        for q in range(planes):
-            for d in range(width):
-                ddt[i, d] += A[q, n, d] * row[q, d]
-            for d in range(width):
-                dA[q, n, d] += dt[i, d] * row[q, d]
+                z, dy = load(c.z, at, 0, 1), load(t.dy, at, 0, 1)
+                sig = sigmoid(z)
+                store(t.dy, at, 0, dy * (z * sig))
+                store(t.dz, at, 0, dy * (z * (sig - sig * sig) + sig))
+
+
+@njit(**INNER)
+def close_chunk(s: Sizes, c: Scratch, steps: int, t: Tiles) -> None:
+    """Finishes dx, ddt and dz from <B, G>, <A a h, G> and y; adds to the sums for D and dt_bias."""
+    for d in range(0, t.D.size, WIDTH):
+        D, grad_d, grad_bias = load(t.D, d, 0, 1), load(t.grad_d, d, 0, 1), load(t.grad_bias, d, 0, 1)
+        for i in range(steps):
+            at = i * t.D.size + d
+            x, dy, dx = load(c.x, at, 0, 1), load(t.dy, at, 0, 1), load(t.dx, at, 0, 1)
+            ddt = (load(t.ddt, at, 0, 1) + x * dx) * load(c.slope, at, 0, 1)
+            store(t.ddt, at, 0, ddt)
+            store(t.dx, at, 0, load(c.dt, at, 0, 1) * dx + D * dy)
+            grad_d = grad_d + dy * x
+            grad_bias = grad_bias + ddt
+            if s.gated:
+                store(t.dz, at, 0, load(t.dz, at, 0, 1) * load(t.y, at, 0, 1))
+        store(t.grad_d, d, 0, grad_d)
+        store(t.grad_bias, d, 0, grad_bias)
 
 
 @njit(**PART)
-def retreat_chunk(s: Sizes, c: Scratch, steps: int, t: Tiles) -> None:
-    """The steps of a chunk, last one first; finishes dx and ddt."""
-    x, dt, dy, y, dx, ddt, D, width = c.x, c.dt, t.dy, t.y, t.dx, t.ddt, t.D, t.u.shape[1]
-    for i in range(steps - 1, -1, -1):
-        if c.token[i] == SKIP:
-            continue
-        for d in range(width):
-            y[i, d] = D[d] * x[i, d]
-            dx[i, d] = 0
-            ddt[i, d] = 0
-        retreat(s, c, i, t)
-        for d in range(width):
-            ddt[i, d] = (ddt[i, d] + x[i, d] * dx[i, d]) * c.slope[i, d]
-            t.grad_bias[d] += ddt[i, d]
-        for d in range(width):
-            dx[i, d] = dt[i, d] * dx[i, d] + D[d] * dy[i, d]
-            t.grad_d[d] += dy[i, d] * x[i, d]
-        if c.restart[i]:
-            fill(t.G)
-
-
-@njit(**PART)
-def gate(s: Sizes, v: Inputs, b: int, d0: int, width: int, steps: int, token: np.ndarray, dy: np.ndarray) -> None:
-    """Multiplies the rows of dy by silu(z)."""
-    for i in range(steps):
-        if token[i] >= 0:
-            z = v.z[b * v.z_strides[0] + token[i] * v.z_strides[1] + d0 :]
-            for d in range(width):
-                dy[i, d] *= z[d] * sigmoid(z[d])
-
-
-@njit(**PART)
-def gate_gradient(
-    s: Sizes, v: Inputs, b: int, k: int, d0: int, width: int, steps: int, c: Scratch, y: np.ndarray, o: Adjoints
-) -> None:
-    """Adds ``dy y silu'(z)`` to dz, with y before the gate."""
-    routes = s.routes if s.keep else 1
-    for i in range(steps):
-        token = c.token[i]
-        if token >= 0:
-            z = v.z[b * v.z_strides[0] + token * v.z_strides[1] + d0 :]
-            dy = o.y[((b * s.length + token) * routes + (k if s.keep else 0)) * s.channels + d0 :]
-            out = o.z[(b * s.length + token) * s.channels + d0 :]
-            for d in range(width):
-                sig = sigmoid(z[d])
-                out[d] += dy[d] * y[i, d] * (sig + z[d] * (sig - sig * sig))
-
-
-@njit(**PART)
-def backward_chunk(
-    s: Sizes,
-    v: Inputs,
-    o: Adjoints,
-    b: int,
-    k: int,
-    g: int,
-    d0: int,
-    d1: int,
-    first: int,
-    steps: int,
-    part: int,
-    c: Scratch,
+def begin(
+    s: Sizes, v: Inputs, o: Adjoints, b: int, k: int, g: int, d0: int, d1: int, first: int, steps: int, c: Scratch,
     t: Tiles,
-) -> None:
-    """One chunk of one route: t.h holds the state before it, t.G the adjoint after it, and before it on return."""
-    width, entries = d1 - d0, s.state * s.planes
+) -> None:  # fmt: skip
+    """Reads a chunk of one route and its dy."""
     routes = s.routes if s.keep else 1
     gather(s, v, b, k, g, d0, d1, first, steps, t.bias, c, True)
     stride = routes * s.channels
-    gather_rows(
-        o.y,
-        b * s.length * stride + (k if s.keep else 0) * s.channels + d0,
-        stride,
-        c.token,
-        c.token,
-        steps,
-        width,
-        t.dy,
-    )
+    at = b * s.length * stride + (k if s.keep else 0) * s.channels + d0
+    gather_rows(o.y, at, stride, c.token, c.token, steps, d1 - d0, t.dy)
+    open_chunk(s, c, steps, t)
+
+
+@njit(**PART)
+def finish(
+    s: Sizes, o: Adjoints, b: int, k: int, g: int, d0: int, d1: int, steps: int, part: int, c: Scratch, t: Tiles
+) -> None:
+    """Writes the gradients of a chunk's tokens."""
+    width, entries = d1 - d0, s.state * s.planes
+    close_chunk(s, c, steps, t)
     if s.gated:
-        gate(s, v, b, d0, width, steps, c.token, t.dy)
-    replay(s, c, steps, t)
-    retreat_chunk(s, c, steps, t)
-    if s.gated:
-        gate_gradient(s, v, b, k, d0, width, steps, c, t.y, o)
+        at = b * s.length * s.channels + d0
+        add_rows(t.dz, c.token, c.token, steps, at, s.channels, width, s.once, o.z)
     stride = s.x_routes * s.channels
     at = b * s.length * stride + (k if s.x_routes > 1 else 0) * s.channels + d0
-    add_rows(t.dx, c.token, c.token, steps, at, stride, width, o.x)
+    add_rows(t.dx, c.token, c.token, steps, at, stride, width, s.once, o.x)
     stride = s.routes * s.channels
-    add_rows(t.ddt, c.place, c.token, steps, b * s.length * stride + k * s.channels + d0, stride, width, o.dt)
+    at = b * s.length * stride + k * s.channels + d0
+    add_rows(t.ddt, c.place, c.token, steps, at, stride, width, s.once, o.dt)
     stride = s.routes * s.groups * entries
     at = (part * s.batch + b) * s.length * stride + (k * s.groups + g) * entries
     if s.varying_b:
-        add_rows(t.step_db, c.place, c.token, steps, at, stride, entries, o.B)
+        add_rows(t.step_db, c.place, c.token, steps, at, stride, entries, 0, o.B)
     if s.varying_c:
-        add_rows(t.step_dc, c.place, c.token, steps, at, stride, entries, o.C)
+        add_rows(t.step_dc, c.place, c.token, steps, at, stride, entries, 0, o.C)
 
 
-def _make(sources: str) -> Callable[..., None]:
+def _make(sources: str, planes: int) -> Callable[..., None]:
+    """The kernel for real A, one plane, or complex A, two: numba compiles only the branch for these planes."""
 
     @kernel
     def backward(part: int, j0: int, j1: int, run: int, q0: int, q1: int, s: Sizes, v: Inputs, o: Adjoints) -> None:
@@ -357,6 +205,7 @@ def _make(sources: str) -> Callable[..., None]:
             c, t = make_scratch(s, v, width), make_tiles(s, v, width)
             for k in range(s.routes):
                 load_tile(v.A, s, k, d0, d1, t.A)
+                split_rates(t.A, t.rate, t.low)
                 if not s.varying_b:
                     load_tile(v.B, s, k, d0, d1, t.B)
                 if not s.varying_c:
@@ -370,7 +219,13 @@ def _make(sources: str) -> Callable[..., None]:
                         done = chunk * CHUNK
                         first = stop - 1 - done if s.reverse else start + done
                         load_saved(o.saved, s, slot + chunk, k, d0, d1, t.h)
-                        backward_chunk(s, v, o, b, k, g, d0, d1, first, min(CHUNK, stop - start - done), part, c, t)
+                        steps = min(CHUNK, stop - start - done)
+                        begin(s, v, o, b, k, g, d0, d1, first, steps, c, t)
+                        if planes == 1:
+                            back_real(s, c, steps, t)
+                        else:
+                            back_complex(s, c, steps, t)
+                        finish(s, o, b, k, g, d0, d1, steps, part, c, t)
                         add_tile(t.grad_a, s, run, k, d0, d1, o.A)
                         if not s.varying_b:
                             add_tile(t.grad_b, s, run, k, d0, d1, o.B)
@@ -384,4 +239,4 @@ def _make(sources: str) -> Callable[..., None]:
     return backward
 
 
-backward = _make(SOURCES)
+backward_real, backward_complex = _make(SOURCES, 1), _make(SOURCES, 2)

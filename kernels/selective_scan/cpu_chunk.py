@@ -1,93 +1,30 @@
-"""What the CPU kernels of both directions share: their arguments, and one chunk of a route gathered into scratch.
+"""What the CPU kernels of both directions share: tiles of parameters and states, one chunk of a route in scratch.
 
 A kernel works on a block of W channels (padded to a multiple of 16 lanes) of one sequence and one route. Channels are
-the contiguous axis of every tile, so that the inner loops are SIMD; states are tiles ``(Q, N, W)`` with Q = 2 planes
-(real, imaginary) where A is complex and Q = 1 where it is real.
+the contiguous axis of every tile, so that vectors of lanes are loaded and stored whole; states are tiles ``(Q, N, W)``
+with Q = 2 planes (real, imaginary) where A is complex and Q = 1 where it is real.
 
 B batch, L tokens, D channels, N state, K routes, P scan positions, G groups, S sequences, Q planes, T steps of a chunk.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from kernels.selective_scan.cpu_math import MATH, exp, rotation, sigmoid, softplus
+from kernels.selective_scan.cpu_arguments import FUSED, INNER, PART, Inputs, Sizes
+from kernels.selective_scan.cpu_math import sigmoid, softplus
+from kernels.selective_scan.cpu_simd import WIDTH, load, pointer, prefetch, store
 from kernels.selective_scan.problem import CHUNK
 
-# Functions that only kernels call: without the wrappers for Python, which take longer to compile than they do.
-INNER: Any = {**MATH, "nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-# Parts of one kernel: compiled with it, not once alone and once more inside it.
-PART: Any = {**MATH, "inline": "always"}
+LOG2E = math.log2(math.e)
+AHEAD = 4  # rows that are on their way from memory while one is copied
+STEEP = 1e6  # rates that need no low part
+LINE = 64  # bytes of a cache line
 SLOT, SKIP = -1, -2  # in place of a token: padding of a route; padding of a sequence
-# What the kernels are made of. Numba keys its disk cache by the file of the kernel itself and by the values that the
-# kernel closes over, so each kernel closes over this: an edit of any of these files compiles it again.
-SOURCES = hashlib.sha256(b"".join(f.read_bytes() for f in sorted(Path(__file__).parent.glob("cpu_*.py")))).hexdigest()
-
-
-def kernel(function: Callable[..., None]) -> Callable[..., None]:
-    """Compiles a kernel on its first call, and keeps it on disk where a folder can be written."""
-    options = {**MATH, "nogil": True}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no folder for its cache
-        return njit(**options)(function)
-
-
-class Sizes(NamedTuple):
-    """Numbers and switches (0 or 1) of one call."""
-
-    batch: int
-    length: int
-    positions: int
-    routes: int
-    x_routes: int  # K, or 1 where all routes read the same x
-    channels: int
-    state: int
-    groups: int
-    planes: int
-    routed: int
-    token_params: int
-    coded: int
-    packed: int
-    softplus: int
-    reverse: int
-    gated: int
-    keep: int
-    varying_b: int  # B varies over time, else (K, Q, N, D)
-    varying_c: int
-
-
-class Inputs(NamedTuple):
-    """Inputs as flat arrays with the strides of all axes but the last one, which is contiguous.
-
-    x (B, L, K), dt (B, L, K), z (B, L), B and C (B, L, K, G); A, constant B and constant C lie as ``(K, Q, N, D)``,
-    the initial state as ``(S, K, D, N, Q)``, D and dt_bias as ``(K, D)``. Absent ones are zeros.
-    """
-
-    x: np.ndarray
-    x_strides: tuple[int, int, int]
-    dt: np.ndarray
-    dt_strides: tuple[int, int, int]
-    z: np.ndarray
-    z_strides: tuple[int, int]
-    A: np.ndarray
-    B: np.ndarray
-    B_strides: tuple[int, int, int, int]
-    C: np.ndarray
-    C_strides: tuple[int, int, int, int]
-    D: np.ndarray
-    dt_bias: np.ndarray
-    initial: np.ndarray
-    route: np.ndarray  # (K, P)
-    code: np.ndarray  # (B, K, P)
-    bounds: np.ndarray  # (S + 1,) int64
-    blocks: np.ndarray  # (blocks, 2) first and last + 1 channel; none crosses a group
 
 
 class Scratch(NamedTuple):
@@ -95,10 +32,11 @@ class Scratch(NamedTuple):
 
     token: np.ndarray  # (T,) token, SLOT or SKIP
     place: np.ndarray  # (T,) where dt, B and C were read, or SLOT
-    restart: np.ndarray  # (T,) whether the state is zeroed first
+    restart: np.ndarray  # (T,) 1 where the state is zeroed first
     x: np.ndarray  # (T, W)
     dt: np.ndarray  # (T, W) after bias and softplus
     slope: np.ndarray  # (T, W) derivative of that, ones without softplus
+    z: np.ndarray  # (T, W)
     B: np.ndarray  # (T, N Q), where B varies over time
     C: np.ndarray
 
@@ -106,24 +44,32 @@ class Scratch(NamedTuple):
 @njit(**PART)
 def lanes(width: int) -> int:
     """The width of a block, padded to whole SIMD registers."""
-    return (width + 15) // 16 * 16
+    return (width + WIDTH - 1) // WIDTH * WIDTH
+
+
+@njit(**INNER)
+def new_tile(count: int, size: int, width: int, like: np.ndarray) -> np.ndarray:
+    """Zeros ``(count, size, width)`` that start at a cache line: lanes that cross a line cost two accesses."""
+    memory = np.zeros(count * size * width + LINE // like.itemsize, like.dtype)
+    start = -memory.ctypes.data % LINE // like.itemsize
+    return memory[start : start + count * size * width].reshape((count, size, width))
+
+
+@njit(**INNER)
+def new_rows(size: int, width: int, like: np.ndarray) -> np.ndarray:
+    """Zeros ``(size, width)`` that start at a cache line."""
+    return new_tile(1, size, width, like)[0]
 
 
 @njit(**PART)
 def make_scratch(s: Sizes, v: Inputs, width: int) -> Scratch:
     """Scratch for a chunk; the padding lanes of x are zero and stay so."""
-    kind = v.x.dtype
-    entries = s.planes * s.state
+    entries = s.planes * s.padded
     return Scratch(
-        np.empty(CHUNK, np.int64),
-        np.empty(CHUNK, np.int64),
-        np.empty(CHUNK, np.bool_),
-        np.zeros((CHUNK, width), kind),
-        np.zeros((CHUNK, width), kind),
-        np.ones((CHUNK, width), kind),
-        np.empty((CHUNK, entries), kind),
-        np.empty((CHUNK, entries), kind),
-    )
+        np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64),
+        new_rows(CHUNK, width, v.x), new_rows(CHUNK, width, v.x), new_rows(CHUNK, width, v.x),
+        new_rows(CHUNK, width, v.x), new_rows(CHUNK, entries, v.x), new_rows(CHUNK, entries, v.x),
+    )  # fmt: skip
 
 
 @njit(**PART)
@@ -143,6 +89,18 @@ def load_tile(source: np.ndarray, s: Sizes, k: int, d0: int, d1: int, tile: np.n
             at = ((k * s.planes + q) * s.state + n) * s.channels + d0
             for d in range(d1 - d0):
                 tile[q, n, d] = source[at + d]
+
+
+@njit(**INNER)
+def split_rates(A: np.ndarray, rate: np.ndarray, low: np.ndarray) -> None:
+    """What ``decay`` wants in place of A: ``A log2(e)`` in two float32 parts; in float64 A itself."""
+    for q in range(A.shape[0]):
+        for n in range(A.shape[1]):
+            for d in range(A.shape[2]):
+                exact = np.float64(A[q, n, d]) * (LOG2E if A.itemsize == 4 else 1.0)
+                rate[q, n, d] = exact
+                # Such a rate decays at once; its low part could grow until the polynomial overflows, and 0 inf is NaN.
+                low[q, n, d] = exact - rate[q, n, d] if abs(exact) < STEEP else 0
 
 
 @njit(**INNER)
@@ -202,9 +160,21 @@ def gather_tokens(s: Sizes, v: Inputs, b: int, k: int, first: int, steps: int, c
         p = first - i if s.reverse else first + i
         token = np.int64(v.route[k, p]) if s.routed else p
         code = v.code[b, k, p] if s.coded else 0
-        c.restart[i] = code == 1
+        c.restart[i] = 1 if code == 1 else 0
         c.token[i] = SKIP if code == 2 else token
         c.place[i] = SLOT if token < 0 else token if s.token_params else p
+
+
+@njit(**FUSED)
+def move_row(source: np.ndarray, start: int, target: np.ndarray, to: int, width: int, add: bool) -> None:
+    """Copies or adds ``width`` elements from ``start`` of one array, taken flat, to those from ``to`` of another."""
+    old, new = pointer(target), pointer(source)
+    whole = width // WIDTH * WIDTH
+    for d in range(0, whole, WIDTH):
+        row = load(new, start + d, 0, 1)
+        store(old, to + d, 0, load(old, to + d, 0, 1) + row if add else row)
+    for d in range(whole, width):
+        old[to + d] = old[to + d] + new[start + d] if add else new[start + d]
 
 
 @njit(**INNER)
@@ -219,28 +189,42 @@ def gather_rows(
     rows: np.ndarray,
 ) -> None:
     """Rows of ``source`` at ``base + place[i] * stride``, zeros where there is no token."""
+    memory = pointer(source)
     for i in range(steps):
+        if i + AHEAD < steps:
+            at = base + place[i + AHEAD] * stride
+            for d in range(0, width, WIDTH):
+                prefetch(memory, at + d)
         if token[i] < 0:
             for d in range(width):
                 rows[i, d] = 0
         else:
-            row = source[base + place[i] * stride :]
-            for d in range(width):
-                rows[i, d] = row[d]
+            move_row(source, base + place[i] * stride, rows, i * rows.shape[1], width, False)
 
 
 @njit(**INNER)
-def activate(on: int, steps: int, bias: np.ndarray, dt: np.ndarray, slope: np.ndarray, slopes: bool) -> None:
-    """dt from raw dt in place, and where ``slopes`` its derivative."""
+def activate(
+    on: int, steps: int, token: np.ndarray, bias: np.ndarray, dt: np.ndarray, slope: np.ndarray, slopes: bool
+) -> None:
+    """dt from raw dt in place, and where ``slopes`` its derivative; both are zero at a token to skip.
+
+    A step of dt = 0 changes no state: exp(0) = 1 and dt B x = 0.
+    """
     for i in range(steps):
-        for d in range(bias.size):
-            dt[i, d] += bias[d]
-        if on and slopes:
+        if token[i] == SKIP:
             for d in range(bias.size):
-                slope[i, d] = sigmoid(dt[i, d])
-        if on:
+                dt[i, d] = 0
+                slope[i, d] = 0
+            continue
+        for d in range(0, bias.size, WIDTH):
+            at = i * bias.size + d
+            raw = load(dt, at, 0, 1) + load(bias, d, 0, 1)
+            store(dt, at, 0, softplus(raw) if on else raw)
+            if slopes and on:
+                store(slope, at, 0, sigmoid(raw))
+        if not on:
             for d in range(bias.size):
-                dt[i, d] = softplus(dt[i, d])
+                slope[i, d] = 1
 
 
 @njit(**PART)
@@ -264,23 +248,13 @@ def gather(
     gather_rows(v.x, at, v.x_strides[1], c.token, c.token, steps, d1 - d0, c.x)
     at = b * v.dt_strides[0] + k * v.dt_strides[2] + d0
     gather_rows(v.dt, at, v.dt_strides[1], c.place, c.token, steps, d1 - d0, c.dt)
-    activate(s.softplus, steps, bias, c.dt, c.slope, slopes)
+    activate(s.softplus, steps, c.token, bias, c.dt, c.slope, slopes)
+    if s.gated:
+        at = b * v.z_strides[0] + d0
+        gather_rows(v.z, at, v.z_strides[1], c.token, c.token, steps, d1 - d0, c.z)
     if s.varying_b:
         at = b * v.B_strides[0] + k * v.B_strides[2] + g * v.B_strides[3]
         gather_rows(v.B, at, v.B_strides[1], c.place, c.token, steps, s.state * s.planes, c.B)
     if s.varying_c:
         at = b * v.C_strides[0] + k * v.C_strides[2] + g * v.C_strides[3]
         gather_rows(v.C, at, v.C_strides[1], c.place, c.token, steps, s.state * s.planes, c.C)
-
-
-@njit(**INNER)
-def decay(planes: int, dt: np.ndarray, i: int, A: np.ndarray, a: np.ndarray) -> None:
-    """``a = exp(dt_i A)`` for all N states of step ``i``: tiles ``(Q, N, W)``, dt ``(T, W)``."""
-    for n in range(A.shape[1]):
-        for d in range(A.shape[2]):
-            a[0, n, d] = exp(dt[i, d] * A[0, n, d])
-        if planes == 2:
-            for d in range(A.shape[2]):
-                c, s = rotation(dt[i, d], A[1, n, d])
-                a[1, n, d] = a[0, n, d] * s
-                a[0, n, d] *= c

@@ -8,32 +8,31 @@ B batch, L tokens, D channels, N state, K routes, P scan positions, S sequences,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numba import njit
 
+from kernels.selective_scan.cpu_arguments import FUSED, GROUP, INNER, PART, SOURCES, Inputs, Sizes, kernel
 from kernels.selective_scan.cpu_chunk import (
-    INNER,
-    PART,
-    SKIP,
-    SOURCES,
-    Inputs,
     Scratch,
-    Sizes,
-    decay,
-    fill,
     flush,
     gather,
-    kernel,
     lanes,
     load_row,
     load_state,
     load_tile,
     make_scratch,
+    move_row,
+    new_rows,
+    new_tile,
     sequence,
+    split_rates,
     store_state,
 )
-from kernels.selective_scan.cpu_math import exp, sigmoid
+from kernels.selective_scan.cpu_complex import advance_complex
+from kernels.selective_scan.cpu_math import decay, sigmoid
+from kernels.selective_scan.cpu_simd import WIDTH, apart, load, pointer, replace, spread, store, total
 from kernels.selective_scan.problem import CHUNK
 
 
@@ -42,9 +41,23 @@ def save(h: np.ndarray, s: Sizes, slot: int, k: int, d0: int, d1: int, saved: np
     """A tile to slot ``slot`` of saved ``(slots, K, N, D, Q)``."""
     for n in range(s.state):
         at = ((slot * s.routes + k) * s.state + n) * s.channels + d0
-        for plane in range(s.planes):
-            for d in range(d1 - d0):
-                saved[(at + d) * s.planes + plane] = h[plane, n, d]
+        if s.planes == 1:
+            move_row(h, n * h.shape[2], saved, at, d1 - d0, False)
+        else:
+            for plane in range(2):
+                for d in range(d1 - d0):
+                    saved[(at + d) * 2 + plane] = h[plane, n, d]
+
+
+@njit(**INNER)
+def prepare(c: Scratch, steps: int, D: np.ndarray, y: np.ndarray) -> None:
+    """Starts y ``(T, W)`` with D x and turns x into dt x."""
+    for i in range(steps):
+        for d in range(0, D.size, WIDTH):
+            at = i * D.size + d
+            x = load(c.x, at, 0, 1)
+            store(y, at, 0, load(D, d, 0, 1) * x)
+            store(c.x, at, 0, load(c.dt, at, 0, 1) * x)
 
 
 @njit(**INNER)
@@ -52,104 +65,69 @@ def advance_real(
     s: Sizes,
     c: Scratch,
     steps: int,
-    A: np.ndarray,
+    rate: np.ndarray,
+    low: np.ndarray,
     B: np.ndarray,
     C: np.ndarray,
-    D: np.ndarray,
     h: np.ndarray,
     y: np.ndarray,
 ) -> None:
-    """Runs the steps of a chunk: h moves on, y ``(T, W)`` is read."""
-    width = D.size
-    varying_b, varying_c = s.varying_b != 0, s.varying_c != 0
-    Bt, Ct = c.B, c.C
-    x, dt = c.x, c.dt
-    for i in range(steps):
-        if c.token[i] == SKIP:
-            continue
-        if c.restart[i]:
-            fill(h)
-        for d in range(width):
-            y[i, d] = D[d] * x[i, d]
-            x[i, d] *= dt[i, d]
-        for n in range(A.shape[1]):
-            b = Bt[i, n]
-            r = Ct[i, n]
-            for d in range(width):
-                value = exp(dt[i, d] * A[0, n, d]) * h[0, n, d] + x[i, d] * (b if varying_b else B[0, n, d])
-                h[0, n, d] = value
-                y[i, d] += value * (r if varying_c else C[0, n, d])
+    """Runs the steps of a chunk, ``GROUP`` states of 16 channels at a time: h moves on, y ``(T, W)`` grows."""
+    apart()
+    for d in range(0, y.shape[1], WIDTH):
+        for n in range(0, s.padded, GROUP):
+            walk(s, c, steps, n, d, rate, low, pointer(B), pointer(C), h, pointer(y), y.shape[1])
 
 
-@njit(**INNER)
-def advance_complex(
+@njit(**FUSED)
+def walk(
     s: Sizes,
     c: Scratch,
     steps: int,
-    A: np.ndarray,
-    B: np.ndarray,
-    C: np.ndarray,
-    D: np.ndarray,
-    h: np.ndarray,
-    a: np.ndarray,
-    y: np.ndarray,
+    n: int,
+    d: int,
+    rates: np.ndarray,
+    lows: np.ndarray,
+    B: Any,
+    C: Any,
+    states: np.ndarray,
+    y: Any,
+    width: int,
 ) -> None:
-    """``advance_real`` on two planes; y takes twice the real part."""
-    width = D.size
+    """Runs a chunk with the states from ``n`` on of the lanes from ``d`` on in registers."""
+    dt, u, rows_b, rows_c, restart = pointer(c.dt), pointer(c.x), pointer(c.B), pointer(c.C), pointer(c.restart)
+    tile = n * width + d
+    rate, low, h = load(rates, tile, width, GROUP), load(lows, tile, width, GROUP), load(states, tile, width, GROUP)
     for i in range(steps):
-        if c.token[i] == SKIP:
-            continue
-        if c.restart[i]:
-            fill(h)
-        decay(2, c.dt, i, A, a)
-        for d in range(width):
-            y[i, d] = D[d] * c.x[i, d]
-            c.x[i, d] *= c.dt[i, d]
-        for n in range(s.state):
-            for plane in range(2):
-                if s.varying_b:
-                    for d in range(width):
-                        B[plane, n, d] = c.B[i, 2 * n + plane]
-                if s.varying_c:
-                    for d in range(width):
-                        C[plane, n, d] = c.C[i, 2 * n + plane]
-            for d in range(width):
-                real = a[0, n, d] * h[0, n, d] - a[1, n, d] * h[1, n, d] + c.x[i, d] * B[0, n, d]
-                imag = a[0, n, d] * h[1, n, d] + a[1, n, d] * h[0, n, d] + c.x[i, d] * B[1, n, d]
-                half = C[0, n, d] * real - C[1, n, d] * imag
-                h[0, n, d] = real
-                h[1, n, d] = imag
-                y[i, d] += half + half
+        at = i * width + d
+        if restart[i] != 0:
+            h = replace(h, states.dtype.type(0))
+        # Constant B and C are loaded at each step: they have no registers left.
+        b = spread(rows_b, i * s.padded + n, h) if s.varying_b else load(B, tile, width, h)
+        r = spread(rows_c, i * s.padded + n, h) if s.varying_c else load(C, tile, width, h)
+        h = decay(load(dt, at, 0, 1), rate, low) * h + load(u, at, 0, 1) * b
+        store(y, at, 0, load(y, at, 0, 1) + total(h * r))
+    store(states, tile, width, h)
 
 
 @njit(**PART)
-def put(
-    s: Sizes,
-    v: Inputs,
-    b: int,
-    k: int,
-    d0: int,
-    width: int,
-    steps: int,
-    token: np.ndarray,
-    rows: np.ndarray,
-    y: np.ndarray,
-) -> None:
+def put(s: Sizes, b: int, k: int, d0: int, width: int, steps: int, c: Scratch, rows: Any, y: Any) -> None:
     """Adds rows, gated, to their tokens of y ``(B, L, K or 1, D)``: gating each route is gating their sum."""
     routes = s.routes if s.keep else 1
     for i in range(steps):
-        if token[i] < 0:
+        token = c.token[i]
+        if token < 0:
             continue
         if s.gated:
-            z = v.z[b * v.z_strides[0] + token[i] * v.z_strides[1] + d0 :]
-            for d in range(width):
-                rows[i, d] *= z[d] * sigmoid(z[d])
-        out = y[((b * s.length + token[i]) * routes + (k if s.keep else 0)) * s.channels + d0 :]
-        for d in range(width):
-            out[d] += rows[i, d]
+            for at in range(i * rows.shape[1], (i + 1) * rows.shape[1], WIDTH):
+                z = load(c.z, at, 0, 1)
+                store(rows, at, 0, load(rows, at, 0, 1) * (z * sigmoid(z)))
+        at = ((b * s.length + token) * routes + (k if s.keep else 0)) * s.channels + d0
+        move_row(rows, i * rows.shape[1], y, at, width, s.once == 0)
 
 
-def _make(sources: str) -> Callable[..., None]:
+def _make(sources: str, planes: int) -> Callable[..., None]:
+    """The kernel for real A, one plane, or complex A, two: numba compiles only the branch for these planes."""
 
     @kernel
     def forward(
@@ -165,13 +143,14 @@ def _make(sources: str) -> Callable[..., None]:
             d0, d1 = v.blocks[j, 0], v.blocks[j, 1]
             g = d0 * s.groups // s.channels
             width = lanes(d1 - d0)
-            tile, kind = (s.planes, s.state, width), v.x.dtype
-            A, B, C = np.zeros(tile, kind), np.zeros(tile, kind), np.zeros(tile, kind)
-            a, h = np.zeros(tile, kind), np.zeros(tile, kind)
-            bias, D, rows = np.zeros(width, kind), np.zeros(width, kind), np.zeros((CHUNK, width), kind)
-            c = make_scratch(s, v, width)
+            A, B = new_tile(s.planes, s.padded, width, v.x), new_tile(s.planes, s.padded, width, v.x)
+            C, h = new_tile(s.planes, s.padded, width, v.x), new_tile(s.planes, s.padded, width, v.x)
+            rate, low = new_tile(s.planes, s.padded, width, v.x), new_tile(s.planes, s.padded, width, v.x)
+            bias, D, y_rows = new_rows(1, width, v.x)[0], new_rows(1, width, v.x)[0], new_rows(CHUNK, width, v.x)
+            c, a = make_scratch(s, v, width), new_tile(s.planes, s.padded, width, v.x)
             for k in range(s.routes):
                 load_tile(v.A, s, k, d0, d1, A)
+                split_rates(A, rate, low)
                 if not s.varying_b:
                     load_tile(v.B, s, k, d0, d1, B)
                 if not s.varying_c:
@@ -188,14 +167,15 @@ def _make(sources: str) -> Callable[..., None]:
                         slot += 1
                         first = stop - 1 - done if s.reverse else start + done
                         gather(s, v, b, k, g, d0, d1, first, steps, bias, c, False)
-                        if s.planes == 1:
-                            advance_real(s, c, steps, A, B, C, D, h, rows)
+                        prepare(c, steps, D, y_rows)
+                        if planes == 1:
+                            advance_real(s, c, steps, rate, low, B, C, h, y_rows)
                         else:
-                            advance_complex(s, c, steps, A, B, C, D, h, a, rows)
-                        put(s, v, b, k, d0, d1 - d0, steps, c.token, rows, y)
+                            advance_complex(s, c, steps, A, B, C, h, a, y_rows)
+                        put(s, b, k, d0, d1 - d0, steps, c, y_rows, y)
                     store_state(h, s, q, k, d0, d1, final)
 
     return forward
 
 
-forward = _make(SOURCES)
+forward_real, forward_complex = _make(SOURCES, 1), _make(SOURCES, 2)

@@ -1,4 +1,4 @@
-"""Elementary functions for numba loops that LLVM can vectorise: exp, softplus, sigmoid, cosine and sine.
+"""Elementary functions for numba, of numbers and of ``Lanes``: exp, softplus, sigmoid; of numbers, cosine and sine.
 
 Numba from PyPI has no vector math library, so one libm call keeps a whole loop scalar. In float32 these functions are
 range reductions and polynomials instead (Chebyshev fits over the reduced range; errors within 2 units in the last
@@ -8,23 +8,33 @@ place); in float64 they call libm. Called from Python they are the plain float64
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numba import types
 from numba.extending import overload
 
+from kernels.selective_scan.cpu_simd import Lanes
+from kernels.selective_scan.cpu_simd_math import choose, clamp, each_exp, each_log, exponent, fma, magnitude
+
 # Fused multiply-adds and nothing more: reassociation would undo the rounding tricks below. Divisions don't raise.
 MATH: Any = {"fastmath": {"contract"}, "error_model": "numpy"}
 
 F = np.float32
-ONE, TWO, HALF = F(1), F(2), F(0.5)
+ONE, HALF = F(1), F(0.5)
 LOG2E, LN2_HIGH, LN2_LOW = F(1.4426950408889634), F(0.693359375), F(-2.12194440e-4)  # ln 2 in two; n * high is exact
 # Adding 1.5 * 2^23 rounds to an integer n; with 127 more the low bits are the exponent field of 2^n.
 ROUND = F(12582912 + 127)
 LOWEST, HIGHEST = F(-88.1), F(88.8)  # the exponent field is 0 here (2^n = 0), 255 there (2^n = inf)
 E2, E3, E4, E5, E6 = F(0.5000000013), F(0.1666657698), F(0.0416664649), F(0.0083631801), F(0.001393365)  # e^r - 1 - r
-L3, L5, L7, L9 = F(0.3333331983), F(0.2000383543), F(0.1411697805), F(0.1343377423)  # atanh(s) - s, s <= 1/3
+FIELD0, FIELD255 = F(12582912), F(12582912 + 255)  # what clamps such a number to the fields of 0 and of infinity
+P1, P2, P3 = F(0.693147188), F(0.240226508), F(0.0555035711)  # 2^r - 1, |r| <= 1/2
+P4, P5, P6 = F(0.00961808256), F(0.00133908634), F(0.000154531629)
+# log(1 + u) - u, 0 <= u <= 1: the coefficients of u^2 to u^10
+L2, L3, L4 = F(-0.49999997), F(0.333328419), F(-0.249865262)
+L5, L6, L7 = F(0.198541062), F(-0.158475657), F(0.115618454)
+L8, L9, L10 = F(-0.066757725), F(0.0252240543), F(-0.00446621159)
 S3, S5, S7 = F(-0.1666666467), F(0.0083327486), F(-0.0001958795)  # sin(r) - r, |r| <= pi / 4
 C4, C6, C8 = F(4.1666664662e-2), F(-1.3888303340e-3), F(2.4547991314e-5)  # cos(r) - 1 + r^2 / 2
 LINEAR = 20  # softplus(v) is v beyond this, as in PyTorch
@@ -34,6 +44,15 @@ TURNS = 2 / math.pi  # quarter turns in a radian
 def exp(v: float) -> float:
     """The exponential; in float32 zero below -87.7 and infinite above 88.4."""
     return math.exp(v)
+
+
+def decay(dt: float, rate: float, low: float) -> float:
+    """``exp(dt A)``, where ``rate + low`` is ``A log2(e)`` in float32 (rounded, and the rest) and A in float64.
+
+    In float32 zero below dt A = -87.7 and infinite above 88.4. One rounded rate would be off by the same amount at
+    every step, which the gradient of A would add up.
+    """
+    return math.exp(dt * rate + dt * low)
 
 
 def softplus(v: float) -> float:
@@ -51,51 +70,84 @@ def rotation(dt: float, frequency: float) -> tuple[float, float]:
     return math.cos(dt * frequency), math.sin(dt * frequency)
 
 
+def _pick(v: Any, polynomial: Callable[..., Any], libm: Callable[..., Any], lanes: Callable[..., Any]) -> Any:
+    """The implementation for a numba type: float32, scalar or lanes; float64 lanes; float64."""
+    if isinstance(v, Lanes):
+        return polynomial if v.kind == types.float32 else lanes
+    return polynomial if v == types.float32 else libm
+
+
 @overload(exp, jit_options=MATH)
 def _exp(v):
     def polynomial(v):
-        v = LOWEST if v < LOWEST else v  # written so that NaN stays NaN
-        v = HIGHEST if v > HIGHEST else v
+        v = clamp(v, LOWEST, HIGHEST)
         biased = v * LOG2E + ROUND
         n = biased - ROUND
         r = (v - n * LN2_HIGH) - n * LN2_LOW
         r2 = r * r
-        p = ((E6 * r2 + (E5 * r + E4)) * r2 + (E3 * r + E2)) * r2 + (r + ONE)
-        field = np.int32(np.float32(biased).view(np.int32) << 23)
-        return p * np.int32(field).view(np.float32)
+        p = ((r2 * E6 + (r * E5 + E4)) * r2 + (r * E3 + E2)) * r2 + (r + ONE)
+        return p * exponent(biased)
 
     def libm(v):
         return math.exp(v)
 
-    return polynomial if v == types.float32 else libm
+    def lanes(v):
+        return each_exp(v)
+
+    return _pick(v, polynomial, libm, lanes)
+
+
+@overload(decay, jit_options=MATH)
+def _decay(dt, rate, low):
+    def polynomial(dt, rate, low):
+        biased = fma(dt, rate, ROUND)
+        n = biased - ROUND
+        r = fma(dt, low, fma(dt, rate, -n))
+        r2 = r * r
+        p = ((r2 * P6 + (r * P5 + P4)) * r2 + (r * P3 + P2)) * r2 + (r * P1 + ONE)
+        return p * exponent(clamp(biased, FIELD0, FIELD255))
+
+    def lanes(dt, rate, low):
+        return exp(dt * rate + dt * low)
+
+    return polynomial if rate.kind == types.float32 else lanes
 
 
 @overload(softplus, jit_options=MATH)
 def _softplus(v):
     def polynomial(v):
-        u = exp(-abs(v))
-        s = u / (TWO + u)  # log(1 + u) = 2 atanh(s)
-        q = s * s
-        log1p = TWO * (s + s * q * (L3 + q * (L5 + q * (L7 + q * L9))))
-        return v if v > F(LINEAR) else (v if v > F(0) else F(0)) + log1p
+        u = exp(-magnitude(v))
+        u2 = u * u
+        u4 = u2 * u2
+        low = (u * L5 + L4) * u2 + (u * L3 + L2)
+        high = (u * L9 + L8) * u2 + (u * L7 + L6)
+        log1p = ((u4 * L10 + high) * u4 + low) * u2 + u
+        return choose(v, F(LINEAR), v, choose(v, F(0), v, F(0)) + log1p)
 
     def libm(v):
         return v if v > LINEAR else max(v, 0.0) + math.log1p(math.exp(-abs(v)))
 
-    return polynomial if v == types.float32 else libm
+    def lanes(v):
+        u = exp(-magnitude(v))
+        w = u + 1.0  # log(1 + u) = log(w) u / (w - 1), where the rounding of w cancels (Kahan); u itself where w is 1
+        log1p = choose(w, 1.0, each_log(w) * u / choose(w, 1.0, w - 1.0, 1.0), u)
+        return choose(v, float(LINEAR), v, choose(v, 0.0, v, 0.0) + log1p)
+
+    return _pick(v, polynomial, libm, lanes)
 
 
 @overload(sigmoid, jit_options=MATH)
 def _sigmoid(v):
     def polynomial(v):
-        u = exp(-abs(v))
-        return (ONE if v >= F(0) else u) / (ONE + u)
+        return ONE / (exp(-v) + ONE)
 
     def libm(v):
-        u = math.exp(-abs(v))
-        return (1.0 if v >= 0 else u) / (1.0 + u)
+        return 1.0 / (1.0 + math.exp(-v))
 
-    return polynomial if v == types.float32 else libm
+    def lanes(v):
+        return 1.0 / (exp(-v) + 1.0)
+
+    return _pick(v, polynomial, libm, lanes)
 
 
 @overload(rotation, jit_options=MATH)

@@ -322,6 +322,19 @@ def test_only_one_output_in_the_loss(backend: str) -> None:
         torch.testing.assert_close(got, right)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+def test_decays_over_and_under_flow_as_exp_does(dtype: torch.dtype) -> None:
+    exponents = torch.tensor([-1e30, -3e5, -200, -87, -1, -1e-6, 0, 1, 88, 200, 3e5, math.nan], dtype=dtype)
+    D = len(exponents)
+    zeros, ones = torch.zeros(1, 1, D, dtype=dtype), torch.ones(1, 1, 1, 1, dtype=dtype)
+    _, state = selective_scan(
+        zeros, zeros + 1, exponents[:, None], ones, ones, initial_state=torch.ones(1, D, 1, dtype=dtype),
+        dt_softplus=False, return_final_state=True, backend="cpu",
+    )  # fmt: skip
+    wanted = exponents.double().exp().to(dtype)
+    torch.testing.assert_close(state[0, :, 0], wanted, rtol=4e-7, atol=1e-37, equal_nan=True)
+
+
 def test_extreme_steps_stay_finite() -> None:
     inputs = {n: t.detach() for n, t in Case(D=16, N=16).inputs(torch.float32).items()}
     inputs["dt"] = inputs["dt"] * 1e4  # softplus: from 0 to 20000, decays from 1 to 0
