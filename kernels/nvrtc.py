@@ -165,7 +165,7 @@ class Kernel:
         self._enter()
         values = array("q", fields)
         argument = (ctypes.c_void_p * 1)(values.buffer_info()[0])
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
         status = _driver().cuLaunchKernel(
             self.function, blocks, 1, 1, threads, 1, 1, self.shared, stream, argument, None
         )

@@ -4,31 +4,47 @@
 // the walk back goes over them with
 //     G_t = dy_t C_t + g_t,  g_{t-1} = a_t G_t,  q_t = a_t h_{t-1} G_t,
 //     dB_t = dt_t x_t G_t, dC_t = dy_t h_t (summed over channels), d(dt_t x_t) = <B_t, G_t>, d(dt_t) = <A, q_t>, dA = sum dt_t q_t.
-// The sums over channels are matrix products with ones: a lane holds the products of a token, and the row of ones says
-// which token's sum they go to. ENDS: only g at the segment's start, from zero, and the sum of dt.
+// The sums over channels are matrix products with ones: a lane holds the products of a token and two states, and the
+// column of ones says which token's sum they go to. Sums over the warps follow in shared memory.
+// ENDS: only g at the segment's start, from zero, and the sum of dt.
 
-__device__ __forceinline__ void add_up(float (&to)[4], const float (&one)[8], int t, float db, float dc) {
-    // row 2 t of a product of T = 8 tokens sums db over lane % 4, row 2 t + 1 dc
-    float a0 = t < 4 ? one[(2 * t) % 8] : 0.0f, a1 = t < 4 ? 0.0f : one[(2 * t) % 8];
-    float a2 = t < 4 ? one[(2 * t + 1) % 8] : 0.0f, a3 = t < 4 ? 0.0f : one[(2 * t + 1) % 8];
-    auto product = [&](unsigned x, unsigned y) {
-        asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-            : "+f"(to[0]), "+f"(to[1]), "+f"(to[2]), "+f"(to[3])
-            : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)), "r"(x), "r"(y));
-    };
+__device__ __forceinline__ unsigned bits(float v) { return __float_as_uint(v); }
+
+// to += first second, (16, 8) by (8, 8), in tf32: the unit cuts off what floats have more than ten bits.
+__device__ __forceinline__ void multiply(float (&to)[4], const unsigned (&first)[4], const unsigned (&second)[2]) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(to[0]), "+f"(to[1]), "+f"(to[2]), "+f"(to[3])
+        : "r"(first[0]), "r"(first[1]), "r"(first[2]), "r"(first[3]), "r"(second[0]), "r"(second[1]));
+}
+
+// Adds dB and dC of two states, summed over lane % 4, to what lane % 4 == token % 4 holds: dB, dB, dC, dC.
+__device__ __forceinline__ void add_up(float (&to)[4], const float (&one)[8], int token, const float (&db)[2], const float (&dc)[2]) {
+    const float first = one[2 * token % 8], second = one[(2 * token + 1) % 8];
+    const unsigned ones[2] = {bits(first), bits(second)};
 #if PRECISE  // three parts of eleven bits hold a float32
     const unsigned mask = 0xffffe000u;
+    float rest[4] = {db[0], dc[0], db[1], dc[1]};
 #pragma unroll
     for (int i = 0; i < 3; i++) {
-        unsigned x = __float_as_uint(db) & mask, y = __float_as_uint(dc) & mask;
-        product(x, y);
-        db -= __uint_as_float(x);
-        dc -= __uint_as_float(y);
+        unsigned part[4];
+#pragma unroll
+        for (int m = 0; m < 4; m++) part[m] = bits(rest[m]) & mask, rest[m] -= __uint_as_float(part[m]);
+        multiply(to, part, ones);
     }
 #else
-    product(__float_as_uint(db) + 0x1000u, __float_as_uint(dc) + 0x1000u);  // the unit cuts off what is rounded here
+    constexpr unsigned half = CUT ? 0 : 0x1000u;  // rounds
+    multiply(to, {bits(db[0]) + half, bits(dc[0]) + half, bits(db[1]) + half, bits(dc[1]) + half}, ones);
 #endif
 }
+
+// A sum over this launch's steps, added to those of the launches before.
+__device__ __forceinline__ void leave(const Args& a, void* sums, i64 at, float sum) {
+    float* to = reinterpret_cast<float*>(sums) + at;
+    *to = a.add ? *to + sum : sum;
+}
+
+// Floats of a step's dB and dC and of a part's, so that lanes that write at once meet different banks.
+constexpr int SUM_ROW = 2 * NP + 4, SUM_ROWS = T * SUM_ROW + 16;
 
 extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) {
     constexpr int PARTS = CHUNK / T, TURNS = NT > T * RT ? NT / (T * RT) : 1;  // threads take turns at the gradients
@@ -36,17 +52,20 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     float(*s_chan)[PADDED(2 * BD)] = reinterpret_cast<float(*)[PADDED(2 * BD)]>(memory);      // dt, dt x
     float(*s_dy)[BD] = reinterpret_cast<float(*)[BD]>(s_chan + CHUNK);                        // before the gate
     float(*s_B)[NP] = reinterpret_cast<float(*)[NP]>(s_dy + CHUNK);
-    float(*s_C)[NP] = s_B + CHUNK;
+    float(*s_C)[NP] = s_B + CHUNK;  // also the sums of dB and dC, in their places
     float(*s_h)[WALKERS][S] = reinterpret_cast<float(*)[WALKERS][S]>(s_C + CHUNK);                     // states before parts
     float(*s_y)[PADDED(BD * LN)] = reinterpret_cast<float(*)[PADDED(BD * LN)]>(s_h + (ENDS ? 0 : PARTS));
     float(*s_uw)[PADDED(2 * BD * LN)] = reinterpret_cast<float(*)[PADDED(2 * BD * LN)]>(s_y + (ENDS ? 0 : T));
-    float(*s_sum)[NW][T][2][NP] = reinterpret_cast<float(*)[NW][T][2][NP]>(s_uw + (ENDS ? 0 : T));
-    float* s_keep = reinterpret_cast<float*>(s_sum + (ENDS || CONST_B && CONST_C ? 0 : 1));
-    auto chan = [&](int t, int channel) { return *reinterpret_cast<const float2*>(&s_chan[t][slot_of(2 * channel)]); };
+    float(*s_sum)[SUM_ROWS] = reinterpret_cast<float(*)[SUM_ROWS]>(s_uw + (ENDS ? 0 : T));  // dB and dC, of four channels each
+    float* s_keep = reinterpret_cast<float*>(s_sum + (ENDS || CONST_B && CONST_C ? 0 : NW * GR));
 
     const Place p(a);
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, d = p.d0 + p.ch;
+    if (ENDS && p.seg == 0) return;  // nobody asks what leaves the first
+    const int tid = threadIdx.x, lane = tid & 31, d = p.d0 + p.ch;
+    __builtin_assume(tid < NT);
+    const int own_chan = slot_of(2 * p.ch), own_y = slot_of(p.ch * LN + p.q), own_uw = slot_of(2 * (p.ch * LN + p.q));
     const int row0 = tid / RT, col = tid % RT * V, dc = p.d0 + col;
+    const int row_chan = slot_of(2 * col), row_y = slot_of(col * LN), row_uw = slot_of(2 * col * LN);
     const bool channel = dc < p.dend, own = p.walks() && d < p.dend;
     const i64 first = p.from(a, p.seg);
     i64 last = p.from(a, p.seg + 1);
@@ -74,19 +93,19 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #pragma unroll
     for (int i = 0; i < 8; i++) one[i] = lane >> 2 == i ? 1.0f : 0.0f;
 
-    const TX* x = reinterpret_cast<const TX*>(a.x) + p.b * a.x_b + p.k * a.x_k + dc;
-    const TDT* dt = reinterpret_cast<const TDT*>(a.dt) + p.b * a.dt_b + p.k * a.dt_k + dc;
-    const TDY* dy = reinterpret_cast<const TDY*>(a.dy) + (p.b * a.L * a.dy_k + (a.dy_k > 1 ? p.k : 0)) * a.channels + dc;
-    const TZ* z = reinterpret_cast<const TZ*>(a.z) + p.b * a.z_b + dc;
-    const TB* B_rows = reinterpret_cast<const TB*>(a.B) + p.b * a.B_b + p.k * a.B_k + p.g * a.B_g;
-    const TC* C_rows = reinterpret_cast<const TC*>(a.C) + p.b * a.C_b + p.k * a.C_k + p.g * a.C_g;
-    const i64 out = (p.b * a.L * a.K + p.k) * a.channels + dc;
-    TDX* dx = reinterpret_cast<TDX*>(a.dx) + out;
-    TDT* ddt = reinterpret_cast<TDT*>(a.ddt) + out;
-    TDZ* dz = reinterpret_cast<TDZ*>(a.dz) + out;
-    const int x_l = (int)a.x_l, dt_l = (int)a.dt_l, z_l = (int)a.z_l, dy_l = (int)(a.dy_k * a.channels), out_l = (int)(a.K * a.channels);
+    const Rows<const TX> x(a.x, p.b * a.x_b + p.k * a.x_k + dc, a.x_l, a);
+    const Rows<const TDT> dt(a.dt, p.b * a.dt_b + p.k * a.dt_k + dc, a.dt_l, a);
+    const Rows<const TZ> z(a.z, p.b * a.z_b + dc, a.z_l, a);
+    const Rows<const TB> B_rows(a.B, p.b * a.B_b + p.k * a.B_k + p.g * a.B_g, a.B_l, a);
+    const Rows<const TC> C_rows(a.C, p.b * a.C_b + p.k * a.C_k + p.g * a.C_g, a.C_l, a);
+    const Rows<const TDY> dy(a.dy, (p.b * a.L * a.dy_k + (a.dy_k > 1 ? p.k : 0)) * a.channels + dc, a.dy_k * a.channels, a);
+    const i64 out = (p.b * a.L * a.K + p.k) * a.channels + dc, out_l = a.K * a.channels;
+    const Rows<TDX> dx(a.dx, out, out_l, a);
+    const Rows<TDT> ddt(a.ddt, out, out_l, a);
+    const Rows<TDZ> dz(a.dz, out, out_l, a);
 
-    float* partial = reinterpret_cast<float*>(a.partial) + (p.d0 - (int)p.g * (int)(a.channels / a.G)) / BD * (a.slots * a.K * a.G * CHUNK * 2 * a.N);
+    const i64 part_of = (p.d0 - (int)p.g * (int)(a.channels / a.G)) / BD;  // each block writes sums of its own
+    float* partial = reinterpret_cast<float*>(a.partial) + part_of * (a.slots * a.K * a.G * CHUNK * 2 * a.N);
 
 #if ENDS && SOFTPLUS
     i64 stop = first + reach<true, (CHUNK * RT + NT - 1) / NT>(a, p, dt, bias, rates.slowest, first, last, reinterpret_cast<float*>(memory));
@@ -96,7 +115,14 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #endif
     for (i64 slot = last - 1; slot >= first; slot--) {
         const int place = (int)(slot - p.base) * CHUNK;
+        const int parts = PACKED ? PARTS : (min(CHUNK, (int)a.P - place) + T - 1) / T;
         // 1. Everything the slot's steps need: first all loads, then what is made of them.
+        float h[S];
+#pragma unroll
+        for (int i = 0; i < S && !ENDS; i++) {
+            bool live = own && (WHOLE_N || p.q * S + i < (int)a.N);
+            h[i] = live ? reinterpret_cast<const float*>(a.saved)[((slot * a.K + p.k) * a.N + p.q * S + i) * a.channels + d] : 0.0f;
+        }
         constexpr int ROWS = (CHUNK * RT + NT - 1) / NT, BROWS = (CHUNK * BT + NT - 1) / NT;
 #pragma unroll
         for (int half = 0; half < ROWS; half += 4) {
@@ -108,26 +134,31 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int r = row0 + (half + i) * (NT / RT);
-                entry[i] = half + i < ROWS && r < CHUNK ? entry_of(a, p.b, p.k, place + r) : -2;
+                bool inside = half + i < ROWS && (CHUNK * RT % NT == 0 || r < CHUNK);
+                entry[i] = inside ? entry_of(a, p.b, p.k, place + r) : -2;
                 int token = token_of(entry[i]), row = row_of(a, entry[i], place + r);
-                bool in = channel && token >= 0;
-                vx[i] = load<V>(at(x, token, x_l), in);
-                vdt[i] = load<V>(at(dt, row, dt_l), channel && row >= 0);
-                vdy[i] = load<V>(at(dy, token, dy_l), in);
-                if (HAS_Z) vz[i] = load<V>(at(z, token, z_l), in);
+                bool in = inside && channel && in_map(a, token);
+                vx[i] = load<V>(x[token], in);
+                vdt[i] = load<V>(dt[row], inside && channel && in_map(a, row), !TABLE && SOFTPLUS ? FAR_BELOW<TDT> : 0);
+                vdy[i] = load<V>(dy[token], in);
+                if (HAS_Z) vz[i] = load<V>(z[token], in);
             }
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 int r = row0 + (half + i) * (NT / RT);
                 if (half + i >= ROWS || CHUNK * RT % NT && r >= CHUNK) continue;
+                float steps[2 * V], gated[V];
 #pragma unroll
                 for (int v = 0; v < V; v++) {
-                    float step = softplus(vdt[i][v] + bias[v]), g = vdy[i][v];
-                    step = entry[i] == -2 ? 0.0f : step;
-                    if (HAS_Z) g *= vz[i][v] * sigmoid(vz[i][v]);
-                    *reinterpret_cast<float2*>(&s_chan[r][slot_of(2 * (col + v))]) = make_float2(step, step * vx[i][v]);
-                    s_dy[r][col + v] = g;
+                    float step = softplus(vdt[i][v] + bias[v]);
+                    if (TABLE || !SOFTPLUS) step = is_step(a, entry[i]) ? step : 0.0f;
+                    steps[2 * v] = step;
+                    steps[2 * v + 1] = step * vx[i][v];
+                    gated[v] = vdy[i][v];
+                    if (HAS_Z) gated[v] *= vz[i][v] * sigmoid(vz[i][v]);
                 }
+                store<2 * V>(&s_chan[r][row_chan], steps);
+                store<V>(&s_dy[r][col], gated);
                 if (TABLE && col == 0) s_keep[r] = entry[i] <= -3 ? 0.0f : 1.0f;
             }
         }
@@ -137,34 +168,35 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #pragma unroll
             for (int i = 0; i < BROWS; i++) {
                 int item = tid + i * NT, r = item / BT, n = item % BT * VN;
-                int row = r < CHUNK ? row_of(a, entry_of(a, p.b, p.k, place + r), place + r) : -1;
-                bool live = row >= 0 && n < (int)a.N;
-                if (!CONST_B && !ENDS) vB[i] = load<VN>(at(B_rows, row, (int)a.B_l) + n * (int)a.B_n, live);
-                if (!CONST_C) vC[i] = load<VN>(at(C_rows, row, (int)a.C_l) + n * (int)a.C_n, live);
+                bool inside = CHUNK * BT % NT == 0 || r < CHUNK;
+                int row = inside ? row_of(a, entry_of(a, p.b, p.k, place + r), place + r) : -1;
+                bool live = inside && in_map(a, row) && (WHOLE_N || n < (int)a.N);
+                if (!CONST_B && !ENDS) vB[i] = load<VN>(B_rows[row] + n * (int)a.B_n, live);
+                if (!CONST_C) vC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live);
             }
 #pragma unroll
             for (int i = 0; i < BROWS; i++) {
                 int item = tid + i * NT, r = item / BT, n = item % BT * VN;
                 if (CHUNK * BT % NT && r >= CHUNK) continue;
-                if (!CONST_B && !ENDS) stage_states(s_B[r], n, vB[i]);
-                if (!CONST_C) stage_states(s_C[r], n, vC[i]);
+                if (!CONST_B && !ENDS) stage_states(&s_B[r][n], vB[i]);
+                if (!CONST_C) stage_states(&s_C[r][n], vC[i]);
             }
         }
         if (slot > first && tid < CHUNK) {  // the next slot's rows on their way to the second-level cache
             int token = token_of(entry_of(a, p.b, p.k, place - CHUNK + tid));
             int from = p.d0 - dc;
-            if (token >= 0) {
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(at(x + from, token, x_l)));
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(at(dy + from, token, dy_l)));
-                if (AT_TOKEN) asm volatile("prefetch.global.L2 [%0];" ::"l"(at(dt + from, token, dt_l)));
-                if (HAS_Z) asm volatile("prefetch.global.L2 [%0];" ::"l"(at(z + from, token, z_l)));
+            if (in_map(a, token)) {
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(x[token] + from));
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(dy[token] + from));
+                if (AT_TOKEN) asm volatile("prefetch.global.L2 [%0];" ::"l"(dt[token] + from));
+                if (HAS_Z) asm volatile("prefetch.global.L2 [%0];" ::"l"(z[token] + from));
             }
         }
         __syncthreads();
 #if ENDS
 #pragma unroll 16
         for (int t = p.walks() ? CHUNK - 1 : -1; t >= 0; t--) {
-            float dt = chan(t, p.ch).x, dy = s_dy[t][p.ch], keep = TABLE ? s_keep[t] : 1.0f;
+            float dt = s_chan[t][own_chan], dy = s_dy[t][p.ch], keep = TABLE ? s_keep[t] : 1.0f;
             if (!CONST_C) fetch<S>(C, &s_C[t][p.q * S]);
 #pragma unroll
             for (int i = 0; i < S; i++) g[i] = decay(dt, rates.rate[i], rates.rest[i]) * keep * fmaf(dy, C[i], g[i]);
@@ -173,19 +205,13 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #else
         // 2. The state before each part of T steps.
         if (p.walks()) {
-            float h[S];
-#pragma unroll
-            for (int i = 0; i < S; i++) {
-                int n = p.q * S + i;
-                h[i] = own && n < (int)a.N ? reinterpret_cast<const float*>(a.saved)[((slot * a.K + p.k) * a.N + n) * a.channels + d] : 0.0f;
-                s_h[0][tid][i] = h[i];
-            }
+            store<S>(s_h[0][tid], h);
 #pragma unroll 1
-            for (int part = 0; part < PARTS - 1; part++) {
+            for (int part = 0; part < parts - 1; part++) {
 #pragma unroll
                 for (int j = 0; j < T; j++) {
                     const int t = part * T + j;
-                    float2 c = chan(t, p.ch);
+                    float2 c = *reinterpret_cast<const float2*>(&s_chan[t][own_chan]);
                     if (!CONST_B) fetch<S>(B, &s_B[t][p.q * S]);
                     float keep = TABLE ? s_keep[t] : 1.0f;
 #pragma unroll
@@ -195,13 +221,12 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                         h[i] = fmaf(e, h[i], c.y * B[i]);
                     }
                 }
-#pragma unroll
-                for (int i = 0; i < S; i++) s_h[part + 1][tid][i] = h[i];
+                store<S>(s_h[part + 1][tid], h);
             }
         }
         // 3. Part by part from the last: the states again, and back over them.
 #pragma unroll 1
-        for (int part = PARTS - 1; part >= 0; part--) {
+        for (int part = parts - 1; part >= 0; part--) {
             const int t0 = part * T;
             // What the gradients need from memory, ahead of the walks.
             Raw<TX, V> vx[PASS];
@@ -211,79 +236,76 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #pragma unroll
             for (int m = 0; m < PASS; m++) {
                 int r = row0 + m * (NT / RT) - part % TURNS * T;
-                entry[m] = channel && 0 <= r && r < T ? entry_of(a, p.b, p.k, place + t0 + r) : -2;
+                bool inside = channel && 0 <= r && r < T;
+                entry[m] = !TABLE || inside ? entry_of(a, p.b, p.k, place + t0 + r) : -2;
                 int token = token_of(entry[m]);
-                vx[m] = load<V>(at(x, token, x_l), token >= 0);
-                if (HAS_Z) vdy[m] = load<V>(at(dy, token, dy_l), token >= 0);
-                if (HAS_Z) vz[m] = load<V>(at(z, token, z_l), token >= 0);
+                bool live = inside && in_map(a, token);
+                vx[m] = load<V>(x[token], live);
+                if (HAS_Z) vdy[m] = load<V>(dy[token], live);
+                if (HAS_Z) vz[m] = load<V>(z[token], live);
             }
             if (p.walks()) {
-                float hs[T + 1][S], es[T][S], shares[T];  // shares are stored after the walk: no load moves over a store
+                float hs[T + 1][S], es[T][S];
                 fetch<S>(hs[0], s_h[part][tid]);
 #pragma unroll
                 for (int j = 0; j < T; j++) {
-                    float2 c = chan(t0 + j, p.ch);
+                    float2 c = *reinterpret_cast<const float2*>(&s_chan[t0 + j][own_chan]);
                     if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
-                    if (!CONST_C && HAS_Z) fetch<S>(C, &s_C[t0 + j][p.q * S]);
                     float keep = TABLE ? s_keep[t0 + j] : 1.0f;
-                    shares[j] = 0.0f;
 #pragma unroll
                     for (int i = 0; i < S; i++) {
                         es[j][i] = decay(c.x, rates.rate[i], rates.rest[i]);
                         if (TABLE) es[j][i] *= keep;
                         hs[j + 1][i] = fmaf(es[j][i], hs[j][i], c.y * B[i]);
-                        if (HAS_Z) shares[j] = fmaf(hs[j + 1][i], C[i], shares[j]);
                     }
                 }
-#pragma unroll
-                for (int j = 0; j < T; j++)
-                    if (HAS_Z) s_y[j][slot_of(p.ch * LN + p.q)] = shares[j];
-                float sums[S][4] = {};
+                float sums[T / 4][(S + 1) / 2][4] = {};
                 float2 uw[T];
+                float shares[T];  // of y. They are stored after the loads of four steps: no load moves over a store
 #pragma unroll
                 for (int j = T - 1; j >= 0; j--) {
-                    float2 c = chan(t0 + j, p.ch);
-                    float gy = s_dy[t0 + j][p.ch], u = 0.0f, w = 0.0f;
+                    float2 c = *reinterpret_cast<const float2*>(&s_chan[t0 + j][own_chan]);
+                    float gy = s_dy[t0 + j][p.ch], u = 0.0f, w = 0.0f, share = 0.0f;
                     if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
                     if (!CONST_C) fetch<S>(C, &s_C[t0 + j][p.q * S]);
 #pragma unroll
-                    for (int i = 0; i < S; i++) {
-                        float G = fmaf(gy, C[i], g[i]), dB = c.y * G, dC = gy * hs[j + 1][i];
-                        g[i] = es[j][i] * G;
-                        float q = g[i] * hs[j][i];
-                        u = fmaf(B[i], G, u);
-                        w = fmaf(rates.rate[i], q, w);
-                        sum_A[i] = fmaf(c.x, q, sum_A[i]);
-                        if (CONST_B) sum_B[i] += dB;
-                        if (CONST_C) sum_C[i] += dC;
-                        if (!(CONST_B && CONST_C)) add_up(sums[i], one, j, CONST_B ? 0.0f : dB, CONST_C ? 0.0f : dC);
+                    for (int i = 0; i < S; i += 2) {
+                        float dB[2] = {}, dC[2] = {};
+#pragma unroll
+                        for (int m = 0; m < 2 && i + m < S; m++) {
+                            float G = fmaf(gy, C[i + m], g[i + m]);
+                            dB[m] = c.y * G;
+                            dC[m] = gy * hs[j + 1][i + m];
+                            g[i + m] = es[j][i + m] * G;
+                            float q = g[i + m] * hs[j][i + m];
+                            u = fmaf(B[i + m], G, u);
+                            w = fmaf(rates.rate[i + m], q, w);
+                            sum_A[i + m] = fmaf(c.x, q, sum_A[i + m]);
+                            if (HAS_Z) share = fmaf(hs[j + 1][i + m], C[i + m], share);
+                            if (CONST_B) sum_B[i + m] += dB[m], dB[m] = 0.0f;
+                            if (CONST_C) sum_C[i + m] += dC[m], dC[m] = 0.0f;
+                        }
+                        if (!(CONST_B && CONST_C)) add_up(sums[j / 4][i / 2], one, j, dB, dC);
                     }
                     uw[j] = make_float2(u, w);
+                    shares[j] = share;
                     if (j % 4 == 0) {
 #pragma unroll
-                        for (int m = j; m < j + 4; m++)
-                            *reinterpret_cast<float2*>(&s_uw[m][slot_of(2 * (p.ch * LN + p.q))]) = uw[m];
+                        for (int m = j; m < j + 4; m++) {
+                            *reinterpret_cast<float2*>(&s_uw[m][own_uw]) = uw[m];
+                            if (HAS_Z) s_y[m][own_y] = shares[m];
+                        }
                     }
                 }
-                if (!(CONST_B && CONST_C)) {  // summed over lane % 4; over the rest of the warp now
-                    constexpr int SHARE = GR > 1 ? GR / 2 : 1;  // lanes that hold parts of the same sum
-                    const int token = lane >> 3, which = lane >> 2 & 1, place_q = (lane & 3) / SHARE;
+                if (!(CONST_B && CONST_C)) {
 #pragma unroll
-                    for (int i = 0; i < S; i++) {
+                    for (int high = 0; high < T / 4; high++) {
+                        float db[S], dc[S];
 #pragma unroll
-                        for (int high = 0; high < T / 4; high++) {
-                            float first_q = sums[i][2 * high], second_q = sums[i][2 * high + 1];
-                            float(&to)[2][NP] = (*s_sum)[warp][4 * high + token];
-                            if (GR == 1) {
-                                to[which][2 * place_q * S + i] = first_q;
-                                to[which][(2 * place_q + 1) * S + i] = second_q;
-                            } else {
-                                float sum = first_q + second_q;
-#pragma unroll
-                                for (int m = 1; m < SHARE; m *= 2) sum += __shfl_xor_sync(~0u, sum, m);
-                                if ((lane & 3) % SHARE == 0) to[which][place_q * S + i] = sum;
-                            }
-                        }
+                        for (int i = 0; i < S; i++) db[i] = sums[high][i / 2][i % 2], dc[i] = sums[high][i / 2][2 + i % 2];
+                        float* to = &s_sum[p.ch / 4][(4 * high + (lane & 3)) * SUM_ROW + p.q * S];
+                        store<S>(to, db);
+                        store<S>(to + NP, dc);
                     }
                 }
             }
@@ -292,55 +314,68 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #pragma unroll
             for (int m = 0; m < PASS; m++) {
                 int r = row0 + m * (NT / RT) - part % TURNS * T;
-                if (!(0 <= r && r < T)) continue;
+                if (!(channel && 0 <= r && r < T)) continue;
                 int token = token_of(entry[m]), row = row_of(a, entry[m], place + t0 + r);
                 Pack<TDX, V> ox;
                 Pack<TDT, V> odt;
                 Pack<TDZ, V> oz;
+                float steps[2 * V], gated[V];
+                fetch<2 * V>(steps, &s_chan[t0 + r][row_chan]);
+                fetch<V>(gated, &s_dy[t0 + r][col]);
 #pragma unroll
                 for (int v = 0; v < V; v++) {
-                    float2 c = chan(t0 + r, col + v);
-                    float gy = s_dy[t0 + r][col + v], u = 0.0f, w = 0.0f, part_uw[2 * LN];
-                    fetch<2 * LN>(part_uw, &s_uw[r][slot_of(2 * (col + v) * LN)]);
+                    float step = steps[2 * v], gy = gated[v], u = 0.0f, w = 0.0f, part_uw[2 * LN];
+                    fetch<2 * LN>(part_uw, &s_uw[r][row_uw + slot_of(2 * v * LN)]);
 #pragma unroll
                     for (int i = 0; i < LN; i++) u += part_uw[2 * i], w += part_uw[2 * i + 1];
                     float slope = fmaf(vx[m][v], u, w * LN2);
-                    if (SOFTPLUS) slope *= sigmoid_of_softplus(c.x);
-                    if (entry[m] == -2) slope = 0.0f;
-                    put(ox.v[v], fmaf(c.x, u, skip[v] * gy));
+                    if (SOFTPLUS) slope *= sigmoid_of_softplus(step);
+                    if (TABLE || !SOFTPLUS) slope = is_step(a, entry[m]) ? slope : 0.0f;
+                    put(ox.v[v], fmaf(step, u, skip[v] * gy));
                     put(odt.v[v], slope);
                     sum_D[v] = fmaf(gy, vx[m][v], sum_D[v]);
                     sum_bias[v] += slope;
                     if (HAS_Z) {
                         float y = skip[v] * vx[m][v], gate = vz[m][v], sig = sigmoid(gate), shares[LN];
-                        fetch<LN>(shares, &s_y[r][slot_of((col + v) * LN)]);
+                        fetch<LN>(shares, &s_y[r][row_y + slot_of(v * LN)]);
 #pragma unroll
                         for (int i = 0; i < LN; i++) y += shares[i];
                         put(oz.v[v], vdy[m][v] * y * sig * fmaf(gate, 1.0f - sig, 1.0f));
                     }
                 }
-                if (row >= 0) *reinterpret_cast<Pack<TDT, V>*>(at(ddt, row, out_l)) = odt;
-                if (token >= 0) *reinterpret_cast<Pack<TDX, V>*>(at(dx, token, out_l)) = ox;
-                if (HAS_Z && token >= 0) *reinterpret_cast<Pack<TDZ, V>*>(at(dz, token, out_l)) = oz;
+                save(ddt[row], odt, in_map(a, row));
+                save(dx[token], ox, in_map(a, token));
+                if (HAS_Z) save(dz[token], oz, in_map(a, token));
             }
-            if (!(CONST_B && CONST_C)) {
-                float* to = partial + ((slot * a.K + p.k) * a.G + p.g) * CHUNK * 2 * a.N;
-#pragma unroll 1
-                for (int i = tid * VN; i < T * 2 * NP; i += NT * VN) {
-                    int j = i / (2 * NP), which = i / NP & 1, n = i % NP;
-                    float sum[VN] = {}, one_warp[VN];
+            if (!(CONST_B && CONST_C)) {  // over the warps; into the part's rows of B and C, which nobody needs any more
 #pragma unroll
-                    for (int m = 0; m < NW; m++) {
-                        fetch<VN>(one_warp, &(*s_sum)[m][j][which][n]);
+                for (int i0 = 0; i0 < T * 2 * NP; i0 += NT * VN) {
+                    // by threads that have no gradients this time, if there are any
+                    int i = i0 + (TURNS > 1 ? (tid + NT - (part % TURNS + 1) * T * RT) % NT : tid) * VN, j = i / (2 * NP), which = i / NP & 1, n = i % NP;
+                    if (T * 2 * NP % (NT * VN) && i >= T * 2 * NP) break;
+                    float sum[VN], one_warp[VN];
+                    fetch<VN>(sum, &s_sum[0][j * SUM_ROW + which * NP + n]);
+#pragma unroll
+                    for (int m = 1; m < NW * GR; m++) {
+                        fetch<VN>(one_warp, &s_sum[m][j * SUM_ROW + which * NP + n]);
 #pragma unroll
                         for (int v = 0; v < VN; v++) sum[v] += one_warp[v];
                     }
-                    if (n >= (int)a.N) continue;
-                    Pack<float, VN> packed;
-#pragma unroll
-                    for (int v = 0; v < VN; v++) packed.v[v] = sum[v];
-                    *reinterpret_cast<Pack<float, VN>*>(to + ((t0 + j) * 2 + which) * (int)a.N + n) = packed;
+                    store<VN>(&s_B[which * CHUNK + t0 + j][n], sum);
                 }
+            }
+            __syncthreads();
+        }
+        // 5. The slot's dB and dC.
+        if (!(CONST_B && CONST_C)) {
+            const i64 at = PACKED ? slot : p.s * (a.hi - a.lo) + slot - p.begin;  // among the slots of this launch
+            float* to = partial + ((at * a.K + p.k) * a.G + p.g) * CHUNK * 2 * a.N;
+#pragma unroll 4
+            for (int i = tid * VN; i < CHUNK * 2 * NP; i += NT * VN) {
+                int j = i / (2 * NP), which = i / NP & 1, n = i % NP;
+                Pack<float, VN> sum;
+                fetch<VN>(sum.v, &s_B[which * CHUNK + j][n]);
+                if (WHOLE_N || n < (int)a.N) *reinterpret_cast<Pack<float, VN>*>(to + (j * 2 + which) * (int)a.N + n) = sum;
             }
             __syncthreads();
         }
@@ -360,9 +395,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     for (int i = 0; i < S; i++) {
         int n = p.q * S + i;
         if (!(own && n < a.N)) continue;
-        reinterpret_cast<float*>(a.dA)[at * a.N + n] = sum_A[i];
-        if (CONST_B) reinterpret_cast<float*>(a.dB)[at * a.N + n] = sum_B[i];
-        if (CONST_C) reinterpret_cast<float*>(a.dC)[at * a.N + n] = sum_C[i];
+        leave(a, a.dA, at * a.N + n, sum_A[i]);
+        if (CONST_B) leave(a, a.dB, at * a.N + n, sum_B[i]);
+        if (CONST_C) leave(a, a.dC, at * a.N + n, sum_C[i]);
         if (p.seg == 0) reinterpret_cast<float*>(a.dinitial)[state + n] = g[i];
     }
     // dD and d dt_bias: the rows of threads that hold the same channels, one after another
@@ -378,8 +413,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         float sD = 0.0f, sb = 0.0f;
         for (int r = 0; r < NT / RT; r++) sD += s_row[r][0][i], sb += s_row[r][1][i];
         i64 to = ((p.s * a.segments + p.seg) * a.K + p.k) * a.channels + p.d0 + i;
-        if (HAS_D) reinterpret_cast<float*>(a.dD)[to] = sD;
-        if (HAS_BIAS) reinterpret_cast<float*>(a.dbias)[to] = sb;
+        if (HAS_D) leave(a, a.dD, to, sD);
+        if (HAS_BIAS) leave(a, a.dbias, to, sb);
     }
 #endif
 }

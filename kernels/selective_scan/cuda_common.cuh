@@ -1,13 +1,10 @@
-// What the CUDA scans share: numbers, the layout of threads, and how rows of tokens come into shared memory.
+// What the kernels share that hold states in threads: the layout of these, and how rows of tokens come into shared memory.
 //
 // A thread holds S states of one channel; LN lanes share a channel. A lane's place: lane / 4 = q * GR + group and
 // channel = group * 4 + lane % 4, so that a matrix product over lane % 4 sums channels (backward). The first NW warps of a
-// block hold BD channels. T steps are a tile. Macros come from the host: S, LN, NW, HELP, T, V (channels a thread loads at once),
-// VN (states at once), the element types TX, TDT, TB, TC, TZ, TY, and the options.
-
-typedef long long i64;
-struct bf16 { unsigned short bits; };
-struct f16 { unsigned short bits; };
+// block hold BD channels. T steps are a tile. Macros come from the host: S, LN, NW, HELP, T, V (channels a thread loads at
+// once), VN (states at once), CUT (products aren't rounded to tf32 but cut), WHOLE_N (N fills the lanes), the element types
+// TX, TDT, TB, TC, TZ, TY, and the options.
 
 #define NP (S * LN)             // states, padded
 #define GR (8 / LN)             // groups of four channels in a warp
@@ -20,56 +17,26 @@ struct f16 { unsigned short bits; };
 #define BT (NP / VN)            // threads that load one row of B or C
 #define BPASS ((2 * T * BT + NT - 1) / NT)
 #define PADDED(n) (((n) + 31) / 32 * 36)  // floats of a row in shared memory, see slot_of
-#define LOG2E 1.4426950408889634f
-#define LOG2E_HIGH 1.4426950216293335f
-#define LOG2E_LOW 1.9259629911266175e-08f
-#define LN2 0.6931471805599453f
+// -32768 in every element: softplus makes zero of it.
+template <class E> constexpr unsigned FAR_BELOW = sizeof(E) == 4 ? 0xc7000000u : 0xc700c700u;
+template <> constexpr unsigned FAR_BELOW<f16> = 0xf800f800u;
 
-__device__ __forceinline__ float number(float v) { return v; }
-__device__ __forceinline__ float number(bf16 v) { return __uint_as_float((unsigned)v.bits << 16); }
-__device__ __forceinline__ float number(f16 v) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(v.bits)); return r; }
-__device__ __forceinline__ void put(float& to, float v) { to = v; }
-__device__ __forceinline__ void put(bf16& to, float v) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(v)); }
-__device__ __forceinline__ void put(f16& to, float v) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(v)); }
-
-template <class E, int W> struct alignas(sizeof(E) * W) Pack { E v[W]; };
-
-// W neighbours as they came from memory. They are taken apart where they are used: earlier, the thread would wait for them.
-template <class E, int W> struct Raw {
-    static constexpr int WORDS = (sizeof(E) * W + 3) / 4;
-    unsigned word[WORDS];
-
-    __device__ __forceinline__ float operator[](int i) const {
-        if constexpr (sizeof(E) == 4) return __uint_as_float(word[i]);
-        else if constexpr (W == 1) return number(E{(unsigned short)word[0]});
-        else return number(E{(unsigned short)(i % 2 ? word[i / 2] >> 16 : word[i / 2])});
-    }
-};
-
-// base + index * stride elements.
-template <class E> __device__ __forceinline__ E* at(E* base, int index, int stride) {
-    i64 address;
-    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(address) : "r"(index), "r"(stride * (int)sizeof(E)), "l"(base));
-    return reinterpret_cast<E*>(address);
-}
-
-// Zeros unless live.
-template <int W, class E> __device__ __forceinline__ Raw<E, W> load(const E* p, bool live) {
-    Raw<E, W> r;
+// W neighbours to p if live: no branch, which would part what stands around it.
+template <class E, int W> __device__ __forceinline__ void save(E* p, const Pack<E, W>& from, bool live) {
     constexpr int bytes = sizeof(E) * W;
-#pragma unroll
-    for (int i = 0; i < r.WORDS; i++) r.word[i] = 0;
-    if constexpr (bytes == 16)
-        asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.v4.b32 {%0, %1, %2, %3}, [%4];}"
-            : "+r"(r.word[0]), "+r"(r.word[1]), "+r"(r.word[2]), "+r"(r.word[3]) : "l"(p), "r"((int)live));
-    else if constexpr (bytes == 8)
-        asm volatile("{.reg .pred p; setp.ne.s32 p, %3, 0; @p ld.global.v2.b32 {%0, %1}, [%2];}"
-            : "+r"(r.word[0]), "+r"(r.word[1]) : "l"(p), "r"((int)live));
-    else if constexpr (bytes == 4)
-        asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.b32 %0, [%1];}" : "+r"(r.word[0]) : "l"(p), "r"((int)live));
-    else if (live) r.word[0] = *reinterpret_cast<const unsigned short*>(p);
-    return r;
+    if constexpr (bytes == 16) {
+        uint4 w = *reinterpret_cast<const uint4*>(&from);
+        asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p st.global.v4.b32 [%4], {%0, %1, %2, %3};}" ::"r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(p), "r"((int)live) : "memory");
+    } else if constexpr (bytes == 8) {
+        uint2 w = *reinterpret_cast<const uint2*>(&from);
+        asm volatile("{.reg .pred p; setp.ne.s32 p, %3, 0; @p st.global.v2.b32 [%2], {%0, %1};}" ::"r"(w.x), "r"(w.y), "l"(p), "r"((int)live) : "memory");
+    } else if constexpr (bytes == 4) {
+        unsigned w = *reinterpret_cast<const unsigned*>(&from);
+        asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.b32 [%1], %0;}" ::"r"(w), "l"(p), "r"((int)live) : "memory");
+    } else if (live) *p = from.v[0];
 }
+
+#define UNCUT 1.000352f  // makes good on average for what CUT takes off products: .72 of half a unit in the last of ten places
 
 // The W floats at p, which is aligned to them: one instruction.
 template <int W> __device__ __forceinline__ void fetch(float (&to)[W], const float* p) {
@@ -94,42 +61,26 @@ template <int W> __device__ __forceinline__ void fetch(float (&to)[W], const flo
 // Place of float f of a row: threads that read 8 or 16 floats each meet different banks.
 __device__ __forceinline__ int slot_of(int f) { return f + (f >> 5) * 4; }
 
-// Puts VN states from n on in their row.
-template <class E> __device__ __forceinline__ void stage_states(float* row, int n, const Raw<E, VN>& values) {
+// W floats to p, which is aligned to them.
+template <int W> __device__ __forceinline__ void store(float* p, const float (&from)[W]) {
+    if constexpr (W % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < VN; i++) row[n + i] = values[i];
+        for (int i = 0; i < W; i += 4) *reinterpret_cast<float4*>(p + i) = make_float4(from[i], from[i + 1], from[i + 2], from[i + 3]);
+    } else if constexpr (W % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < W; i += 2) *reinterpret_cast<float2*>(p + i) = make_float2(from[i], from[i + 1]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < W; i++) p[i] = from[i];
+    }
 }
 
-__device__ __forceinline__ float ex2(float v) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
-__device__ __forceinline__ float lg2(float v) { float r; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
-__device__ __forceinline__ float rcp(float v) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
-
-// exp(dt A) = 2 ** (dt (rate + rest)). PRECISE (float32) and EXACT (the final state is float32): a polynomial of the fraction, right to the last place or so;
-// the rate's second part matters there, because one rounded rate is off by the same amount at every step.
-__device__ __forceinline__ float decay(float dt, float rate, float rest) {
-#if PRECISE || EXACT
-    float t = dt * rate, shifted = t + 12582912.0f, n = shifted - 12582912.0f;  // rounds to an integer, in its low bits
-    float f = fmaf(dt, rest, fmaf(dt, rate, -n));
-    float p = 1.535336188319500e-4f;
-    p = fmaf(p, f, 1.339887440266574e-3f);
-    p = fmaf(p, f, 9.618437357674640e-3f);
-    p = fmaf(p, f, 5.550332471162809e-2f);
-    p = fmaf(p, f, 2.402264791363012e-1f);
-    p = fmaf(p, f, 6.931472028550421e-1f);
-    p = fmaf(p, f, 1.0f);
-    p = fmaf(0.0f, f, __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23)));  // 0 f keeps NaN
-    return t < -126.0f ? 0.0f : t > 127.4f ? __int_as_float(0x7f800000) : p;
-#else
-    return ex2(dt * rate);
-#endif
-}
-
-__device__ __forceinline__ float sigmoid(float v) {
-#if PRECISE
-    return 1.0f / (1.0f + expf(-v));
-#else
-    return rcp(1.0f + ex2(-LOG2E * v));
-#endif
+// Puts VN states in their row.
+template <class E> __device__ __forceinline__ void stage_states(float* to, const Raw<E, VN>& values) {
+    float out[VN];
+#pragma unroll
+    for (int i = 0; i < VN; i++) out[i] = values[i];
+    store<VN>(to, out);
 }
 
 // The slope of softplus where its value is dt.
@@ -159,27 +110,58 @@ __device__ __forceinline__ float softplus(float v) {
 #endif
 }
 
-// What a step does is one number, as in triton_steps.py: its token, -3 - token where the state restarts, -1 for a padding
-// slot, -2 for no step at all.
+// What a step does is one number, its entry. With a table, as in triton_steps.py: its token, -3 - token where the state
+// restarts, -1 for a padding slot, -2 for no step at all. Without one, its place in the order of the scan: no step from L on.
 __device__ __forceinline__ int entry_of(const Args& a, i64 b, i64 k, int place) {
 #if TABLE
     return reinterpret_cast<const int*>(a.tokens)[b * a.t_b + k * a.t_k + place];
 #else
-    return place < (int)a.L ? (int)a.first + (int)a.sign * place : -2;
+    return place;
 #endif
 }
 
+__device__ __forceinline__ bool is_step(const Args& a, int entry) { return TABLE ? entry != -2 : entry < (int)a.L; }
+
 __device__ __forceinline__ int token_of(int entry) { return TABLE && entry <= -3 ? -3 - entry : entry; }
 
-// The row of dt, B and C, which lies beside the token's or at the position itself; negative where they are zero.
+// The row of dt, B and C, which lies beside the token's or at the position itself.
 __device__ __forceinline__ int row_of(const Args& a, int entry, int place) {
     int token = token_of(entry);
     return AT_TOKEN || token < 0 ? token : (int)a.first + (int)a.sign * place;
 }
 
+// Whether a token or row of these is one of the tensors'; else it is read as zeros.
+__device__ __forceinline__ bool in_map(const Args& a, int row) {
+#if TABLE
+    int none = -1;
+    asm("" : "+r"(none));  // the compiler makes more of a comparison with 0 than one
+    return row > none;
+#else
+    return row < (int)a.L;
+#endif
+}
+
+// Rows of a tensor, by token; without a table by place, so that its base and stride hold where the scan starts and which way it goes.
+template <class E> struct Rows {
+    E* base;
+    int stride;  // bytes
+
+    __device__ __forceinline__ Rows(void* start, i64 offset, i64 step, const Args& a) {
+        base = reinterpret_cast<E*>(start) + offset + (TABLE ? 0 : a.first * step);
+        stride = (TABLE ? 1 : (int)a.sign) * (int)step * (int)sizeof(E);
+        pin(base);
+        pin(stride);
+    }
+    __device__ __forceinline__ E* operator[](int row) const {
+        E* p;
+        asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(p) : "r"(row), "r"(stride), "l"(base));
+        return p;
+    }
+};
+
 // This thread's place in the block.
 struct Place {
-    i64 s, k, g, begin, end, seg;      // sequence, route, group; its slots, of which this block takes one segment
+    i64 s, k, g, begin, end, seg;      // sequence, route, group; its slots of this launch, of which the block takes one segment
     i64 b, base;                       // row of tokens, and its first slot
     int d0, dend;                      // channels [d0, d0 + BD) of the group that ends at dend
     int q, ch;                         // S states from q S on, of channel d0 + ch
@@ -201,7 +183,7 @@ struct Place {
         b = 0; base = 0; begin = from / CHUNK + s;
         end = begin + (to - from + CHUNK - 1) / CHUNK;
 #else
-        b = s; base = begin = s * a.per_row; end = begin + a.per_row;
+        b = s; base = s * a.per_row; begin = base + a.lo; end = base + a.hi;
 #endif
     }
     // Whether this thread holds states.
@@ -248,7 +230,7 @@ struct Rates {
 
 // How many of a segment's slots the state at one of its ends depends on: beyond them, every decay of every channel of the
 // block is below 2 ** -126. Counted from the last slot, or (ADJOINT) from the first. All threads of the block call it.
-template <bool ADJOINT, int ROWS> __device__ int reach(const Args& a, const Place& p, const TDT* dt, const float (&bias)[V],
+template <bool ADJOINT, int ROWS> __device__ int reach(const Args& a, const Place& p, const Rows<const TDT>& dt, const float (&bias)[V],
                                                        float slowest, i64 first, i64 last, float* memory) {
     const int tid = threadIdx.x, row0 = tid / RT, col = tid % RT * V;
     float(*s_sum)[BD] = reinterpret_cast<float(*)[BD]>(memory);      // a row for each group of threads
@@ -264,12 +246,12 @@ template <bool ADJOINT, int ROWS> __device__ int reach(const Args& a, const Plac
         for (int i = 0; i < ROWS; i++) {
             int r = row0 + i * (NT / RT);
             if (CHUNK * RT % NT && r >= CHUNK) break;
-            int entry = entry_of(a, p.b, p.k, place + r), row = row_of(a, entry, place + r);
-            Raw<TDT, V> raw = load<V>(at(dt, row, (int)a.dt_l), channel && row >= 0);
+            const int entry = entry_of(a, p.b, p.k, place + r), row = row_of(a, entry, place + r);
+            Raw<TDT, V> raw = load<V>(dt[row], channel && in_map(a, row));
 #pragma unroll
             for (int v = 0; v < V; v++) {
                 float step = softplus(raw[v] + bias[v]);
-                sums[v] += entry == -2 ? 0.0f : TABLE && entry <= -3 ? __int_as_float(0x7f800000) : step;
+                sums[v] += !is_step(a, entry) ? 0.0f : TABLE && entry <= -3 ? __int_as_float(0x7f800000) : step;
             }
         }
 #pragma unroll

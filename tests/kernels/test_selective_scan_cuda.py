@@ -5,20 +5,22 @@ They have no interpreter: without a GPU only their compilation is tested.
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from accuracy import assert_as_accurate, relative_rms
 from scan_options import CASES, FULL, check, inputs, run
 
 from kernels import nvrtc, selective_scan
-from kernels.selective_scan import cuda, cuda_shape
+from kernels.selective_scan import cuda_launch, cuda_shape
 from kernels.selective_scan.problem import CHUNK
 
 MACROS = {
     "S": 4, "LN": 4, "NW": 4, "HELP": 1, "V": 4, "VN": 4, "BLOCKS": 3, "TX": "bf16", "TDT": "f16", "TB": "bf16",
     "TC": "float", "TZ": "float", "TY": "bf16", "TDY": "bf16", "TDX": "bf16", "TDZ": "float", "HAS_D": 1,
     "HAS_Z": 1, "HAS_BIAS": 1, "HAS_INITIAL": 1, "HAS_FINAL": 1, "CONST_B": 0, "CONST_C": 0, "SOFTPLUS": 1,
-    "TABLE": 1, "PACKED": 1, "AT_TOKEN": 0, "PRECISE": 0, "ENDS": 0, "EXACT": 0, "T": 8,
+    "TABLE": 1, "PACKED": 1, "AT_TOKEN": 0, "PRECISE": 0, "ENDS": 0, "EXACT": 0, "T": 8, "CUT": 0, "WHOLE_N": 0,
 }  # fmt: skip
 
 
@@ -30,9 +32,9 @@ def test_compiles_without_a_gpu(name: str, architecture: str) -> None:
     except OSError:
         pytest.skip("this PyTorch came without NVRTC: it is not a CUDA build")
     macros = tuple(f"{n} {v}" for n, v in MACROS.items())
-    assert len(nvrtc.compile_cubin(cuda.source(name), macros, architecture)) > 1000
+    assert len(nvrtc.compile_cubin(cuda_launch.source(name), macros, architecture)) > 1000
     with pytest.raises(RuntimeError, match="NVRTC refused a kernel"):
-        nvrtc.compile_cubin(cuda.source(name) + "nonsense", macros, architecture)
+        nvrtc.compile_cubin(cuda_launch.source(name) + "nonsense", macros, architecture)
 
 
 @pytest.mark.parametrize("state", range(1, 65))
@@ -40,15 +42,16 @@ def test_shapes_hold_the_state_and_fit_the_gpu(state: int, monkeypatch: pytest.M
     monkeypatch.setattr(cuda_shape, "properties", lambda device: (132, 227 << 10))
     rule = cuda_shape.shape_of.__wrapped__
     for channels in (1, 33, 1536):
-        for backward in (False, True):
-            shape = rule(state, channels, 8, 32, backward, torch.device("cuda"))
+        for backward, wide, slots in itertools.product((False, True), (False, True), (32, 1024)):
+            shape = rule(state, channels, 8, slots, wide, backward, torch.device("cuda"))
             assert shape.lanes * shape.states >= state
             assert shape.blocks * shape.width >= channels
             assert (shape.blocks - 1) * shape.width < channels
-            words = shape.backward_words(ends=False) if backward else shape.forward_words(32)
+            words = shape.backward_words(ends=False) if backward else shape.forward_words
             assert 4 * words <= 227 << 10
-            assert 1 <= shape.segments <= 32
-    assert rule(state, 1536, 512, 32, True, torch.device("cuda")).segments == 1  # enough blocks without
+            assert 1 <= shape.segments <= min(64, slots)
+            assert shape.lanes != 4 or 4 * words * shape.resident <= 227 << 10
+    assert rule(state, 1536, 512, 32, False, True, torch.device("cuda")).segments == 1  # enough blocks without
 
 
 gpu = pytest.mark.gpu
@@ -110,8 +113,9 @@ def test_restarts_and_skipped_tokens_in_segments(reverse: bool) -> None:
 
 
 def cut_in(segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = cuda.shape_of
-    monkeypatch.setattr(cuda, "shape_of", lambda *args: rule(*args)._replace(segments=segments))
+    rule = cuda_launch.shape_of
+    monkeypatch.setattr(cuda_launch, "_recipes", {})
+    monkeypatch.setattr(cuda_launch, "shape_of", lambda *args: rule(*args)._replace(segments=segments))
 
 
 @gpu
