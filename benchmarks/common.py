@@ -67,8 +67,8 @@ def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def measure(function: Callable[[], object], device: str = "cuda") -> Timing:
-    """Times ``function``: on the GPU by ``device_milliseconds``, by the clock on the CPU."""
+def measure(function: Callable[[], object], device: str = "cuda", runs: int = 30) -> Timing:
+    """Times ``function``: on the GPU by ``device_milliseconds`` in so many runs, by the clock on the CPU."""
     function()
     if device == "cpu":
         peak = processor.peak_mib(function)
@@ -79,7 +79,7 @@ def measure(function: Callable[[], object], device: str = "cuda") -> Timing:
     function()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return Timing(*device_milliseconds(function), peak)
+    return Timing(*device_milliseconds(function, runs), peak)
 
 
 def device_milliseconds(function: Callable[[], object], runs: int = 30) -> list[float]:

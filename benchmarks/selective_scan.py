@@ -151,6 +151,7 @@ def floors(case: Case) -> tuple[float, float]:
 def timed(name: str, case: Case, provider: str, function: Function, leaves: list[Tensor]) -> list[Row]:
     """Rows of forward and backward."""
     found = []
+    name = name if name == "lm_fp32" else f"target/{name}"
     forward_floor, backward_floor = floors(case)
     with torch.no_grad():
         found.append(row("selective_scan", name, provider, "forward", case.dtype, measure(function), forward_floor))
