@@ -45,8 +45,12 @@ CASES = {
     "rms_add": Case(residual=True),
     "layer_add": Case("layer", residual=True),
     "rms_add_wide": Case(residual=True, B=2, L=4096, D=5120),
+    "rms_long": Case(B=1, L=131072, D=256),
+    "rms_wide": Case(B=2, L=4096, D=4096),
     "layer_vision": Case("layer", B=64, L=197, D=384),
+    "layer_vision_base": Case("layer", B=64, L=197, D=768),
 }
+FLOAT32 = ("rms",)  # also timed in float32
 
 
 def inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
@@ -127,7 +131,7 @@ def main() -> None:
     found = [
         row
         for name in options.case
-        for dtype in (torch.bfloat16, torch.float32)
+        for dtype in (torch.bfloat16, *([torch.float32] if name in FLOAT32 else []))
         for row in measurements(name, CASES[name], dtype)
     ]
     if options.write:

@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.backend import resolve
-from kernels.causal_conv1d.order import final_state, final_state_backward, initial_state_backward, scan_order
+from kernels.causal_conv1d.order import (
+    final_state,
+    final_state_backward,
+    initial_state_backward,
+    last_inputs,
+    scan_order,
+)
 from kernels.causal_conv1d.problem import Problem, make_problem
 from kernels.checks import owned
 from kernels.recompute import gradients
@@ -107,15 +113,37 @@ def _causal_conv1d(
     p = make_problem(x, weight, bias, route, initial_state, cu_seqlens, seq_idx, activation, reverse)
     name = resolve("causal_conv1d", backend, x.device)
     if name in ("cpu", "triton"):
-        order = scan_order(p)
-        y = _implementation(name).forward(p, order)
-        state = final_state(p, order) if return_final_state else None
+        y, state = _by_kernels(name, p, return_final_state)
     else:
         y, state = _implementation(name).conv(p)
     y = owned(y, p.y_shape)
     if state is None or not return_final_state:
         return y, x.new_empty(0)
     return y, owned(state, p.state_shape)
+
+
+def _by_kernels(name: str, p: Problem, return_final_state: bool) -> tuple[Tensor, Tensor | None]:
+    """y and, on request, the final state, in routed form."""
+    order = None
+    if _walks(name, p):
+        from kernels.causal_conv1d import triton_walk
+
+        y = triton_walk.forward(p)
+    else:
+        order = scan_order(p)
+        y = _implementation(name).forward(p, order)
+    if not return_final_state:
+        return y, None
+    return y, last_inputs(p) if p.in_order else final_state(p, order or scan_order(p))
+
+
+def _walks(name: str, p: Problem) -> bool:
+    """Whether the GPU kernels for tokens in order run the problem; they need no tables."""
+    if name != "triton":
+        return False
+    from kernels.causal_conv1d.triton_walk import takes
+
+    return takes(p)
 
 
 @_causal_conv1d.register_fake
@@ -164,10 +192,20 @@ def _backward_by_kernels(
     name: str, p: Problem, dy: Tensor, dstate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The four gradients in routed form; kernels do those of x, weight and bias, the short states are left to ATen."""
-    order = scan_order(p)
-    dy = dy.reshape(p.batch, p.length, p.routes, p.channels).contiguous()
-    dx, dweight, dbias, g = _implementation(name).backward(p, order, dy)
-    dinitial = None if p.initial_state is None else initial_state_backward(p, order, g)
+    dy, order = dy.reshape(p.batch, p.length, p.routes, p.channels), None
+    if _walks(name, p):
+        from kernels.causal_conv1d import triton_walk
+
+        dx, dweight, dbias, g = triton_walk.backward(p, dy)
+    else:
+        order = scan_order(p)
+        dx, dweight, dbias, g = _implementation(name).backward(p, order, dy.contiguous())
+    if p.initial_state is None and dstate is None:
+        return dx, dweight, dbias, None
+    order, dinitial = order or scan_order(p), None
+    if p.initial_state is not None:
+        assert g is not None
+        dinitial = initial_state_backward(p, order, g)
     if dstate is not None:
         dstate = dstate.reshape(p.sequences, p.routes, p.width - 1, p.channels)
         final_state_backward(p, order, dstate, dx, dinitial)

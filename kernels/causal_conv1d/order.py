@@ -125,6 +125,20 @@ def final_state(p: Problem, o: Order) -> Tensor:
     return state
 
 
+def last_inputs(p: Problem) -> Tensor:
+    """``final_state`` of tokens in order, without tables; a tensor of its own."""
+    kept = min(p.width - 1, p.length)
+    x = p.x.transpose(1, 2)
+    last = x[:, :, :kept].flip(2) if p.reverse else x[:, :, p.length - kept :].clone()
+    if kept == p.width - 1:
+        return last
+    if p.initial_state is None:
+        before = last.new_zeros(p.batch, 1, p.width - 1 - kept, p.channels)
+    else:
+        before = p.initial_state[:, :, kept:].to(last.dtype)
+    return torch.cat((before, last), 2)
+
+
 def final_state_backward(p: Problem, o: Order, dstate: Tensor, dx: Tensor, dinitial: Tensor | None) -> None:
     """Adds the gradients of ``final_state`` to dx ``(B, L, K or 1, D)`` and dinitial ``(S, K, W - 1, D)``, in place."""
     place, from_x, token = _window(p, o)

@@ -66,6 +66,11 @@ class Problem:
         return self.x.shape[1] if self.route is None else self.route.shape[1]
 
     @property
+    def in_order(self) -> bool:
+        """Whether a row is one sequence whose tokens are visited from the first to the last, or backwards."""
+        return self.route is None and self.cu_seqlens is None and self.seq_idx is None
+
+    @property
     def sequences(self) -> int:
         return self.x.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kernels.causal_conv1d.order import Order, inverse
 from kernels.causal_conv1d.problem import Problem
+from kernels.causal_conv1d.triton_walk import on
 
 
 @triton.jit
@@ -184,7 +185,7 @@ def forward(p: Problem, o: Order) -> Tensor:
     y = make((p.batch, p.length, p.routes, p.channels), dtype=p.x.dtype, device=p.x.device)
     if p.x.numel() and p.positions:
         tensors, sizes, flags, tiles = _arguments(p, o)
-        with _on(p.x):
+        with on(p.x):
             _forward_kernel[(tiles * p.batch * p.routes,)](*tensors, y, *sizes, **flags)
     return y
 
@@ -203,7 +204,7 @@ def backward(p: Problem, o: Order, dy: Tensor) -> tuple[Tensor, Tensor, Tensor |
         columns = p.x.shape[2]
         blocks = triton.cdiv(p.length, flags["BP"]) * triton.cdiv(p.channels, flags["BD"])
         shared = {n: flags[n] for n in ("W", "BD", "HAS_TOKEN", "HAS_START", "ACC")}
-        with _on(p.x):
+        with on(p.x):
             _slope_kernel[(tiles * p.batch * p.routes,)](
                 dy, *tensors, g, dweight, g if dbias is None else dbias, *sizes, **flags
             )
@@ -244,8 +245,3 @@ def _table_steps(t: Tensor | None) -> list[int]:
     if t is None:
         return [0, 0]
     return [t.stride(0) if t.shape[0] > 1 else 0, t.stride(1) if t.shape[1] > 1 else 0]
-
-
-def _on(x: Tensor) -> torch.device | torch.cuda.device:
-    """Makes the device of ``x`` the current one while kernels are launched."""
-    return torch.get_device_module(x.device).device(x.device) if x.device.type != "cpu" else torch.device("cpu")

@@ -127,6 +127,7 @@ def _norm_backward(
     bias: Tensor | None,
     residual: Tensor | None,
     z: Tensor | None,
+    residual_dtype: torch.dtype | None,
     kind: str,
     eps: float,
     group_size: int,
@@ -134,37 +135,51 @@ def _norm_backward(
     residual_in_fp32: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias, residual and z, shaped as these; empty for absent ones.
+    """Gradients of x (in dy's dtype), weight, bias, residual and z, shaped as these; empty for absent ones.
 
-    ``ds`` is the gradient of x + residual; without a residual, x stands for that sum and dy may have another dtype.
+    ``ds`` is the gradient of x + residual. With ``residual_dtype`` but no residual, x is that sum.
     """
     flags = (kind, eps, group_size, norm_before_gate, residual_in_fp32)
     name = resolve("norm", backend, x.device)
-    if name in ("cpu", "triton"):
-        p = make_problem(x, weight, bias, residual, z, *flags)
+    p = make_problem(x, weight, bias, residual, z, *flags)
+    if name == "triton":
+        dx, dweight, dbias, dresidual, dz = _implementation(name).backward(p, dy, ds, mean, rstd, residual_dtype)
+    elif name == "cpu":
         dsum, dweight, dbias, dz = _implementation(name).backward(p, dy, ds, mean, rstd)
-        return (
-            dsum.to(x.dtype),
-            dweight.to(weight.dtype),
-            x.new_empty(0) if bias is None else dbias.to(bias.dtype),
-            x.new_empty(0) if residual is None else dsum.to(residual.dtype, copy=True),
-            x.new_empty(0) if z is None else dz.to(z.dtype),
-        )
+        dx, dresidual = _two_gradients(dsum, dy.dtype, residual_dtype)
+    else:
 
-    def run(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        y, s, _, _ = _implementation(name).norm(make_problem(x, *tensors, *flags))  # type: ignore[arg-type]
-        return y, x if residual is None else s
+        def run(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+            y, s, _, _ = _implementation(name).norm(make_problem(x, *tensors, *flags))  # type: ignore[arg-type]
+            return y, x if residual is None else s
 
-    grads = gradients(run, (x, weight, bias, residual, z), (dy, ds))
-    return grads[0], grads[1], grads[2], grads[3], grads[4]
+        dx, dweight, dbias, dresidual, dz = gradients(run, (x, weight, bias, residual, z), (dy, ds))
+        if residual is None:
+            dx, dresidual = _two_gradients(dx, dy.dtype, residual_dtype)
+    return (
+        dx,
+        dweight.to(weight.dtype),
+        x.new_empty(0) if bias is None else dbias.to(bias.dtype),
+        x.new_empty(0) if dresidual is None else dresidual,
+        x.new_empty(0) if z is None else dz.to(z.dtype),
+    )
+
+
+def _two_gradients(
+    dsum: Tensor, dtype: torch.dtype, residual_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and of the residual, if there is one, from that of their sum: an op's outputs share no memory."""
+    return dsum.to(dtype), None if residual_dtype is None else dsum.to(residual_dtype, copy=True)
 
 
 @_norm_backward.register_fake
 def _(
-    dy, ds, mean, rstd, x, weight, bias, residual, z,
+    dy, ds, mean, rstd, x, weight, bias, residual, z, residual_dtype,
     kind, eps, group_size, norm_before_gate, residual_in_fp32, backend,
 ):  # fmt: skip
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, weight, bias, residual, z))
+    dweight, dbias, dz = (x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (weight, bias, z))
+    dresidual = x.new_empty(0) if residual_dtype is None else x.new_empty(x.shape, dtype=residual_dtype)
+    return x.new_empty(x.shape, dtype=dy.dtype), dweight, dbias, dresidual, dz
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
@@ -172,9 +187,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     _, s, mean, rstd = output
     ctx.given = (bias is not None, residual is not None, z is not None)
     # x + residual replaces its terms where nothing was lost: it is kept alive by the next layer anyway
-    ctx.summed = residual is not None and s.dtype == rstd.dtype
+    kept = (s, None) if residual is not None and s.dtype == rstd.dtype else (x, residual)
     ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
-    kept = (s, None) if ctx.summed else (x, residual)
     ctx.save_for_backward(kept[0], weight, bias, kept[1], z, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
@@ -189,9 +203,9 @@ def _backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: Tensor | None)
         return (None,) * 5 + none
     if dy is None:
         dy = torch.zeros_like(tensors[0], dtype=ctx.dtypes[0])
-    dx, dweight, dbias, dresidual, dz = torch.ops.triscan.norm_backward(dy, ds, mean, rstd, *tensors, *ctx.flags)
-    if ctx.summed:
-        dx, dresidual = dx.to(ctx.dtypes[0]), dx.to(ctx.dtypes[1])
+    dx, dweight, dbias, dresidual, dz = torch.ops.triscan.norm_backward(
+        dy, ds, mean, rstd, *tensors, ctx.dtypes[1], *ctx.flags
+    )
     return (
         dx,
         dweight,

@@ -1,15 +1,16 @@
-"""The norms on GPUs: one Triton kernel forward, one backward, deterministic (partial sums, no atomics).
+"""The norms on GPUs: a Triton kernel forward, two backward, deterministic (partial sums, no atomics).
 
     u = s, or s gate with the gate first;   n = (u - mean) rstd;   o = n weight + bias;   y = o, or o gate
     do = dy, or dy gate;   dn = do weight;   du = rstd (dn - mean(dn) - n mean(dn n)), without mean(dn) for RMSNorm
     dweight = sum do n,   dbias = sum do,   ds = du, or du gate;   dgate = dy o, or du s;   gate = silu(z)
 
-A program holds a tile of rows by one whole group of channels. Addresses are int64.
+A program holds the weights of one whole group of channels and takes one tile of rows after the other; the rows of the
+next tile are on their way while this one is computed. Addresses are int64.
 
 D channels, M rows, G groups of D / G channels.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
 
 from __future__ import annotations
@@ -22,166 +23,254 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.norm.problem import Problem
+from kernels.norm.triton_shape import Shape, shape_of
 
-STRIPS = 512  # programs that share the rows of a backward: enough for the largest GPUs, few partial sums
+COLUMNS = 8  # of a program that sums the parts: few, so that all of the GPU takes part
 
 
 @triton.jit
+def _sigmoid(z):
+    """1 / (1 + exp(-z)); float32 by two special functions, without the checks that a division needs."""
+    if z.dtype == tl.float64:
+        value = 1 / (1 + tl.exp(-z))
+    else:
+        root = tl.rsqrt(1 + tl.exp2(z * -1.4426950408889634))
+        value = root * root
+    return value
+
+
+@triton.jit
+def _load(ptr, tile, step, M, d, m_d, ROWS: tl.constexpr):
+    """A tile (ROWS, BLOCK) of rows ``step`` apart, zeros beyond the last row."""
+    m = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    return tl.load(ptr + m * step + d, mask=(m < M) & m_d, other=0.0)
+
+
+@triton.jit
+def _store(ptr, value, tile, M, D, d, m_d, ROWS: tl.constexpr):
+    m = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    tl.store(ptr + m * D + d, value, mask=(m < M) & m_d)
+
+
+@triton.jit
+def _inputs(
+    x_ptr, residual_ptr, z_ptr, sx, sr, sz, tile, M, d, m_d,
+    ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_Z: tl.constexpr,
+):  # fmt: skip
+    """x, the residual and z of a tile as they lie in memory; x stands for absent ones."""
+    x = _load(x_ptr, tile, sx, M, d, m_d, ROWS)
+    residual, z = x, x
+    if HAS_RESIDUAL:
+        residual = _load(residual_ptr, tile, sr, M, d, m_d, ROWS)
+    if HAS_Z:
+        z = _load(z_ptr, tile, sz, M, d, m_d, ROWS)
+    return x, residual, z
+
+
+@triton.jit
+def _group(D, G, size, BLOCK: tl.constexpr):
+    """This program's strip, group, channels (1, BLOCK) and their mask."""
+    pid = tl.program_id(0)
+    group = pid % G
+    c = tl.arange(0, BLOCK)[None, :]
+    return pid // G, group, group * size + c, c < size
+
+
+@triton.jit(do_not_specialize=["strips", "steps"])
 def _forward_kernel(
-    x_ptr, residual_ptr, z_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, mean_ptr, rstd_ptr, M, D, G, size, sx, sr, sz,
-    eps: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, LAYER: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, HAS_Z: tl.constexpr, GATE_LAST: tl.constexpr, ACC: tl.constexpr,
+    x_ptr, residual_ptr, z_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, mean_ptr, rstd_ptr,
+    M, D, G, size, sx, sr, sz, strips, steps, eps: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    LAYER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_Z: tl.constexpr,
+    GATE_LAST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y, the sum s and the statistics; eps is constexpr because numbers reach a kernel as float32."""
-    pid = tl.program_id(0).to(tl.int64)
-    group = pid % G
-    m = (pid // G) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, BLOCK)
-    d = group * size + c
-    m_d = c < size
-    mask = (m < M)[:, None] & m_d[None, :]
-    s = tl.load(x_ptr + m[:, None] * sx + d[None, :], mask=mask, other=0.0).to(ACC)
-    if HAS_RESIDUAL:
-        s += tl.load(residual_ptr + m[:, None] * sr + d[None, :], mask=mask, other=0.0).to(ACC)
-        tl.store(s_ptr + m[:, None] * D + d[None, :], s, mask=mask)
-    if HAS_Z:
-        z = tl.load(z_ptr + m[:, None] * sz + d[None, :], mask=mask, other=0.0).to(ACC)
-        gate = z / (1 + tl.exp(-z))
-        if not GATE_LAST:
-            s *= gate
-    if LAYER:
-        mean = tl.sum(s, 1) / size
-        s = tl.where(mask, s - mean[:, None], 0.0)
-    else:
-        mean = tl.zeros((ROWS,), dtype=ACC)
-    rstd = 1 / tl.sqrt(tl.sum(s * s, 1) / size + eps)
-    tl.store(mean_ptr + m * G + group, mean, mask=m < M)
-    tl.store(rstd_ptr + m * G + group, rstd, mask=m < M)
-    y = s * rstd[:, None] * tl.load(weight_ptr + d, mask=m_d, other=0.0).to(ACC)[None, :]
+    tile, group, d, m_d = _group(D, G, size, BLOCK)
+    ahead = _inputs(x_ptr, residual_ptr, z_ptr, sx, sr, sz, tile, M, d, m_d, ROWS, HAS_RESIDUAL, HAS_Z)
+    weight = tl.load(weight_ptr + d, mask=m_d, other=0.0).to(ACC)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + d, mask=m_d, other=0.0).to(ACC)[None, :]
-    if HAS_Z and GATE_LAST:
-        y *= gate
-    tl.store(y_ptr + m[:, None] * D + d[None, :], y, mask=mask)
+        bias = tl.load(bias_ptr + d, mask=m_d, other=0.0).to(ACC)
+    for _ in range(steps):
+        x, residual, z = ahead
+        ahead = _inputs(x_ptr, residual_ptr, z_ptr, sx, sr, sz, tile + strips, M, d, m_d, ROWS, HAS_RESIDUAL, HAS_Z)
+        s = x.to(ACC)
+        if HAS_RESIDUAL:
+            s += residual.to(ACC)
+            _store(s_ptr, s, tile, M, D, d, m_d, ROWS)
+        if HAS_Z:
+            gate = z.to(ACC)
+            gate *= _sigmoid(gate)
+            if not GATE_LAST:
+                s *= gate
+        m = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        mean = tl.zeros((ROWS,), dtype=ACC)
+        if LAYER:
+            mean = tl.sum(s, 1) / size
+            s = tl.where(m_d, s - mean[:, None], 0.0)
+        rstd = 1 / tl.sqrt(tl.sum(s * s, 1) / size + eps)
+        tl.store(mean_ptr + m * G + group, mean, mask=m < M)
+        tl.store(rstd_ptr + m * G + group, rstd, mask=m < M)
+        y = s * rstd[:, None] * weight
+        if HAS_BIAS:
+            y += bias
+        if HAS_Z and GATE_LAST:
+            y *= gate
+        _store(y_ptr, y, tile, M, D, d, m_d, ROWS)
+        tile += strips
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["strips", "steps"])
 def _backward_kernel(
     dy_ptr, add_ptr, x_ptr, residual_ptr, z_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
-    ds_ptr, dz_ptr, dweight_ptr, dbias_ptr, M, D, G, size, sx, sr, sz, tiles, strips,
+    dx_ptr, dresidual_ptr, dz_ptr, part_ptr, M, D, G, size, sx, sr, sz, strips, steps,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, LAYER: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    HAS_Z: tl.constexpr, GATE_LAST: tl.constexpr, HAS_ADD: tl.constexpr, ACC: tl.constexpr,
+    HAS_Z: tl.constexpr, GATE_LAST: tl.constexpr, ACC: tl.constexpr, HAS_ADD: tl.constexpr,
+    HAS_DRESIDUAL: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """Program (strip, group) takes every ``strips``-th tile of rows and sums its part of dweight and dbias."""
-    pid = tl.program_id(0).to(tl.int64)
-    group, strip = pid % G, pid // G
-    c = tl.arange(0, BLOCK)
-    d = group * size + c
-    m_d = c < size
-    weight = tl.load(weight_ptr + d, mask=m_d, other=0.0).to(ACC)[None, :]
+    strip, group, d, m_d = _group(D, G, size, BLOCK)
+    tile = strip
+    ahead = _inputs(x_ptr, residual_ptr, z_ptr, sx, sr, sz, tile, M, d, m_d, ROWS, HAS_RESIDUAL, HAS_Z)
+    ahead_dy = _load(dy_ptr, tile, D, M, d, m_d, ROWS)
+    weight = tl.load(weight_ptr + d, mask=m_d, other=0.0).to(ACC)
     bias = tl.zeros((1, BLOCK), dtype=ACC)
-    if HAS_BIAS:
-        bias += tl.load(bias_ptr + d, mask=m_d, other=0.0).to(ACC)[None, :]
-    dweight = tl.zeros((BLOCK,), dtype=ACC)
-    dbias = tl.zeros((BLOCK,), dtype=ACC)
-    for i in range(tl.cdiv(tiles, strips)):
-        m = (strip + i * strips) * ROWS + tl.arange(0, ROWS)
-        mask = (m < M)[:, None] & m_d[None, :]
-        s = tl.load(x_ptr + m[:, None] * sx + d[None, :], mask=mask, other=0.0).to(ACC)
-        if HAS_RESIDUAL:
-            s += tl.load(residual_ptr + m[:, None] * sr + d[None, :], mask=mask, other=0.0).to(ACC)
-        do = tl.load(dy_ptr + m[:, None] * D + d[None, :], mask=mask, other=0.0).to(ACC)
-        mean = tl.load(mean_ptr + m * G + group, mask=m < M, other=0.0)[:, None]
+    if HAS_BIAS and HAS_Z:
+        bias = tl.load(bias_ptr + d, mask=m_d, other=0.0).to(ACC)
+    dweight = tl.zeros((SPREAD, BLOCK), dtype=ACC)
+    dbias = tl.zeros((SPREAD, BLOCK), dtype=ACC)
+    for _ in range(steps):
+        x, residual, z = ahead
+        dy = ahead_dy
+        ahead = _inputs(x_ptr, residual_ptr, z_ptr, sx, sr, sz, tile + strips, M, d, m_d, ROWS, HAS_RESIDUAL, HAS_Z)
+        ahead_dy = _load(dy_ptr, tile + strips, D, M, d, m_d, ROWS)
+        m = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
         rstd = tl.load(rstd_ptr + m * G + group, mask=m < M, other=0.0)[:, None]
+        s = x.to(ACC)
+        if HAS_RESIDUAL:
+            s += residual.to(ACC)
+        do = dy.to(ACC)
         u = s
         if HAS_Z:
-            z = tl.load(z_ptr + m[:, None] * sz + d[None, :], mask=mask, other=0.0).to(ACC)
-            sigmoid = 1 / (1 + tl.exp(-z))
+            z = z.to(ACC)
+            sigmoid = _sigmoid(z)
             gate = z * sigmoid
             slope = sigmoid * (1 + z * (1 - sigmoid))
             if not GATE_LAST:
                 u = s * gate
-        n = tl.where(mask, (u - mean) * rstd, 0.0)
+        if LAYER:
+            mean = tl.load(mean_ptr + m * G + group, mask=m < M, other=0.0)[:, None]
+            u = tl.where(m_d, u - mean, 0.0)
+        n = u * rstd
         if HAS_Z and GATE_LAST:
-            tl.store(dz_ptr + m[:, None] * D + d[None, :], do * (n * weight + bias) * slope, mask=mask)
+            _store(dz_ptr, do * (n * weight + bias) * slope, tile, M, D, d, m_d, ROWS)
             do *= gate
-        dweight += tl.sum(do * n, 0)
-        dbias += tl.sum(do, 0)
+        dweight += tl.sum(tl.reshape(do * n, (ROWS // SPREAD, SPREAD, BLOCK)), 0)
+        if HAS_BIAS:
+            dbias += tl.sum(tl.reshape(do, (ROWS // SPREAD, SPREAD, BLOCK)), 0)
         dn = do * weight
         du = dn - n * (tl.sum(dn * n, 1) / size)[:, None]
         if LAYER:
             du -= (tl.sum(dn, 1) / size)[:, None]
         du *= rstd
         if HAS_Z and not GATE_LAST:
-            tl.store(dz_ptr + m[:, None] * D + d[None, :], du * s * slope, mask=mask)
+            _store(dz_ptr, du * s * slope, tile, M, D, d, m_d, ROWS)
             du *= gate
         if HAS_ADD:
-            du += tl.load(add_ptr + m[:, None] * D + d[None, :], mask=mask, other=0.0).to(ACC)
-        tl.store(ds_ptr + m[:, None] * D + d[None, :], du, mask=mask)
-    tl.store(dweight_ptr + strip * D + d, dweight, mask=m_d)
-    tl.store(dbias_ptr + strip * D + d, dbias, mask=m_d)
+            du += _load(add_ptr, tile, D, M, d, m_d, ROWS).to(ACC)
+        _store(dx_ptr, du, tile, M, D, d, m_d, ROWS)
+        if HAS_DRESIDUAL:
+            _store(dresidual_ptr, du, tile, M, D, d, m_d, ROWS)
+        tile += strips
+    part_ptr += strip.to(tl.int64) * (1 + HAS_BIAS) * D + d
+    tl.store(part_ptr, tl.sum(dweight, 0)[None, :], mask=m_d)
+    if HAS_BIAS:
+        tl.store(part_ptr + D, tl.sum(dbias, 0)[None, :], mask=m_d)
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _parameter_kernel(
+    part_ptr, dweight_ptr, dbias_ptr, parts, D, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Sums the parts (parts, D), or (parts, 2, D) with a bias, into dweight and dbias."""
+    c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    width = D * (1 + HAS_BIAS)
+    acc = tl.zeros((ROWS, COLUMNS), dtype=part_ptr.dtype.element_ty)
+    for i in range(tl.cdiv(parts, ROWS)):
+        row = i * ROWS + tl.arange(0, ROWS)
+        at = row.to(tl.int64)[:, None] * width + c[None, :]
+        acc += tl.load(part_ptr + at, mask=(row < parts)[:, None] & (c < width)[None, :], other=0.0)
+    total = tl.sum(acc, 0)
+    tl.store(dweight_ptr + c, total, mask=c < D)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + c - D, total, mask=(c >= D) & (c < width))
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y in x's dtype, x + residual (empty without a residual), mean and rstd ``(..., G)``."""
-    y = torch.empty(p.x.shape, dtype=p.x.dtype, device=p.x.device)
-    size = 0 if p.residual is None else p.x.shape
-    s = torch.empty(size, dtype=p.residual_dtype, device=p.x.device)
-    mean = torch.empty(p.stats_shape, dtype=p.dtype, device=p.x.device)
-    rstd = torch.empty_like(mean)
+    device = p.x.device
+    y = torch.empty(p.x.shape, dtype=p.x.dtype, device=device)
+    s = torch.empty(0 if p.residual is None else p.x.shape, dtype=p.residual_dtype, device=device)
+    mean = torch.empty(p.stats_shape, dtype=p.dtype, device=device)
+    rstd = torch.empty(p.stats_shape, dtype=p.dtype, device=device)
     if p.x.numel():
-        tensors, steps, sizes, flags = _arguments(p)
-        tiles = triton.cdiv(sizes[0], flags["ROWS"])
+        shape = shape_of(p, backward=False, plain=p.residual is None and p.z is None)
+        tensors, sizes, flags = _arguments(p, shape)
         with _on(p.x):
-            _forward_kernel[(tiles * p.groups,)](*tensors, s, y, mean, rstd, *sizes, *steps, eps=p.eps, **flags)
+            _forward_kernel[(shape.strips * p.groups,)](*tensors, s, y, mean, rstd, *sizes, eps=p.eps, **flags)
     return y, s, mean, rstd
 
 
 def backward(
-    p: Problem, dy: Tensor, ds: Tensor | None, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of s (the sum x + residual), weight, bias and z; ``ds`` is what arrives at s from elsewhere."""
-    tensors, steps, sizes, flags = _arguments(p)
-    tiles = -(-sizes[0] // flags["ROWS"])
-    strips = min(tiles, STRIPS)
-    dtype = p.x.dtype if p.residual is None else torch.promote_types(p.x.dtype, p.residual.dtype)
-    out = torch.empty(p.x.shape, dtype=dtype, device=p.x.device)
-    dz = None if p.z is None else torch.empty(p.x.shape, dtype=p.z.dtype, device=p.x.device)
-    dweight = torch.zeros(strips, p.channels, dtype=p.dtype, device=p.x.device)
-    dbias = torch.zeros_like(dweight)
+    p: Problem, dy: Tensor, ds: Tensor | None, mean: Tensor, rstd: Tensor, residual_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x (in dy's dtype), weight, bias, the residual (in ``residual_dtype`` if there is one) and z.
+
+    Args:
+        p: The problem; its x may be the sum of x and a residual.
+        dy: Gradient of y.
+        ds: What arrives at the sum from elsewhere.
+        mean: Of the forward.
+        rstd: Of the forward.
+        residual_dtype: Of the residual, None without one.
+    """
+    new: dict[str, Any] = {"device": p.x.device}
+    dx = torch.empty(p.x.shape, dtype=dy.dtype, **new)
+    dresidual = None if residual_dtype is None else torch.empty(p.x.shape, dtype=residual_dtype, **new)
+    dz = None if p.z is None else torch.empty(p.x.shape, dtype=p.z.dtype, **new)
+    make = torch.empty if p.x.numel() else torch.zeros
+    dweight = make(p.channels, dtype=p.weight.dtype, **new)
+    dbias = None if p.bias is None else make(p.channels, dtype=p.bias.dtype, **new)
     if p.x.numel():
+        shape = shape_of(p, backward=True, plain=residual_dtype is None and p.z is None)
+        tensors, sizes, flags = _arguments(p, shape)
+        rows = 1 if dbias is None else 2
+        part = torch.empty(shape.strips, rows, p.channels, dtype=p.dtype, **new)
         dy = dy.contiguous()
+        outputs = [dx if t is None else t for t in (dx, dresidual, dz)]
         with _on(p.x):
-            _backward_kernel[(strips * p.groups,)](
-                dy, dy if ds is None else ds.contiguous(), tensors[0], *tensors[1:], mean, rstd,
-                out, out if dz is None else dz, dweight, dbias, *sizes, *steps, tiles, strips,
-                HAS_ADD=ds is not None, **flags,
+            _backward_kernel[(shape.strips * p.groups,)](
+                dy, dy if ds is None else ds.contiguous(), *tensors, mean, rstd, *outputs, part, *sizes,
+                HAS_ADD=ds is not None, HAS_DRESIDUAL=dresidual is not None, SPREAD=shape.spread, **flags,
             )  # fmt: skip
-    return out, dweight.sum(0), dbias.sum(0), dz
+            _parameter_kernel[(-(-rows * p.channels // COLUMNS),)](
+                part, dweight, dweight if dbias is None else dbias, shape.strips, p.channels,
+                HAS_BIAS=dbias is not None, ROWS=min(512, triton.next_power_of_2(shape.strips)), COLUMNS=COLUMNS,
+                num_warps=8,
+            )  # fmt: skip
+    return dx, dweight, dbias, dresidual, dz
 
 
-def _arguments(p: Problem) -> tuple[list[Tensor], list[int], list[int], dict[str, Any]]:
-    """Inputs as rows, their row strides, the sizes M, D, G, D / G, and compile-time flags."""
+def _arguments(p: Problem, shape: Shape) -> tuple[list[Tensor], list[int], dict[str, Any]]:
+    """Inputs as rows, then M, D, G, D / G, the row strides and the strips, then what the kernels are compiled for."""
     x = _as_rows(p.x)
-    rows = [x, *(None if t is None else _as_rows(t) for t in (p.residual, p.z))]
-    tensors = [x if t is None else t for t in (*rows, p.weight.contiguous(), p.bias)]
-    size = p.channels // p.groups
-    block = triton.next_power_of_2(size)
-    tile = max(1, min(16, 2048 // block))
+    rows = [x, *(x if t is None else _as_rows(t) for t in (p.residual, p.z))]
+    parameters = [x if t is None else t.contiguous() for t in (p.weight, p.bias)]
+    sizes = [x.shape[0], p.channels, p.groups, p.channels // p.groups, *(t.stride(0) for t in rows)]
     flags: dict[str, Any] = {
-        "ROWS": tile,
-        "BLOCK": block,
-        "LAYER": p.layer,
-        "HAS_BIAS": p.bias is not None,
-        "HAS_RESIDUAL": p.residual is not None,
-        "HAS_Z": p.z is not None,
-        "GATE_LAST": p.norm_before_gate,
-        "ACC": tl.float64 if p.dtype == torch.float64 else tl.float32,
-        "num_warps": max(1, min(16, tile * block // 512)),
-    }
-    steps = [0 if t is None else t.stride(0) for t in rows]
-    sizes = [x.shape[0], p.channels, p.groups, size]
-    return [t.contiguous() if t.ndim == 1 else t for t in tensors], steps, sizes, flags
+        "ROWS": shape.rows, "BLOCK": shape.block, "LAYER": p.layer, "HAS_BIAS": p.bias is not None,
+        "HAS_RESIDUAL": p.residual is not None, "HAS_Z": p.z is not None, "GATE_LAST": p.norm_before_gate,
+        "ACC": tl.float64 if p.dtype == torch.float64 else tl.float32, "num_warps": shape.warps,
+    }  # fmt: skip
+    return [*rows, *parameters], [*sizes, shape.strips, shape.steps], flags
 
 
 def _as_rows(t: Tensor) -> Tensor:

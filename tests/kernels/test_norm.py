@@ -150,7 +150,8 @@ def test_opcheck(name: str, backend: str) -> None:
 def test_opcheck_of_the_backward(backend: str) -> None:
     x, weight, stats = torch.randn(4, 6).bfloat16(), torch.randn(6), torch.rand(4, 1)
     dy = torch.randn_like(x)
-    arguments = (dy, None, stats, stats, x, weight, None, x.clone(), None, "rms", 1e-5, 0, True, False, backend)
+    tensors, flags = (x, weight, None, x.clone(), None), ("rms", 1e-5, 0, True, False)
+    arguments = (dy, None, stats, stats, *tensors, x.dtype, *flags, backend)
     torch.library.opcheck(torch.ops.triscan.norm_backward, arguments)
 
 
