@@ -108,7 +108,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     float* partial = reinterpret_cast<float*>(a.partial) + part_of * (a.slots * a.K * a.G * CHUNK * 2 * a.N);
 
 #if ENDS && SOFTPLUS
-    i64 stop = first + reach<true, (CHUNK * RT + NT - 1) / NT>(a, p, dt, bias, rates.slowest, first, last, reinterpret_cast<float*>(memory));
+    constexpr int ALL_ROWS = (CHUNK * RT + NT - 1) / NT;
+    float* all_sums = reinterpret_cast<float*>(memory);
+    i64 stop = first + reach<true, ALL_ROWS>(a, p, dt, bias, rates.slowest, first, last, all_sums);
     if (stop < last) total = __int_as_float(0x7f800000);  // what came after has decayed
     last = stop;
     __syncthreads();
@@ -351,7 +353,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #pragma unroll
                 for (int i0 = 0; i0 < T * 2 * NP; i0 += NT * VN) {
                     // by threads that have no gradients this time, if there are any
-                    int i = i0 + (TURNS > 1 ? (tid + NT - (part % TURNS + 1) * T * RT) % NT : tid) * VN, j = i / (2 * NP), which = i / NP & 1, n = i % NP;
+                    const int place = TURNS > 1 ? (tid + NT - (part % TURNS + 1) * T * RT) % NT : tid;
+                    const int i = i0 + place * VN, j = i / (2 * NP), which = i / NP & 1, n = i % NP;
                     if (T * 2 * NP % (NT * VN) && i >= T * 2 * NP) break;
                     float sum[VN], one_warp[VN];
                     fetch<VN>(sum, &s_sum[0][j * SUM_ROW + which * NP + n]);

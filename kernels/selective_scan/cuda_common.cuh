@@ -26,10 +26,12 @@ template <class E, int W> __device__ __forceinline__ void save(E* p, const Pack<
     constexpr int bytes = sizeof(E) * W;
     if constexpr (bytes == 16) {
         uint4 w = *reinterpret_cast<const uint4*>(&from);
-        asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p st.global.v4.b32 [%4], {%0, %1, %2, %3};}" ::"r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(p), "r"((int)live) : "memory");
+        asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p st.global.v4.b32 [%4], {%0, %1, %2, %3};}"
+            ::"r"(w.x), "r"(w.y), "r"(w.z), "r"(w.w), "l"(p), "r"((int)live) : "memory");
     } else if constexpr (bytes == 8) {
         uint2 w = *reinterpret_cast<const uint2*>(&from);
-        asm volatile("{.reg .pred p; setp.ne.s32 p, %3, 0; @p st.global.v2.b32 [%2], {%0, %1};}" ::"r"(w.x), "r"(w.y), "l"(p), "r"((int)live) : "memory");
+        asm volatile("{.reg .pred p; setp.ne.s32 p, %3, 0; @p st.global.v2.b32 [%2], {%0, %1};}"
+            ::"r"(w.x), "r"(w.y), "l"(p), "r"((int)live) : "memory");
     } else if constexpr (bytes == 4) {
         unsigned w = *reinterpret_cast<const unsigned*>(&from);
         asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p st.global.b32 [%1], %0;}" ::"r"(w), "l"(p), "r"((int)live) : "memory");

@@ -50,7 +50,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
     const Rows<const TC> C_rows(a.C, p.b * a.C_b + p.k * a.C_k + p.g * a.C_g, a.C_l, a);
     const Rows<TY> y(a.y, (p.b * a.L * a.K + p.k) * a.channels + dc, a.K * a.channels, a);
 #if ENDS && SOFTPLUS
-    i64 start = last - reach<false, (CHUNK * RT + NT - 1) / NT>(a, p, dt, bias, rates.slowest, first, last, reinterpret_cast<float*>(memory));
+    constexpr int ROWS = (CHUNK * RT + NT - 1) / NT;
+    float* sums = reinterpret_cast<float*>(memory);
+    i64 start = last - reach<false, ROWS>(a, p, dt, bias, rates.slowest, first, last, sums);
     if (start > first) total = __int_as_float(0x7f800000);  // what came before has decayed
     first = start;
     __syncthreads();

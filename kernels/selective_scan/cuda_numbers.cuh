@@ -58,8 +58,9 @@ template <int W, class E> __device__ __forceinline__ Raw<E, W> load(const E* p, 
 __device__ __forceinline__ float ex2(float v) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
 __device__ __forceinline__ float rcp(float v) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
 
-// exp(dt A) = 2 ** (dt (rate + rest)). PRECISE (float32) and EXACT (the final state is float32): a polynomial of the fraction, right to the last place or so;
-// the rate's second part matters there, because one rounded rate is off by the same amount at every step.
+// exp(dt A) = 2 ** (dt (rate + rest)). PRECISE (float32) and EXACT (the final state is float32): a polynomial of the
+// fraction, right to the last place or so; the rate's second part matters there, because one rounded rate is off by the
+// same amount at every step.
 __device__ __forceinline__ float decay(float dt, float rate, float rest) {
 #if PRECISE || EXACT
     float t = dt * rate, shifted = t + 12582912.0f, n = shifted - 12582912.0f;  // rounds to an integer, in its low bits
