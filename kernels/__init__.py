@@ -6,5 +6,6 @@ Importing this package registers ``torch.ops.triscan.*``. It needs torch; Triton
 from kernels.causal_conv1d import causal_conv1d
 from kernels.norm import norm
 from kernels.selective_scan import selective_scan
+from kernels.ssd import ssd
 
-__all__ = ["causal_conv1d", "norm", "selective_scan"]
+__all__ = ["causal_conv1d", "norm", "selective_scan", "ssd"]

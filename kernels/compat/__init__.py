@@ -10,6 +10,7 @@ neighbours directly.
 from kernels.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
 from kernels.compat.norm import layer_norm_fn, layernorm_fn, rms_norm_fn, rmsnorm_fn
 from kernels.compat.selective_scan import mamba_inner_fn, selective_scan_fn
+from kernels.compat.ssd import mamba_chunk_scan_combined
 
 __all__ = [
     "causal_conv1d_fn",
@@ -17,6 +18,7 @@ __all__ = [
     "causal_conv1d_varlen_states",
     "layer_norm_fn",
     "layernorm_fn",
+    "mamba_chunk_scan_combined",
     "mamba_inner_fn",
     "rms_norm_fn",
     "rmsnorm_fn",

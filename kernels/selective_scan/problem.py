@@ -159,7 +159,7 @@ def make_problem(
         route=None if route is None else route.to(torch.int32),
         initial_state=None if initial_state is None else routes(initial_state, 1),
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(torch.int32),
-        code=None if seq_idx is None else _code(seq_idx, route, reverse),
+        code=None if seq_idx is None else restarts(seq_idx, route, reverse),
         dt_softplus=dt_softplus,
         route_params=route_params,
         merge=merge == "sum",
@@ -245,7 +245,7 @@ def _project(dt: Tensor, dt_weight: Tensor) -> Tensor:
     return torch.einsum("blkr,kdr->blkd", dt.to(dtype), dt_weight.to(dtype))
 
 
-def _code(seq_idx: Tensor, route: Tensor | None, reverse: bool) -> Tensor:
+def restarts(seq_idx: Tensor, route: Tensor | None, reverse: bool) -> Tensor:
     """``Problem.code``: what the sequence numbers mean at each scan position, in scan direction.
 
     A position restarts the state when its sequence differs from that of the last real token before it. Padding slots

@@ -53,9 +53,9 @@ def read(p: Problem, h: Tensor, C: Tensor) -> Tensor:
 
 def inputs_at_positions(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x and dt ``(B, P, K, D)``, B and C ``(B, P, K, D, N)``, read along the routes, in the dtype of the scan."""
-    x = _along(p.x.expand(-1, -1, p.routes, -1), p.route).to(p.dtype)
+    x = along(p.x.expand(-1, -1, p.routes, -1), p.route).to(p.dtype)
     place = p.route if p.route is None or p.route_params else _places(p.route)
-    dt = _along(p.dt, place).to(p.dtype)
+    dt = along(p.dt, place).to(p.dtype)
     if p.dt_bias is not None:
         dt = dt + p.dt_bias.to(p.dtype)
     if p.dt_softplus:
@@ -64,7 +64,7 @@ def inputs_at_positions(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def spread(t: Tensor) -> Tensor:
         if t.ndim == 3:
             return t.to(p.state_dtype).expand(p.batch, p.positions, -1, -1, -1)
-        return _along(t, place).to(p.state_dtype).repeat_interleave(p.channels // t.shape[3], 3)
+        return along(t, place).to(p.state_dtype).repeat_interleave(p.channels // t.shape[3], 3)
 
     B, C = spread(p.B), spread(p.C)
     if p.code is not None:  # a skipped position: no decay (dt = 0), no input, no output
@@ -89,7 +89,7 @@ def finish(p: Problem, y: Tensor) -> Tensor:
     return y.to(p.x.dtype)
 
 
-def _along(t: Tensor, route: Tensor | None) -> Tensor:
+def along(t: Tensor, route: Tensor | None) -> Tensor:
     """Rows of ``t (B, L, K, ...)`` in the order of the routes: ``(B, P, K, ...)``, zeros at padding."""
     if route is None:
         return t

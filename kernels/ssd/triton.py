@@ -1,0 +1,118 @@
+"""``ssd`` on GPUs, forward, in plain Triton. The backward is in ``triton_backward.py``.
+
+A program takes a head (or BP of its P columns) and walks the chunks of a row with the state in registers: C B^T under
+the structured mask times x, plus C times the state, then the state's update. No state is written to memory, except
+where a row is cut into segments (``triton_states.py``): few heads, long sequences.
+
+B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk, S
+sequences.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.checks import owned
+from kernels.selective_scan.outputs import fresh
+from kernels.selective_scan.triton_plan import device_of
+from kernels.ssd.problem import Problem
+from kernels.ssd.triton_backward import backward
+from kernels.ssd.triton_plan import Plan
+from kernels.ssd.triton_steps import decays, gates, mask, product, read_rows, read_tokens
+
+__all__ = ["backward", "forward"]
+
+
+@triton.jit
+def forward_kernel(x, z, B, C, D, steps, tokens, owner, initial, enter_from, final, y, xs, zs, Bs, Cs, t_b, t_k,
+                   d_h, d_p, segments, length, per_row, plane, K, H, G, L, T, first, sign, P, N, blocks,
+                   TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr,
+                   EXACT: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_INITIAL: tl.constexpr,
+                   HAS_ENTER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
+                   BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+    """y (B, L, K, H, P) and the final states. One program a segment, route, head and block of P."""
+    pid = tl.program_id(0).to(tl.int64)
+    block, head, k = pid % blocks, pid // blocks % H, pid // blocks // H % K
+    number = pid // blocks // H // K
+    b, s = number // segments, number % segments
+    p, n = block * BP + tl.arange(0, BP), tl.arange(0, BN)
+    in_p, in_n = p < P, n < N
+    live, tile = in_p[:, None] & in_n[None, :], p[:, None] * N + n[None, :]
+    real: tl.constexpr = steps.dtype.element_ty
+    if HAS_D:
+        skip = tl.load(D + k * H * d_h + head * d_h + p * d_p, mask=in_p, other=0)
+    matrix, heads = (k * H + head) * P * N, K * H * P * N
+    group = head // (H // G)
+    x_at, steps_at = x + b * xs[0] + k * xs[2] + head * xs[3], steps + ((b * K + k) * H + head) * per_row * Q
+    B_at, C_at = B + b * Bs[0] + k * Bs[2] + group * Bs[3], C + b * Cs[0] + k * Cs[2] + group * Cs[3]
+    tokens_at = tokens + b * t_b + k * t_k
+    h = tl.zeros([BP, BN], real)
+    if HAS_ENTER:
+        h = tl.load(enter_from + number * heads + matrix + tile, mask=live, other=0)
+    for c in range(s * length, tl.minimum((s + 1) * length, per_row)):
+        if PACKED:
+            sequence, before, after = tl.load(owner + 1 + c), tl.load(owner + c), tl.load(owner + 2 + c)
+            border = (sequence >= 0) & (sequence != before)
+            new = tl.zeros_like(h)
+            if HAS_INITIAL:
+                new = tl.load(initial + sequence * heads + matrix + tile, mask=live & border, other=0)
+            h = tl.where(border, new, h)
+        entry, origin, token, there, _ = read_tokens(tokens_at, c, T, first, sign, Q, TABLE, NEAR)
+        step, high, low, segment, enter, leave, through = decays(steps_at + c * Q, plane, entry, Q, EXACT, RESTART)
+        xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, in_p)
+        Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, in_n).to(DOT)
+        Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, in_n).to(DOT)
+        scores = product(Cv, tl.trans(Bv), DOT, PRECISION)
+        scores = scores * mask(scores, high, low, segment, Q, EXACT, RESTART) * step[None, :]
+        out = product(Cv, tl.trans(h.to(DOT)), DOT, PRECISION) * enter[:, None]
+        out += product(scores, xv, DOT, PRECISION)
+        xf = xv.to(real)
+        if HAS_D:
+            out += skip[None, :] * xf
+        if HAS_Z:
+            z_at = z + b * zs[0] + head * zs[2]
+            gate, sigmoid = gates(z_at, zs[1], zs[3], origin, token, there, p, in_p, real)
+            out *= gate * sigmoid
+        to = y + ((b * L + origin) * K * H + k * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
+        tl.store(to, out, mask=there[:, None] & in_p[None, :])
+        h = h * through + product(tl.trans((xf * (step * leave)[:, None]).to(DOT)), Bv, DOT, PRECISION)
+        if PACKED:
+            leaves = (sequence >= 0) & (sequence != after)
+            tl.store(final + sequence * heads + matrix + tile, h, mask=live & leaves)
+    if not PACKED:
+        tl.store(final + b * heads + matrix + tile, h, mask=live & (s == segments - 1))
+
+
+def forward(p: Problem) -> tuple[Tensor, Tensor]:
+    """Runs the scan: y ``(B, L, [K,] H, P)`` in x's dtype and the final state ``(S, K, H, P, N)``."""
+    with device_of(p.x):
+        return _forward(p)
+
+
+def _forward(p: Problem) -> tuple[Tensor, Tensor]:
+    merging = p.merge and p.routes > 1
+    y = fresh(p, (p.batch, p.length, p.routes, p.heads, p.head_dim), p.dtype if merging else p.x.dtype)
+    plan = Plan(p)
+    final = plan.states(p.sequences)  # that of an empty sequence is its initial state
+    if p.initial_state is None:
+        final.zero_()
+    else:
+        final.copy_(p.initial_state)
+    if plan.programs and plan.rows:
+        segments = plan.segments
+        enter = plan.entering(segments)[0]
+        own = {
+            "y": y, "final": final, "enter_from": enter, "HAS_ENTER": enter is not None, "D": plan.D,
+            "d_h": plan.d_strides[0], "d_p": plan.d_strides[1], "HAS_D": p.D is not None, "initial": plan.initial,
+            "HAS_INITIAL": plan.initial is not None, "segments": segments.count, "length": segments.length,
+            "L": p.length, "num_warps": plan.warps, "num_stages": plan.stages,
+        }  # fmt: skip
+        forward_kernel[(plan.rows * segments.count * plan.programs,)](**plan.filled(plan.shared | own))
+    if merging:
+        return y.sum(2).to(p.x.dtype), final
+    keep = () if p.route is None or p.merge else (p.routes,)
+    return owned(y, (p.batch, p.length, *keep, p.heads, p.head_dim)), final

@@ -1,0 +1,156 @@
+"""``ssd`` on GPUs, backward: the host side. ``triton_gradients.py`` has the formulas and the kernels.
+
+First ``states_kernel`` walks both ways and leaves h and g of every chunk; then all chunks run at once, each over the
+heads of a group, which share C B^T and the two products that give dB and dC. Two kernels do that: what one would have
+to hold does not fit into the registers. Last, ``ddt_kernel`` turns what they leave into the gradient of dt.
+
+B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk, S
+sequences.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.selective_scan.outputs import fresh
+from kernels.selective_scan.problem import CHUNK as SLOT
+from kernels.selective_scan.triton_plan import device_of
+from kernels.ssd import triton_plan
+from kernels.ssd.problem import Problem
+from kernels.ssd.triton_gradients import ddt_kernel, groups_kernel, heads_kernel
+from kernels.ssd.triton_plan import Plan, Segments, cores
+
+if TYPE_CHECKING:
+    from kernels.ssd import Gradients
+
+
+def backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
+    """Gradients of ``forward``.
+
+    Args:
+        p: The problem that forward solved.
+        dy: Gradient of y, in its shape.
+        dstate: Gradient of the final state ``(S, K, H, P, N)``, or None.
+    """
+    with device_of(p.x):
+        return _backward(p, dy, dstate)
+
+
+def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
+    from kernels.ssd import Gradients
+
+    plan = Plan(p)
+    maps = (p.batch, p.length, p.routes, p.heads)
+    own_x = p.x.shape[2] == p.routes
+    dx = fresh(p, (*maps, p.head_dim), p.x.dtype if own_x else p.dtype)
+    ddt = fresh(p, maps, p.dt.dtype)
+    dz = None if p.z is None else fresh(p, (*maps, p.head_dim), p.z.dtype if p.routes == 1 else p.dtype)
+    dinitial = None
+    if p.initial_state is not None:  # that of an empty sequence is handed through
+        dinitial = plan.states(p.sequences).zero_() if dstate is None else dstate.to(p.dtype, copy=True).contiguous()
+    if not (plan.programs and plan.rows):
+        zeros = {n: None if (t := getattr(p, n)) is None else torch.zeros_like(t) for n in Gradients._fields}
+        return Gradients(**zeros | {"initial_state": dinitial})
+    parts = _parts(plan)
+    each = (p.batch, p.length, p.routes, p.groups, p.state)
+    dB, dC = (fresh(p, (parts, *each), t.dtype if parts == 1 else p.dtype) for t in (p.B, p.C))
+    dA = plan.by_chunk(p.A)
+    dD, dbias = (None if t is None else plan.by_chunk(t) for t in (p.D, p.dt_bias))
+    wide_d = p.D is not None and p.D.ndim == 3
+    vectors, h_to_g = plan.vectors(4 if p.D is None or wide_d else 5), plan.by_chunk(p.A)
+    outputs = {"dx": dx, "dz": dz, "dB": dB, "dC": dC, "dD": dD, "vectors": vectors, "h_to_g": h_to_g}
+    _launch(plan, dy if dy.ndim == 5 else dy.unsqueeze(2), dstate, dinitial, outputs, parts)
+    last = {
+        "ddt": ddt, "dA": dA, "dbias": dbias, "dD": dD, "vectors": vectors, "h_to_g": h_to_g, "L": p.length,
+        "plane": vectors[0].numel(), "HAS_D": p.D is not None and not wide_d,
+    }  # fmt: skip
+    ddt_kernel[plan.tiles](**plan.filled(plan.dt | last))
+    return Gradients(
+        x=dx if own_x else dx.sum(2, keepdim=True),
+        dt=ddt,
+        A=dA.sum(0),
+        B=dB.squeeze(0) if parts == 1 else dB.sum(0),
+        C=dC.squeeze(0) if parts == 1 else dC.sum(0),
+        D=None if dD is None else dD.sum(0),
+        z=None if dz is None else dz.squeeze(2) if p.routes == 1 else dz.sum(2),
+        dt_bias=None if dbias is None else dbias.sum(0),
+        initial_state=dinitial,
+    )
+
+
+def _parts(plan: Plan) -> int:
+    """Programs that share the heads of a group and chunk, each with a sum of dB and dC of its own."""
+    p = plan.p
+    chunks = max(1, plan.rows * plan.per_row * p.routes * p.groups)
+    heads = p.heads // max(1, p.groups)
+    wanted = max(1, min(heads, triton.cdiv(6 * cores(p.x.device), chunks)))
+    return triton.cdiv(heads, triton.cdiv(heads, wanted)) if heads else 1
+
+
+def _launch(
+    plan: Plan, dy: Tensor, dstate: Tensor | None, dinitial: Tensor | None, outputs: dict[str, Any], parts: int
+) -> None:
+    """Runs the walks over the chunks and the kernel, for as many segments at a time as the workspace holds."""
+    p, segments = plan.p, plan.short_segments
+    if SLOT * max(map(abs, dy.stride())) >= 2**30:  # beyond what Plan.near promises
+        dy = dy.contiguous()
+    rows = {"dy": dy, "ys": (*dy.stride()[:2], dy.stride(2) if dy.shape[2] > 1 else 0, *dy.stride()[3:])}
+    dfinal = None if dstate is None else dstate.to(p.dtype).contiguous()
+    h_enter, g_enter = plan.entering(segments, rows, dfinal)
+    turns = _turns(plan, segments)
+    size = (2, max(chunks for *_, chunks in turns), p.routes, p.heads, p.head_dim, p.state)
+    states = torch.empty(size, dtype=plan.product_dtype, device=p.x.device)
+    for first, count, first_chunk, chunks in turns:
+        plan.walk(
+            (count, 2), segments, **rows, dfinal=dfinal, dinitial=dinitial, h_enter=h_enter, g_enter=g_enter,
+            h_out=states[0], g_out=states[1], STORE=True, BOTH=True, first_segment=first, first_chunk=first_chunk,
+        )  # fmt: skip
+        given = {"h_in": states[0], "g_in": states[1], "first_chunk": first_chunk, "L": p.length}
+        _chunks(plan, rows | outputs | given, chunks, parts)
+
+
+def _chunks(plan: Plan, given: dict[str, Any], chunks: int, parts: int) -> None:
+    """Runs the two kernels that take all chunks at once."""
+    p = plan.p
+    heads, each = p.heads // p.groups, p.routes * p.groups * chunks
+    shared = plan.shared | given | {"BLOCKS": plan.shared["blocks"], "num_stages": plan.stages}
+    groups = {
+        "parts": parts, "heads_each": triton.cdiv(heads, parts), "part_size": given["dB"][0].numel(), "num_warps": 8,
+    }  # fmt: skip
+    groups_kernel[(each * parts,)](**plan.filled(_without(shared | groups, "D", "dx", "dz", "dD")))
+    parts = min(heads, 4 * parts)  # nothing is summed over heads here
+    own = {
+        "D": plan.D, "d_h": plan.d_strides[0], "d_p": plan.d_strides[1], "HAS_D": p.D is not None,
+        "WIDE_D": p.D is not None and p.D.ndim == 3, "parts": parts, "heads_each": triton.cdiv(heads, parts),
+        "num_warps": plan.warps,
+    }  # fmt: skip
+    heads_kernel[(each * parts,)](**plan.filled(_without(shared | own, "dB", "dC", "h_to_g")))
+
+
+def _without(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The arguments without those that a kernel doesn't take."""
+    return {n: t for n, t in arguments.items() if n not in ("blocks", *names)}
+
+
+def _turns(plan: Plan, segments: Segments) -> list[tuple[int, int, int, int]]:
+    """First segment, number of segments, first chunk, number of chunks of each turn; chunks count over all rows."""
+    p = plan.p
+    each = 2 * segments.length * p.routes * p.heads * p.head_dim * p.state * plan.product_dtype.itemsize
+    most = max(1, triton_plan.WORKSPACE // max(1, each))
+    total, turns = plan.rows * segments.count, []
+
+    def chunk(segment: int) -> int:
+        row, s = divmod(segment, segments.count)
+        return row * plan.per_row + min(s * segments.length, plan.per_row)
+
+    count = triton.cdiv(total, triton.cdiv(total, most))
+    for first in range(0, total, count):
+        last = min(first + count, total)
+        turns.append((first, last - first, chunk(first), chunk(last) - chunk(first)))
+    return turns

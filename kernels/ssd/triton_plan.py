@@ -1,0 +1,313 @@
+"""An ``ssd`` problem laid out for its Triton kernels: tokens in scan order, segments of rows, sizes by rule.
+
+B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk, S
+sequences.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.selective_scan.problem import CHUNK as SLOT
+from kernels.selective_scan.triton_steps import tokens_kernel
+from kernels.ssd.problem import Problem
+from kernels.ssd.triton_states import carry_kernel, states_kernel
+from kernels.ssd.triton_steps import steps_kernel
+
+CHUNK = {torch.bfloat16: 64, torch.float32: 32, torch.float64: 16}  # Q by the dtype of products; all divide SLOT
+SHORTEST = 8  # chunks of a segment in the forward, at least
+SHORT = 32  # and in the backward, at most
+STATES = 64  # rows of the state that a program of ``states_kernel`` holds
+WORKSPACE = 320 << 20  # bytes for the states between chunks in the backward; more take turns
+
+
+class Segments(NamedTuple):
+    """How each row is cut: ``count`` segments of ``length`` chunks, the last one maybe shorter."""
+
+    count: int
+    length: int
+
+
+def cores(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
+
+
+def power(n: int) -> int:
+    """The smallest tile side that holds n: a power of two, at least 16 as matrix products want it."""
+    return max(16, triton.next_power_of_2(n))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A problem and the arguments that its kernels share.
+
+    Attributes:
+        p: The problem.
+    """
+
+    p: Problem
+
+    @cached_property
+    def product_dtype(self) -> torch.dtype:
+        """What the tensor cores multiply: bfloat16 if all rows are, else the dtype of the scan.
+
+        float16 would overflow in the products of gradients; Triton's interpreter has no bfloat16 products.
+        """
+        p = self.p
+        low = all(t.dtype == torch.bfloat16 for t in (p.x, p.B, p.C)) and p.x.device.type != "cpu"
+        return torch.bfloat16 if low else p.dtype
+
+    @property
+    def chunk(self) -> int:
+        """Q: half as long for large states, whose tiles would not fit into shared memory."""
+        return CHUNK[self.product_dtype] // (2 if power(self.p.state) > 128 and self.product_dtype.itemsize < 8 else 1)
+
+    @property
+    def table(self) -> bool:
+        """Whether the kernels read tokens from a table."""
+        return any(t is not None for t in (self.p.route, self.p.code, self.p.cu_seqlens))
+
+    @property
+    def rows(self) -> int:
+        """Rows of tokens: one if sequences are packed."""
+        return self.p.batch
+
+    @cached_property
+    def slots(self) -> int:
+        """Stretches of SLOT positions in a row; a packed sequence starts a new one."""
+        whole = triton.cdiv(self.p.positions, SLOT)
+        return whole + self.p.sequences if self.p.cu_seqlens is not None else whole
+
+    @property
+    def per_row(self) -> int:
+        """Chunks of a row."""
+        return self.slots * (SLOT // self.chunk) if self.table else triton.cdiv(self.p.positions, self.chunk)
+
+    @cached_property
+    def tokens(self) -> Tensor | None:
+        """The entry of each position, ``(B or 1, K or 1, slots * SLOT)`` int32; see ``triton_steps``."""
+        p = self.p
+        if not self.table:
+            return None
+        rows, routes = 1 if p.code is None else p.batch, 1 if p.route is None else p.routes
+        tokens = torch.empty((rows, routes, self.slots * SLOT), dtype=torch.int32, device=p.x.device)
+        if tokens.numel():
+            route, code = (t if t is None else t.contiguous() for t in (p.route, p.code))
+            tokens_kernel[(rows * routes * self.slots,)](
+                route, code, p.cu_seqlens, tokens, p.positions, routes, self.slots, p.sequences,
+                p.sequences.bit_length() + 1, ROUTE=route is not None, CODE=code is not None,
+                PACKED=p.cu_seqlens is not None, REVERSE=p.reverse,
+            )  # fmt: skip
+        return tokens
+
+    @cached_property
+    def owner(self) -> Tensor | None:
+        """The packed sequence of each chunk, -1 for none, with one more at both ends: ``(chunks + 2,)`` int32."""
+        p = self.p
+        if p.cu_seqlens is None:
+            return None
+        bounds = p.cu_seqlens.long()
+        first = bounds[:-1] // SLOT + torch.arange(p.sequences, device=bounds.device)
+        slot = torch.arange(self.slots, device=bounds.device)
+        s = (torch.searchsorted(first, slot, right=True) - 1).clamp(min=0)
+        end = first + (bounds.diff() + SLOT - 1) // SLOT
+        owner = torch.where((slot >= first[s]) & (slot < end[s]), s, -1).repeat_interleave(SLOT // self.chunk)
+        return torch.nn.functional.pad(owner, (1, 1), value=-1).int()
+
+    @property
+    def width(self) -> int:
+        """BP, columns of x that a program of the forward or backward holds."""
+        return min(power(self.p.head_dim), 64 if self.product_dtype.itemsize <= 4 else 32)
+
+    @property
+    def programs(self) -> int:
+        """Programs of one segment in the forward."""
+        return self.p.routes * self.p.heads * triton.cdiv(self.p.head_dim, self.width) if self.p.groups else 0
+
+    @property
+    def warps(self) -> int:
+        return 4 if power(self.p.state) <= 128 and self.product_dtype == torch.bfloat16 else 8
+
+    @property
+    def stages(self) -> int:
+        return 2 if power(self.p.state) <= 128 and self.product_dtype == torch.bfloat16 else 1
+
+    @property
+    def segments(self) -> Segments:
+        """How the forward cuts the rows: where there are fewer programs than multiprocessors, into two rounds."""
+        programs, many = max(1, self.rows * self.programs), cores(self.p.x.device)
+        return self.cut(max(SHORTEST, self.per_row * programs // (4 * many)))
+
+    @property
+    def short_segments(self) -> Segments:
+        """How the backward does, which keeps the states of a few segments at a time: then more, shorter ones."""
+        return self.cut(SHORT)
+
+    def cut(self, length: int) -> Segments:
+        """Segments of this length where the rows alone would not fill the GPU; else every row is one."""
+        if not self.per_row or self.rows * self.programs >= cores(self.p.x.device):
+            return Segments(1, self.per_row)
+        even = -(-self.per_row // -(-self.per_row // length))
+        return Segments(-(-self.per_row // even), even)
+
+    @cached_property
+    def initial(self) -> Tensor | None:
+        """The initial states ``(S, K, H, P, N)`` in the dtype of the scan."""
+        return None if self.p.initial_state is None else self.p.initial_state.to(self.p.dtype).contiguous()
+
+    @cached_property
+    def A(self) -> Tensor:
+        """``(K, H)`` in the dtype of the scan."""
+        return self.p.A.to(self.p.dtype).contiguous()
+
+    @cached_property
+    def D(self) -> Tensor | None:
+        return None if self.p.D is None else self.p.D.to(self.p.dtype).contiguous()
+
+    @property
+    def d_strides(self) -> tuple[int, int]:
+        """Elements between the D of two heads and of two columns."""
+        return (self.p.head_dim, 1) if self.p.D is not None and self.p.D.ndim == 3 else (1, 0)
+
+    def states(self, count: int) -> Tensor:
+        """Memory for so many states of all heads, ``(count, K, H, P, N)``."""
+        p = self.p
+        return torch.empty((count, p.routes, p.heads, p.head_dim, p.state), dtype=p.dtype, device=p.x.device)
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """How positions, tokens and chunks belong together."""
+        p = self.p
+        rows, routes, size = (1, 1, 0) if self.tokens is None else self.tokens.shape
+        return {
+            "t_b": routes * size if rows > 1 else 0, "t_k": size if routes > 1 else 0, "per_row": self.per_row,
+            "K": p.routes, "H": p.heads, "T": p.positions, "first": p.positions - 1 if p.reverse else 0,
+            "sign": -1 if p.reverse else 1, "TABLE": self.table, "Q": self.chunk,
+            "EXACT": self.product_dtype != torch.bfloat16,
+        }  # fmt: skip
+
+    @cached_property
+    def dt(self) -> dict[str, Any]:
+        """Arguments of the two kernels that know dt: before all others, and after them in the backward."""
+        p = self.p
+        bias = self.present(None if p.dt_bias is None else p.dt_bias.to(p.dtype).contiguous())
+        block = min(16, triton.next_power_of_2(p.heads))
+        return {
+            "dt": p.dt, "ts": p.dt.stride(), "A": self.A, "dt_bias": bias, "tokens": self.present(self.tokens),
+            "SOFTPLUS": p.dt_softplus, "CLAMP": p.clamped, "LOW": p.dt_limit[0], "HIGH": p.dt_limit[1],
+            "HAS_BIAS": p.dt_bias is not None, "BH": block, "blocks": triton.cdiv(p.heads, block), **self.order,
+        }  # fmt: skip
+
+    def vectors(self, count: int) -> Tensor:
+        """Memory for so many numbers a position and head, ``(count, B, K, H, chunks, Q)``."""
+        p = self.p
+        size = (count, self.rows, p.routes, p.heads, self.per_row, self.chunk)
+        return torch.empty(size, dtype=p.dtype, device=p.x.device)
+
+    @property
+    def tiles(self) -> tuple[int]:
+        """The grid of the kernels that know dt."""
+        return (self.rows * self.p.routes * self.per_row * self.dt["blocks"],)
+
+    @cached_property
+    def steps(self) -> Tensor:
+        """dt and the exponents' running sums, see ``steps_kernel``."""
+        steps = self.vectors(2 + self.order["EXACT"])
+        steps_kernel[self.tiles](steps=steps, plane=steps[0].numel(), **self.dt)
+        return steps
+
+    @property
+    def near(self) -> bool:
+        """Whether the offsets in a chunk, which are one behind the other then, fit in 32 bits."""
+        p = self.p
+        wide = p.routes * p.heads * max(p.head_dim, 1)
+        strides = [abs(s) for t in (p.x, p.z, p.B, p.C) if t is not None for s in t.stride()]
+        return not self.table and SLOT * max(wide, *strides) < 2**30
+
+    def by_chunk(self, t: Tensor) -> Tensor:
+        """Memory for one tensor like t a chunk."""
+        return torch.empty((self.rows * self.per_row, *t.shape), dtype=self.p.dtype, device=t.device)
+
+    @cached_property
+    def shared(self) -> dict[str, Any]:
+        """Arguments of every kernel that walks chunks: rows, their strides, sizes, flags."""
+        p, tokens = self.p, self.tokens
+        x_k = p.x.stride(2) if p.x.shape[2] > 1 else 0
+        nvidia = p.x.is_cuda and torch.version.hip is None
+        precision = "tf32x3" if nvidia and self.product_dtype == torch.float32 else "ieee"
+        return {
+            "x": p.x, "z": p.z, "B": p.B, "C": p.C, "steps": self.steps, "plane": self.steps[0].numel(),
+            "tokens": tokens, "owner": self.owner,
+            "xs": (*p.x.stride()[:2], x_k, *p.x.stride()[3:]),
+            "zs": (0, 0, 0, 0) if p.z is None else p.z.stride(), "Bs": p.B.stride(), "Cs": p.C.stride(), "G": p.groups,
+            "P": p.head_dim, "N": p.state, "blocks": triton.cdiv(p.head_dim, self.width), "RESTART": p.code is not None,
+            "PACKED": p.cu_seqlens is not None, "HAS_Z": p.z is not None,
+            "DOT": getattr(tl, str(self.product_dtype).removeprefix("torch.")),
+            "NEAR": self.near, "PRECISION": precision, "BP": self.width, "BN": power(p.state), **self.order,
+        }  # fmt: skip
+
+    def walk(self, grid: tuple[int, ...], segments: Segments, **arguments: Any) -> None:
+        """Launches ``states_kernel``."""
+        p = self.p
+        width = min(STATES, self.width)
+        pointers = ("dy", "dfinal", "dinitial", "h_enter", "g_enter", "h_out", "g_out", "h_total", "g_total", "h_decay",
+                    "g_decay")  # fmt: skip
+        blank = dict.fromkeys(pointers) | {"ys": (0, 0, 0, 0, 0), "first_segment": 0, "first_chunk": 0}
+        own = {
+            "initial": self.initial, "HAS_INITIAL": self.initial is not None, "segments": segments.count,
+            "length": segments.length, "BP": width, "blocks": triton.cdiv(p.head_dim, width), "num_warps": 4,
+            "num_stages": 3 if self.product_dtype == torch.bfloat16 else 1,
+            "HAS_DFINAL": arguments.get("dfinal") is not None, "FROM_H": arguments.get("h_enter") is not None,
+            "FROM_G": arguments.get("g_enter") is not None,
+        }  # fmt: skip
+        programs = p.routes * p.heads * triton.cdiv(p.head_dim, width)
+        states_kernel[(grid[0] * programs, *grid[1:])](**self.filled(self.shared | blank | own | arguments))
+
+    def filled(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with ``present`` ones in place of absent tensors."""
+        return {n: self.present(t) for n, t in arguments.items()}
+
+    def present(self, argument: Any) -> Any:
+        """Some memory in place of an absent tensor: kernels add offsets before they look."""
+        return self.A if argument is None else argument
+
+    def entering(
+        self, segments: Segments, dy: dict[str, Any] | None = None, dfinal: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What enters each segment, ``(rows * segments, K, H, P, N)``; with dy also what its end gets back.
+
+        Args:
+            segments: How the rows are cut.
+            dy: The arguments ``dy`` and ``ys`` of ``states_kernel``.
+            dfinal: Gradient of the final states ``(S, K, H, P, N)``.
+        """
+        p, packed = self.p, self.p.cu_seqlens is not None
+        if segments.count == 1 and not packed:
+            return self.initial, dfinal
+        both, count = dy is not None, self.rows * segments.count
+        totals = [self.states(count) for _ in range(1 + both)]
+        logs = [torch.empty((count, p.routes, p.heads), dtype=p.dtype, device=p.x.device) for _ in range(1 + both)]
+        decays = dict(zip(("h_decay", "g_decay"), logs, strict=False))
+        self.walk(
+            (count, 1 + both), segments, h_total=totals[0], g_total=totals[-1], dfinal=dfinal,
+            STORE=False, BOTH=both, **decays, **dy or {},
+        )  # fmt: skip
+        size = p.routes * p.heads * p.head_dim * p.state
+        initial = None if packed else self.initial  # packed sequences fetch theirs on the way
+        dfinal = None if packed else dfinal
+        carry_kernel[(self.rows, triton.cdiv(size, 256), 1 + both)](
+            totals[0], totals[-1], logs[0], logs[-1], initial, dfinal, segments.count, size, p.head_dim * p.state,
+            p.routes * p.heads, HAS_INITIAL=initial is not None, HAS_DFINAL=dfinal is not None, BOTH=both, UNROLL=8,
+            BE=256, num_warps=2,
+        )  # fmt: skip
+        return totals[0], totals[-1]
