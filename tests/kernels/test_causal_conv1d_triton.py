@@ -45,6 +45,7 @@ def test_float64(name: str) -> None:
     assert_equals_reference(run, CASES[name], "triton", DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ROUNDED)
 def test_low_precision(name: str, dtype: torch.dtype) -> None:
@@ -57,6 +58,7 @@ def test_tokens_in_order(name: str) -> None:
     assert_equals_reference(run, IN_ORDER[name], "triton", DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["runs_reverse", "channels", "wide"])
 def test_tokens_in_order_in_low_precision(name: str) -> None:
     compare(IN_ORDER[name], torch.bfloat16, "triton", DEVICE)

@@ -39,12 +39,14 @@ def test_float64(name: str) -> None:
     assert_equals_reference(run, CASES[name], "triton", DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ROUNDED)
 def test_low_precision(name: str, dtype: torch.dtype) -> None:
     compare(CASES[name], dtype, "triton", DEVICE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("name", LOOPED)
 def test_programs_take_many_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
