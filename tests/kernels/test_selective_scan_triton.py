@@ -96,6 +96,7 @@ PRECISIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", PRECISIONS)
 def test_low_precision_is_as_accurate_as_the_reference(dtype: torch.dtype, case: str) -> None:
