@@ -187,7 +187,7 @@ class Launch:
             rows, routes, size = table.shape
             fields |= {"t_b": routes * size if rows > 1 else 0, "t_k": size if routes > 1 else 0}
         return fields | {
-            "per_row": p.slots if p.cu_seqlens is not None else -(-p.positions // CHUNK),
+            "per_row": p.per_row,
             "first": p.positions - 1 if p.reverse else 0, "sign": -1 if p.reverse else 1, "batch": p.batch,
             "L": p.length, "K": p.routes, "G": p.groups, "channels": p.channels,
             "blocks": self.blocks, "slots": p.slots,

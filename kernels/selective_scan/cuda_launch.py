@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels import nvrtc
 from kernels.selective_scan.cuda_shape import Shape, shape_of
-from kernels.selective_scan.problem import CHUNK, Problem
+from kernels.selective_scan.problem import Problem
 from kernels.selective_scan.triton_plan import Plan
 
 TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -128,11 +128,10 @@ def integers_of(p: Problem, shape: Shape) -> dict[str, int]:
     fields["x_k"] = p.x.stride(2) if p.x.shape[2] > 1 else 0
     if p.z is not None:
         fields |= {f"z_{n}": s for n, s in zip("bl", p.z.stride(), strict=False)}
-    per_row = p.slots if p.cu_seqlens is not None else -(-p.positions // CHUNK)
     return fields | {
-        "per_row": per_row, "first": p.positions - 1 if p.reverse else 0, "sign": -1 if p.reverse else 1,
+        "per_row": p.per_row, "first": p.positions - 1 if p.reverse else 0, "sign": -1 if p.reverse else 1,
         "K": p.routes, "G": p.groups, "N": p.state, "L": p.length, "P": p.positions, "channels": p.channels,
-        "blocks": shape.blocks, "segments": shape.segments, "slots": p.slots, "lo": 0, "hi": per_row,
+        "blocks": shape.blocks, "segments": shape.segments, "slots": p.slots, "lo": 0, "hi": p.per_row,
     }  # fmt: skip
 
 

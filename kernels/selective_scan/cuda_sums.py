@@ -29,7 +29,7 @@ def slices_of(p: Problem, shape: Shape) -> int:
     if p.cu_seqlens is not None or shape.segments > 1 or p.B.ndim == p.C.ndim == 3:
         return 1
     parts = -(-2 * CHUNK * shape.blocks * p.groups // p.channels)  # their bytes over those of the saved states
-    return max(1, min(parts, chunks(p) // 4))
+    return max(1, min(parts, p.chunks // 4))
 
 
 @dataclass(frozen=True)
@@ -65,25 +65,27 @@ class Sums:
         elif slices > 1:
             g[slices % 2] = 0.0
         maps = {n: fresh(p, t.shape, t.dtype) for n, t in (("dB", p.B), ("dC", p.C)) if t.ndim == 5}
-        slots = p.slots if p.cu_seqlens is not None else p.sequences * span(p, slices)
-        parts = new(p, shape.blocks, slots * entries(p)) if maps else None
+        parts = new(p, shape.blocks, entries(p, span_of(p, slices))) if maps else None
         return Sums(p, slices, each, maps, g, parts)
 
     def fields(self, i: int) -> dict[str, int | Tensor | None]:
         """Arguments for slice ``i``."""
-        p = self.p
-        lo, hi = i * span(p, self.slices), min(chunks(p), (i + 1) * span(p, self.slices))
+        lo, hi = self.bounds(i)
         return {
             **self.each, **self.maps, "partial": self.parts, "add": int(i < self.slices - 1),
             "dfinal": self.g[(i + 1) % 2], "dinitial": self.g[i % 2], "lo": lo, "hi": hi,
-            "slots": p.slots if p.cu_seqlens is not None else p.sequences * (hi - lo),
+            "slots": slots_of(self.p, hi - lo),
         }  # fmt: skip
 
     def entries(self, i: int) -> int:
         """Numbers in the parts of slice ``i``, of one block."""
-        slots = self.fields(i)["slots"]
-        assert isinstance(slots, int)
-        return slots * entries(self.p)
+        lo, hi = self.bounds(i)
+        return entries(self.p, hi - lo)
+
+    def bounds(self, i: int) -> tuple[int, int]:
+        """Chunks of a sequence where slice ``i`` begins and ends."""
+        span = span_of(self.p, self.slices)
+        return i * span, min(self.p.chunks, (i + 1) * span)
 
     def total(self, name: str) -> Tensor:
         """Over sequences and segments; the map of a dB or dC that tokens have."""
@@ -94,16 +96,16 @@ def new(p: Problem, *size: int) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device=p.x.device)
 
 
-def chunks(p: Problem) -> int:
-    """Of a sequence."""
-    return (p.positions + CHUNK - 1) // CHUNK
-
-
-def span(p: Problem, slices: int) -> int:
+def span_of(p: Problem, slices: int) -> int:
     """Chunks of a slice; the last one may have fewer."""
-    return (chunks(p) + slices - 1) // slices
+    return -(-p.chunks // slices)
 
 
-def entries(p: Problem) -> int:
-    """Numbers in the parts of dB and dC of a chunk, of one block."""
-    return p.routes * p.groups * CHUNK * 2 * p.state
+def slots_of(p: Problem, span: int) -> int:
+    """Saved states of a slice of ``span`` chunks of each sequence; all where sequences are packed."""
+    return p.slots if p.cu_seqlens is not None else p.sequences * span
+
+
+def entries(p: Problem, span: int) -> int:
+    """Numbers in one block's parts of dB and dC of a slice of ``span`` chunks."""
+    return slots_of(p, span) * p.routes * p.groups * CHUNK * 2 * p.state

@@ -103,10 +103,19 @@ class Problem:
         return torch.complex128 if self.dtype == torch.float64 else torch.complex64  # to_complex() doesn't compile
 
     @property
+    def chunks(self) -> int:
+        """Chunks of CHUNK positions that a row takes."""
+        return -(-self.positions // CHUNK)
+
+    @property
+    def per_row(self) -> int:
+        """Slots of saved states that a row has: of packed sequences, all of them."""
+        return self.chunks if self.cu_seqlens is None else self.slots
+
+    @property
     def slots(self) -> int:
         """Number of saved states: one per CHUNK positions of a sequence."""
-        chunks = -(-self.positions // CHUNK)
-        return self.batch * chunks if self.cu_seqlens is None else chunks + self.sequences
+        return self.batch * self.chunks if self.cu_seqlens is None else self.chunks + self.sequences
 
 
 def make_problem(

@@ -165,7 +165,7 @@ class Plan:
     @cached_property
     def per_row(self) -> int:
         """Chunks of one row of tokens; all of them if sequences are packed."""
-        return self.p.slots if self.p.cu_seqlens is not None else -(-self.p.positions // CHUNK)
+        return self.p.per_row
 
     @property
     def width(self) -> int:
