@@ -1,0 +1,185 @@
+"""What a decoding step of a Mamba layer is made of: projections of one token with everything around them fused.
+
+At a batch of a few rows a step reads every weight once; what it costs beside that is kernel launches. ``project`` takes
+the addition to the residual stream, the norm and the gate in front of a product, and the convolution's step behind it,
+so that a Mamba layer is three launches (project, ``scan_step``, project). For inference: no gradients, and the states
+that are passed in are updated in place.
+
+Legend: B batch, K inputs, O outputs, C convolved channels, W convolution width, E inner width, N state, R dt rank,
+P outputs of a following projection.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import choose
+from kernels.checks import check_float, check_shape
+from kernels.decode import reference
+
+__all__ = ["Conv", "conv_step", "project", "scan_step"]
+
+
+class Conv(NamedTuple):
+    """The step of a causal depthwise convolution with SiLU on some outputs of a projection."""
+
+    weight: Tensor  # (C, W)
+    bias: Tensor | None  # (C,)
+    state: Tensor  # (B, W - 1, C) the last inputs, oldest first; updated in place
+    first: int  # the first of the C outputs
+
+
+def project(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    groups: int = 1,
+    norm_before_gate: bool = False,
+    eps: float = 1e-5,
+    conv: Conv | None = None,
+    following: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``y = n(x + residual) W^T + bias``, then a convolution's step on some of y, then part of the next projection.
+
+    n is RMSNorm (Zhang & Sennrich 2019, equation 4) if ``norm_weight`` is given, of ``s silu(gate)`` if a gate is, or
+    with ``norm_before_gate`` times silu(gate). Sums are float32 (float64 for float64).
+
+    Args:
+        x: (B, K); rows may be strided.
+        weight: (O, K).
+        bias: (O,).
+        residual: (B, K) added to x.
+        gate: (B, K); rows may be strided.
+        norm_weight: (K,).
+        groups: Of channels that share the norm's statistics.
+        norm_before_gate: See above.
+        eps: Added to the mean square.
+        conv: Of outputs first to first + C, which become silu(conv).
+        following: (P, C) weight of a projection of the convolved outputs.
+        backend: ``auto``, ``triton`` or ``reference``.
+
+    Returns:
+        y (B, O) in x's dtype; x + residual in residual's dtype, or None; and parts (B, parts, P) of the following
+        projection, to be added up over the second axis (``scan_step`` does), or None.
+
+    Raises:
+        ValueError: If a shape, dtype or device does not fit.
+    """
+    batch, inputs, outputs = *x.shape, weight.shape[0]
+    check_float(x, weight=weight, bias=bias, residual=residual, gate=gate, norm_weight=norm_weight)
+    check_shape("weight", weight, (outputs, inputs), "(O, K)")
+    check_shape("bias", bias, (outputs,), "(O,)")
+    check_shape("residual", residual, (batch, inputs), "(B, K)")
+    check_shape("gate", gate, (batch, inputs), "(B, K)")
+    check_shape("norm_weight", norm_weight, (inputs,), "(K,)")
+    if groups < 1 or inputs % groups:
+        raise ValueError(f"groups: got {groups}, wanted a divisor of K = {inputs}")
+    channels = 0
+    if conv is not None:
+        channels, width = conv.weight.shape
+        check_shape("conv.bias", conv.bias, (channels,), "(C,)")
+        check_shape("conv.state", conv.state, (batch, width - 1, channels), "(B, W - 1, C)")
+        if not 0 <= conv.first <= outputs - channels:
+            raise ValueError(f"conv.first: got {conv.first}, wanted 0 to O - C = {outputs - channels}")
+    if following is not None:
+        check_shape("following", following, (following.shape[0], channels), "(P, C)")
+    if _name(backend, x) == "triton":
+        from kernels.decode import triton
+
+        return triton.project(
+            x, weight, bias, residual, gate, norm_weight, groups, norm_before_gate, eps, conv, following
+        )
+    s, total = reference.normalised(x, residual, gate, norm_weight, groups, norm_before_gate, eps)
+    y = F.linear(s, reference.wide(weight), None if bias is None else reference.wide(bias)).to(x.dtype)
+    part = None
+    if conv is not None:
+        mixed = y[:, conv.first : conv.first + channels]
+        mixed.copy_(reference.conv_step(mixed, conv.weight, conv.bias, conv.state))
+        part = None if following is None else F.linear(mixed, following).unsqueeze(1)
+    return y, None if residual is None else total.to(residual.dtype), part
+
+
+def conv_step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """One token of a causal depthwise convolution with SiLU, (B, C) -> (B, C).
+
+    Args:
+        x: (B, C); rows may be strided.
+        weight: (C, W).
+        bias: (C,) or None.
+        state: (B, W - 1, C) the last inputs, oldest first; updated in place.
+        backend: See ``project``.
+    """
+    (batch, channels), width = x.shape, weight.shape[1]
+    check_float(x, weight=weight, bias=bias, state=state)
+    check_shape("weight", weight, (channels, width), "(C, W)")
+    check_shape("bias", bias, (channels,), "(C,)")
+    check_shape("state", state, (batch, width - 1, channels), "(B, W - 1, C)")
+    if _name(backend, x) == "triton":
+        from kernels.decode import triton
+
+        return triton.conv_step(x, weight, bias, state)
+    return reference.conv_step(x, weight, bias, state).to(x.dtype)
+
+
+def scan_step(
+    low: Tensor,
+    x: Tensor,
+    z: Tensor,
+    dt_weight: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor,
+    state: Tensor,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """One token of a Mamba layer's scan (Gu & Dao 2023, algorithm 2), with its dt projection and gate.
+
+    ``dt = softplus(dt_weight low_dt + dt_bias); h = exp(-dt exp(A_log)) h + dt x B; y = (<C, h> + D x) silu(z)``.
+
+    Args:
+        low: (B, parts, R + 2 N): [dt, B, C], to be added up over the parts.
+        x: (B, E); rows may be strided.
+        z: (B, E) gate; rows may be strided.
+        dt_weight: (E, R).
+        dt_bias: (E,).
+        A_log: (E, N).
+        D: (E,).
+        state: (B, E, N), updated in place.
+        backend: See ``project``.
+
+    Returns:
+        y (B, E) in x's dtype.
+    """
+    (batch, inner), (rank, n) = x.shape, (dt_weight.shape[1], A_log.shape[1])
+    check_float(x, low=low, z=z, dt_weight=dt_weight, dt_bias=dt_bias, A_log=A_log, D=D, state=state)
+    check_shape("low", low, (batch, low.shape[1], rank + 2 * n), "(B, parts, R + 2 N)")
+    check_shape("z", z, (batch, inner), "(B, E)")
+    check_shape("dt_weight", dt_weight, (inner, rank), "(E, R)")
+    check_shape("dt_bias", dt_bias, (inner,), "(E,)")
+    check_shape("A_log", A_log, (inner, n), "(E, N)")
+    check_shape("D", D, (inner,), "(E,)")
+    check_shape("state", state, (batch, inner, n), "(B, E, N)")
+    if _name(backend, x) == "triton":
+        from kernels.decode import triton
+
+        return triton.scan_step(low, x, z, dt_weight, dt_bias, A_log, D, state)
+    return reference.scan_step(low, x, z, dt_weight, dt_bias, A_log, D, state).to(x.dtype)
+
+
+def _name(backend: str, x: Tensor) -> str:
+    """``triton`` or ``reference``: on the CPU, and wherever else there is no Triton, PyTorch's own operators do."""
+    assert not torch.is_grad_enabled() or not x.requires_grad, "decoding ops have no gradients"
+    name, _ = choose(backend, x.device)
+    return "triton" if name == "triton" else "reference"

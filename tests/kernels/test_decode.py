@@ -1,0 +1,160 @@
+"""The decoding ops: Triton (interpreted without a GPU) against the definition in float64; states in place; refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accuracy import assert_as_accurate
+from contract import triton_device
+from torch import Tensor
+
+from kernels.decode import Conv, conv_step, project, scan_step
+
+DEVICE = triton_device()
+DTYPES = [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+CASES = {  # of project
+    "plain": dict(batch=1, inputs=5, outputs=3),
+    "bias": dict(batch=2, inputs=17, outputs=9, bias=True),
+    "norm": dict(batch=1, inputs=12, outputs=20, norm=True, residual=True),
+    "wide": dict(batch=1, inputs=1100, outputs=19, norm=True),
+    "gated": dict(batch=3, inputs=12, outputs=5, norm=True, gate=True, groups=3),
+    "gate last": dict(batch=1, inputs=6, outputs=5, norm=True, gate=True, norm_before_gate=True),
+    "conv": dict(batch=2, inputs=6, outputs=300, width=4, first=0, channels=150, norm=True, following=7),
+    "conv inside": dict(batch=1, inputs=2100, outputs=23, width=3, first=5, channels=11, following=3),
+    "short conv": dict(batch=1, inputs=4, outputs=6, width=1, first=1, channels=4),
+}
+
+
+def draw(name: str, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def arguments(case: dict, dtype: torch.dtype) -> dict:
+    """What ``project`` takes; rows of x and of the gate are strided."""
+    get = {"width": 0, **case}.get
+    batch, inputs, outputs, width = case["batch"], case["inputs"], case["outputs"], get("width")
+    made = {
+        "x": draw("x", batch, inputs + 3),
+        "weight": draw("weight", outputs, inputs) / inputs**0.5,
+        "bias": draw("bias", outputs) if get("bias") else None,
+        "residual": draw("residual", batch, inputs) if get("residual") else None,
+        "gate": draw("gate", batch, inputs + 2) if get("gate") else None,
+        "norm_weight": draw("norm", inputs) if get("norm") else None,
+        "following": draw("following", case["following"], case["channels"]) if get("following") else None,
+    }
+    made = {name: None if t is None else t.to(DEVICE, dtype) for name, t in made.items()}
+    made["x"] = made["x"][:, :inputs]
+    if made["gate"] is not None:
+        made["gate"] = made["gate"][:, :inputs]
+    if width:
+        tensors = draw("cw", case["channels"], width), draw("cb", case["channels"])
+        state = draw("state", batch, width - 1, case["channels"]).to(DEVICE, dtype)
+        made["conv"] = Conv(*(t.to(DEVICE, dtype) for t in tensors), state, case["first"])
+    return made | {"groups": get("groups") or 1, "norm_before_gate": bool(get("norm_before_gate"))}
+
+
+def widened(made: dict) -> dict:
+    """The same numbers in float64, in memory of their own."""
+
+    def wide(t: object) -> object:
+        if isinstance(t, Conv):
+            return Conv(*(wide(part) for part in t))
+        return t.double() if isinstance(t, Tensor) and t.dtype != torch.float64 else _own(t)
+
+    return {name: wide(value) for name, value in made.items()}
+
+
+def _own(t: object) -> object:
+    return t.clone() if isinstance(t, Tensor) else t
+
+
+def outputs(made: dict, backend: str) -> dict[str, Tensor]:
+    y, total, part = project(**made, backend=backend)
+    found = {"y": y, "total": total, "part": None if part is None else part.sum(1)}
+    if "conv" in made:
+        found["state"] = made["conv"].state
+    return {name: t for name, t in found.items() if t is not None and t.numel()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CASES)
+def test_project(name: str, dtype: torch.dtype) -> None:
+    made = arguments(CASES[name], dtype)
+    truth, plain = outputs(widened(made), "reference"), outputs(arguments(CASES[name], dtype), "reference")
+    for key, got in outputs(made, "triton").items():
+        if key == "part":  # ours is kept in float32
+            got = got.to(plain[key].dtype)
+        compare(f"{name} {key}", got, plain[key], truth[key])
+
+
+def compare(name: str, got: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """In float64 by rounding errors, below by the definition's own error."""
+    if got.dtype == torch.float64:
+        torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-12, msg=lambda text: f"{name}: {text}")
+    else:
+        assert_as_accurate(name, got, plain, truth)
+
+
+def scan_arguments(dtype: torch.dtype, batch: int, inner: int, rank: int, n: int, parts: int) -> dict[str, Tensor]:
+    both = draw("xz", batch, 2 * inner)
+    shapes = {"dt_weight": (inner, rank), "dt_bias": (inner,), "A_log": (inner, n), "D": (inner,)}
+    made = {name: draw(name, *shape).to(dtype) for name, shape in shapes.items()}
+    made |= {"low": draw("low", batch, parts, rank + 2 * n), "state": draw("state", batch, inner, n)}
+    made = {name: t.to(DEVICE) for name, t in made.items()}
+    if dtype != torch.float64:
+        made |= {name: made[name].float() for name in ("low", "state", "A_log", "D")}
+    x, z = both.to(DEVICE, dtype).chunk(2, dim=1)
+    return made | {"x": x, "z": z}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", [(1, 5, 1, 3, 1), (2, 40, 3, 4, 37), (9, 7, 2, 16, 2)])
+def test_scan_step(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    made = scan_arguments(dtype, *sizes)
+    want = {name: _own(t.double()) for name, t in made.items()}
+    plain = {name: _own(t) for name, t in made.items()}
+    truth = scan_step(**want, backend="reference")
+    reference = scan_step(**plain, backend="reference")
+    compare("y", scan_step(**made, backend="triton"), reference, truth)
+    compare("state", made["state"], plain["state"], want["state"])
+
+
+@pytest.mark.parametrize(("batch", "channels", "width", "bias"), [(1, 5, 4, True), (3, 131, 2, False), (2, 4, 1, True)])
+def test_conv_step(batch: int, channels: int, width: int, bias: bool) -> None:
+    x = draw("x", batch, 2 * channels).to(DEVICE)[:, channels:]
+    weight, shift = draw("w", channels, width).to(DEVICE), draw("b", channels).to(DEVICE) if bias else None
+    states = [draw("s", batch, width - 1, channels).to(DEVICE) for _ in range(2)]
+    for _ in range(3):  # a state that has been through the op
+        got, want = (
+            conv_step(x, weight, shift, state, backend=name)
+            for state, name in zip(states, ("triton", "reference"), strict=True)
+        )
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*states)
+
+
+def test_conv_step_is_the_convolution() -> None:
+    from kernels import causal_conv1d
+
+    x, weight, bias = draw("x", 2, 6, 5), draw("w", 5, 4), draw("b", 5)
+    state = torch.zeros(2, 3, 5, dtype=torch.float64)
+    steps = [conv_step(x[:, t], weight, bias, state) for t in range(6)]
+    torch.testing.assert_close(torch.stack(steps, 1), causal_conv1d(x, weight, bias, activation="silu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(weight=torch.zeros(3, 4, dtype=torch.float64)), r"weight: got shape \(3, 4\), wanted \(O, K\)"),
+        (dict(groups=5), "groups: got 5, wanted a divisor of K = 6"),
+        (dict(gate=torch.zeros(2, 5, dtype=torch.float64)), r"gate: got shape \(2, 5\)"),
+    ],
+)
+def test_refusals(change: dict, message: str) -> None:
+    made = arguments(CASES["conv"], torch.float64) | change
+    with pytest.raises(ValueError, match=message):
+        project(**made, backend="reference")
+    made = arguments(CASES["conv"], torch.float64)
+    with pytest.raises(ValueError, match="conv.first: got 151"):
+        project(**{**made, "conv": made["conv"]._replace(first=151)}, backend="reference")
