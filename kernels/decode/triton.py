@@ -59,15 +59,26 @@ def _input(
 
 
 @triton.jit
-def _conv(value, weight, bias, state_ptr, c, m_c, C, W: tl.constexpr, BLOCK_W: tl.constexpr, ACC: tl.constexpr):
-    """silu(conv) of new inputs (BLOCK_O,); the state's slots (W - 1, C) move by one."""
-    j = tl.arange(0, BLOCK_W)[None, :]
-    at = state_ptr + j * C + c[:, None]
-    window = tl.load(at, mask=m_c[:, None] & (j < W - 1), other=0.0)
-    window = tl.where(j == W - 1, value[:, None].to(window.dtype), window)
-    tl.debug_barrier()  # a tile smaller than the program is loaded by several threads, and stored by one
-    tl.store(at - C, window, mask=m_c[:, None] & (j > 0) & (j < W))
-    return _silu(tl.sum(window.to(ACC) * weight, 1) + bias)
+def _slots(ptr, step, c, m_c, NUMBER: tl.constexpr):
+    """``NUMBER`` rows of channels c, ``step`` apart, as a tuple."""
+    rows = ()
+    for j in tl.static_range(NUMBER):
+        rows = rows + (tl.load(ptr + j * step + c, mask=m_c, other=0.0),)  # noqa: RUF005  Triton has no unpacking
+    return rows
+
+
+@triton.jit
+def _conv(value, bias, taps, past, state_ptr, c, m_c, C, W: tl.constexpr, ACC: tl.constexpr):
+    """silu of the convolution's output (BLOCK,) for the new input ``value``; the state's slots move by one."""
+    y = bias + value * taps[W - 1].to(ACC)
+    for j in tl.static_range(W - 1):
+        y += past[j].to(ACC) * taps[j].to(ACC)
+    tl.debug_barrier()  # where channels are fewer than threads, several have loaded a slot and one stores it
+    for j in tl.static_range(1, W - 1):
+        tl.store(state_ptr + (j - 1) * C + c, past[j], mask=m_c)
+    if W > 1:
+        tl.store(state_ptr + (W - 2) * C + c, value, mask=m_c)
+    return _silu(y)
 
 
 @triton.jit
@@ -76,7 +87,7 @@ def _project_kernel(
     conv_weight_ptr, conv_bias_ptr, conv_state_ptr, next_ptr, part_ptr,
     B, O, K, sx, sgate, first, C, P, parts,
     eps: tl.constexpr, GROUPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_NORM: tl.constexpr, GATE_LAST: tl.constexpr, HAS_BIAS: tl.constexpr, W: tl.constexpr, BLOCK_W: tl.constexpr,
+    HAS_NORM: tl.constexpr, GATE_LAST: tl.constexpr, HAS_BIAS: tl.constexpr, W: tl.constexpr,
     HAS_CONV_BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
     ACC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -97,12 +108,10 @@ def _project_kernel(
         bias = tl.load(bias_ptr + o, mask=m_o, other=0.0).to(ACC)
     c = o - first
     m_c = (c >= 0) & (c < C) & m_o
-    if W > 0:
-        j = tl.arange(0, BLOCK_W)[None, :]
-        conv_weight = tl.load(conv_weight_ptr + c[:, None] * W + j, mask=m_c[:, None] & (j < W), other=0.0).to(ACC)
-        conv_bias = tl.zeros((BLOCK_O,), ACC)
-        if HAS_CONV_BIAS:
-            conv_bias = tl.load(conv_bias_ptr + c, mask=m_c, other=0.0).to(ACC)
+    conv_bias = tl.zeros((BLOCK_O,), ACC)
+    if HAS_CONV_BIAS:
+        conv_bias = tl.load(conv_bias_ptr + c, mask=m_c, other=0.0).to(ACC)
+    taps = _slots(conv_weight_ptr, 1, c * W, m_c, W)
     if BLOCK_P > 0:
         p = tl.arange(0, BLOCK_P)
         after = tl.load(next_ptr + p[:, None] * C + c[None, :], mask=(p < P)[:, None] & m_c[None, :], other=0.0)
@@ -110,6 +119,8 @@ def _project_kernel(
         gdc_wait()
     for b in range(B):
         row = tl.cast(b, tl.int64)
+        state_at = conv_state_ptr + row * (W - 1) * C
+        past = _slots(state_at, C, c, m_c, W - 1)
         s = _input(
             x_ptr + row * sx, residual_ptr + row * K, gate_ptr + row * sgate, norm, total_ptr + row * K, pid == 0,
             k, m_k, K, eps, GROUPS, HAS_RESIDUAL, HAS_GATE, HAS_NORM, GATE_LAST, ACC,
@@ -117,10 +128,7 @@ def _project_kernel(
         y = tl.sum(weight.to(ACC) * s[None, :], 1) + bias
         if W > 0:
             y = y.to(y_ptr.dtype.element_ty).to(ACC)  # the convolution reads what a prompt's would
-            mixed = _conv(
-                y, conv_weight, conv_bias, conv_state_ptr + row * (W - 1) * C, c, m_c, C, W, BLOCK_W, ACC
-            )  # fmt: skip
-            y = tl.where(m_c, mixed, y)
+            y = tl.where(m_c, _conv(y, conv_bias, taps, past, state_at, c, m_c, C, W, ACC), y)
         tl.store(y_ptr + row * O + o, y, mask=m_o)
         if BLOCK_P > 0:
             y = tl.where(m_c, y.to(y_ptr.dtype.element_ty).to(ACC), 0.0)
@@ -132,23 +140,23 @@ def _project_kernel(
 
 @triton.jit
 def _conv_kernel(
-    x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr, C, sx, W: tl.constexpr, BLOCK_W: tl.constexpr,
-    HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr, C, sx, W: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_c = c < C
-    j = tl.arange(0, BLOCK_W)[None, :]
     if PDL:
         gdc_launch_dependents()
-    weight = tl.load(weight_ptr + c[:, None] * W + j, mask=m_c[:, None] & (j < W), other=0.0).to(ACC)
+    taps = _slots(weight_ptr, 1, c * W, m_c, W)
     bias = tl.zeros((BLOCK,), ACC)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + c, mask=m_c, other=0.0).to(ACC)
     if PDL:
         gdc_wait()
     b = tl.program_id(1).to(tl.int64)
+    state_at = state_ptr + b * (W - 1) * C
     x = tl.load(x_ptr + b * sx + c, mask=m_c, other=0.0).to(ACC)
-    y = _conv(x, weight, bias, state_ptr + b * (W - 1) * C, c, m_c, C, W, BLOCK_W, ACC)
+    y = _conv(x, bias, taps, _slots(state_at, C, c, m_c, W - 1), state_at, c, m_c, C, W, ACC)
     tl.store(y_ptr + b * C + c, y, mask=m_c)
 
 
@@ -247,7 +255,7 @@ def project(
         batch, outputs, inputs, x.stride(0), 0 if gate is None else gate.stride(0), first, channels, P, parts,
         eps=eps, GROUPS=groups, HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None,
         HAS_NORM=norm_weight is not None, GATE_LAST=norm_before_gate, HAS_BIAS=bias is not None,
-        W=width, BLOCK_W=triton.next_power_of_2(max(width, 1)), HAS_CONV_BIAS=conv_bias is not None,
+        W=width, HAS_CONV_BIAS=conv_bias is not None,
         BLOCK_P=triton.next_power_of_2(P) if P else 0, BLOCK_O=rows, BLOCK_K=triton.next_power_of_2(inputs),
         ACC=_accumulator(x), num_warps=warps, **_launch(x),
     )  # fmt: skip
@@ -260,8 +268,7 @@ def conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> 
     y = torch.empty(batch, channels, dtype=x.dtype, device=x.device)
     _conv_kernel[(-(-channels // 128), batch)](
         x, weight, x if bias is None else bias, state, y, channels, x.stride(0), W=width,
-        BLOCK_W=triton.next_power_of_2(width), HAS_BIAS=bias is not None, BLOCK=128, ACC=_accumulator(x),
-        num_warps=4, **_launch(x),
+        HAS_BIAS=bias is not None, BLOCK=128, ACC=_accumulator(x), num_warps=4, **_launch(x),
     )  # fmt: skip
     return y
 
