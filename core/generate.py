@@ -1,53 +1,39 @@
-"""Generation from a language model: one parallel pass over the prompts, then one step a token over the state.
+"""Generation from a language model: the prompts in parallel chunks, then one step a token over the state.
+
+Also a command: ``python -m core.generate --checkpoint DIR --prompt TEXT``.
 
 Legend: B batch, L prompt length, T generated length, V vocabulary, D model width.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from core.decode import decoder_for, fixed_size
 from core.lm import MambaLM
+from core.sampling import Sampling, filter_logits, penalize_repetition, sample
 
+__all__ = [
+    "Generation",
+    "Sampling",
+    "Scores",
+    "Step",
+    "filter_logits",
+    "generate",
+    "log_likelihood",
+    "pad_prompts",
+    "penalize_repetition",
+    "prefill",
+    "sample",
+    "stream",
+]
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; the filters apply in the order given here.
-
-    Args:
-        temperature: Divides the logits; 0 takes the most likely token.
-        top_k: Keep exactly this many tokens, of equal ones those with the smaller id; 0 keeps all.
-        top_p: Keep the smallest set of tokens whose probability reaches it (Holtzman et al. 2020); 1 keeps all.
-        min_p: Keep tokens at least this likely relative to the most likely one (Nguyen et al. 2024); 0 keeps all.
-        repetition_penalty: Divides positive and multiplies negative logits of tokens of the prompt and of the text so
-            far (Keskar et al. 2019, CTRL, section 4.1), before everything else; 1 changes nothing.
-
-    Raises:
-        ValueError: For a value out of range.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, fits, wanted in (
-            ("temperature", 0 <= self.temperature < math.inf, "at least 0 (0 is greedy)"),
-            ("top_k", self.top_k >= 0 and self.top_k == int(self.top_k), "a whole number, at least 0 (0 keeps all)"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1] (1 keeps all)"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 keeps all)"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0 (1 changes nothing)"),
-        ):
-            if not fits:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted {wanted}")
+PREFILL_TOKENS = 2**17  # of all rows together, that go through the model at once
+SCORED_LOGITS = 2**27  # values of the logits that ``log_likelihood`` holds at once
 
 
 class Step(NamedTuple):
@@ -65,53 +51,11 @@ class Generation(NamedTuple):
     lengths: Tensor  # (B,) int64 number of tokens of each row, its end token included
 
 
-def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Applies temperature, top-k, top-p and min-p.
+class Scores(NamedTuple):
+    """How likely a model finds each token of a text, given those before it."""
 
-    Args:
-        logits: (B, V).
-        sampling: What to apply; its temperature must not be 0.
-
-    Returns:
-        (B, V) float32 (float64 for float64 logits): logits of the distribution to draw from, -inf where excluded.
-    """
-    logits = (logits if logits.dtype == torch.float64 else logits.float()) / sampling.temperature
-    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
-        return logits
-    ordered, index = logits.sort(dim=-1, descending=True, stable=True)  # stable: equal tokens by id
-    keep = torch.ones_like(ordered, dtype=torch.bool)
-    if sampling.top_k:
-        keep[:, sampling.top_k :] = False
-    if sampling.top_p < 1:
-        probability = ordered.masked_fill(~keep, -math.inf).double().softmax(dim=-1)
-        # A token is needed while those before it fall short of top_p, by more than float32 logits can resolve.
-        keep &= probability.cumsum(dim=-1) - probability < sampling.top_p - 1e-7
-        keep[:, 0] = True
-    if sampling.min_p:
-        keep &= ordered >= ordered[:, :1] + math.log(sampling.min_p)
-    return logits.masked_fill(~torch.zeros_like(keep).scatter(1, index, keep), -math.inf)
-
-
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None = None) -> Tensor:
-    """Draws one token a row.
-
-    Args:
-        logits: (B, V).
-        sampling: How.
-        generator: Source of randomness, on the logits' device; the global one by default.
-
-    Returns:
-        (B,) int64.
-    """
-    if sampling.temperature == 0 or sampling.top_k == 1:
-        return logits.argmax(dim=-1)
-    probability = filter_logits(logits, sampling).softmax(dim=-1)
-    return torch.multinomial(probability, 1, generator=generator).squeeze(1)
-
-
-def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Makes tokens less likely (penalty > 1) where ``seen (B, V)``; returns new logits (B, V)."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    log_probs: Tensor  # (B, L - 1) float32: of tokens 1 to L - 1; 0 at padding
+    greedy: Tensor  # (B, L - 1) bool: the token is the most likely one; True at padding
 
 
 def pad_prompts(
@@ -132,6 +76,39 @@ def pad_prompts(
 
 
 @torch.no_grad()
+def prefill(
+    model: MambaLM, input_ids: Tensor, lengths: Tensor | None = None, *, chunk: int | None = None
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """Reads prompts of any length, a chunk at a time; the memory needed is that of a chunk.
+
+    Args:
+        model: The language model.
+        input_ids: (B, L) int64, padded on the right where ``lengths`` says so.
+        lengths: (B,) number of tokens of each prompt, 1 to L; all L by default.
+        chunk: Tokens of a row that go through the model at once; by default as many as 131,072 for all rows allow.
+
+    Returns:
+        The backbone's output (B, D) at each row's last token, and the state after it.
+    """
+    batch = input_ids.shape[0]
+    size = max(64, PREFILL_TOKENS // batch) if chunk is None else chunk
+    state, last = model.init_state(batch), None
+    for start in range(0, input_ids.shape[1], size):
+        ids = input_ids[:, start : start + size]
+        if lengths is None:
+            hidden, state = model.backbone.forward_state(ids, state)
+            last = hidden[:, -1]
+            continue
+        here = (lengths - start).clamp(0, ids.shape[1])
+        hidden, state = model.backbone.forward_state(ids, state, here)
+        at = (here - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[2])
+        found = hidden.gather(1, at).squeeze(1)
+        last = found if last is None else torch.where((here > 0)[:, None], found, last)
+    assert last is not None
+    return last, state
+
+
+@torch.no_grad()
 def stream(
     model: MambaLM,
     input_ids: Tensor,
@@ -139,23 +116,30 @@ def stream(
     sampling: Sampling = Sampling(),
     *,
     lengths: Tensor | None = None,
+    padding_side: Literal["right", "left"] = "right",
     eos_token_id: int | Collection[int] | None = None,
     pad_token_id: int | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
+    prefill_chunk: int | None = None,
+    graph: bool | None = None,
 ) -> Iterator[Step]:
     """Generates token by token and hands out each as soon as it is drawn.
 
     Args:
         model: The language model; its mode (train, eval) is left alone.
-        input_ids: (B, L) int64 prompts, padded on the right where ``lengths`` says so.
+        input_ids: (B, L) int64 prompts, padded where ``lengths`` says so.
         max_new_tokens: How many tokens at most.
         sampling: How tokens are drawn; plain sampling by default.
         lengths: (B,) number of tokens of each prompt, 1 to L; all L by default.
+        padding_side: On which side shorter prompts are padded.
         eos_token_id: A row is finished when it emits this token, or one of these.
         pad_token_id: What finished rows emit; the end token by default.
         seed: Makes the draws repeatable.
         generator: Instead of a seed: the source of randomness, on the model's device.
+        prefill_chunk: See ``prefill``.
+        graph: Replay each step as a CUDA graph. None: on NVIDIA GPUs, without a ``generator``, where every layer's state
+            keeps its size.
 
     Yields:
         A ``Step`` a token, until every row is finished or ``max_new_tokens`` are reached.
@@ -163,32 +147,32 @@ def stream(
     Raises:
         ValueError: For arguments out of range, at the first step.
     """
-    ends = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or ())
-    _check_request(model, input_ids, max_new_tokens, lengths, ends, pad_token_id)
-    if seed is not None:
-        if generator is not None:
-            raise ValueError("seed and generator: got both, wanted one; a generator carries its own seed")
-        generator = torch.Generator(input_ids.device).manual_seed(seed)
-    end_tokens = torch.tensor(sorted(ends), dtype=torch.int64, device=input_ids.device)
+    ends = frozenset({eos_token_id} if isinstance(eos_token_id, int) else eos_token_id or ())
+    _check_request(model, input_ids, max_new_tokens, lengths, ends, pad_token_id, padding_side)
+    if seed is not None and generator is not None:
+        raise ValueError("seed and generator: got both, wanted one; a generator carries its own seed")
+    if graph and (generator is not None or not input_ids.is_cuda):
+        raise ValueError("graph: got True, wanted a model on an NVIDIA GPU and a seed instead of a generator")
+    if lengths is not None and padding_side == "left":
+        input_ids = _to_the_left(input_ids, lengths)
     padding = pad_token_id if pad_token_id is not None else min(ends, default=0)
     seen = _seen(input_ids, lengths, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
-
-    hidden, state = model.backbone.forward_state(input_ids, model.init_state(input_ids.shape[0]), lengths)
-    rows = torch.arange(input_ids.shape[0], device=input_ids.device)
-    hidden = hidden[:, -1] if lengths is None else hidden[rows, lengths - 1]
-    finished = torch.zeros_like(rows, dtype=torch.bool)
-    for step in range(max_new_tokens):
-        logits = model.lm_head(hidden)[:, : model.config.vocab_size]  # the head's padding rows are no tokens
-        scores = logits if seen is None else penalize_repetition(logits, seen, sampling.repetition_penalty)
-        tokens = sample(scores, sampling, generator).masked_fill(finished, padding)
-        finished = finished | torch.isin(tokens, end_tokens)
-        yield Step(tokens, logits, finished)
-        if step + 1 == max_new_tokens or (ends and bool(finished.all())):
-            return
-        if seen is not None:
-            seen[rows, tokens] = True
-        hidden, state = model.backbone.forward_state(tokens[:, None], state)
-        hidden = hidden[:, -1]
+    hidden, state = prefill(model, input_ids, lengths, chunk=prefill_chunk)
+    if graph is None:
+        graph = input_ids.is_cuda and torch.version.hip is None and generator is None and fixed_size(model)
+    decoder = decoder_for(model, input_ids.shape[0], sampling, ends, padding, graph=graph)
+    if generator is None:
+        generator = decoder.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
+    decoder.busy = True
+    try:
+        drawn = decoder.begin(hidden, state, seen, generator)
+        for step in range(max_new_tokens):
+            yield Step(*(t.clone() for t in drawn))
+            if step + 1 == max_new_tokens or (ends and bool(drawn.finished.all())):
+                return
+            drawn = decoder.step()
+    finally:
+        decoder.busy = False
 
 
 def generate(
@@ -197,13 +181,18 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     *,
-    lengths: Tensor | None = None,
-    eos_token_id: int | Collection[int] | None = None,
-    pad_token_id: int | None = None,
-    seed: int | None = None,
-    generator: torch.Generator | None = None,
+    on_step: Callable[[Step], object] | None = None,
+    **options: Any,
 ) -> Generation:
-    """Generates whole continuations; the arguments are those of ``stream``.
+    """Generates whole continuations.
+
+    Args:
+        model: See ``stream``, as all that follow.
+        input_ids: (B, L) int64.
+        max_new_tokens: How many tokens at most.
+        sampling: How tokens are drawn.
+        on_step: Called with each ``Step`` as soon as it is drawn.
+        options: Further arguments of ``stream``, by name.
 
     Returns:
         The continuations, without the prompts.
@@ -211,16 +200,59 @@ def generate(
     Raises:
         ValueError: For arguments out of range.
     """
-    steps = [
-        (step.tokens, step.finished)
-        for step in stream(
-            model, input_ids, max_new_tokens, sampling,
-            lengths=lengths, eos_token_id=eos_token_id, pad_token_id=pad_token_id, seed=seed, generator=generator,
-        )
-    ]  # fmt: skip
+    steps = []
+    for step in stream(model, input_ids, max_new_tokens, sampling, **options):
+        steps.append((step.tokens, step.finished))
+        if on_step is not None:
+            on_step(step)
     tokens, finished = (torch.stack(part, dim=1) for part in zip(*steps, strict=True))
     # A row's end token is where it turns finished: that one still counts.
     return Generation(tokens, (~finished).sum(dim=1) + finished.any(dim=1))
+
+
+@torch.no_grad()
+def log_likelihood(
+    model: MambaLM, input_ids: Tensor, lengths: Tensor | None = None, *, chunk: int | None = None
+) -> Scores:
+    """Scores texts of any length, a chunk at a time.
+
+    Args:
+        model: The language model.
+        input_ids: (B, L) int64 with L >= 2, padded on the right where ``lengths`` says so.
+        lengths: (B,) number of tokens of each text, 1 to L; all L by default.
+        chunk: Tokens of a row at once; by default what keeps the logits under half a gigabyte.
+
+    Raises:
+        ValueError: For arguments out of range.
+    """
+    _check_request(model, input_ids, 1, lengths, frozenset(), None, "right")
+    (batch, length), vocabulary = input_ids.shape, model.config.vocab_size
+    size = max(1, SCORED_LOGITS // (batch * vocabulary)) if chunk is None else chunk
+    state, found, greedy = model.init_state(batch), [], []
+    for start in range(0, length - 1, size):
+        ids = input_ids[:, start : min(start + size, length - 1)]
+        wanted = input_ids[:, start + 1 : start + 1 + ids.shape[1], None]
+        here = None if lengths is None else (lengths - start).clamp(0, ids.shape[1])
+        hidden, state = model.backbone.forward_state(ids, state, here)
+        logits = model.lm_head(hidden)[:, :, :vocabulary]
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        index = wide.argmax(dim=-1, keepdim=True)
+        found.append((wide.gather(2, wanted) - wide.logsumexp(dim=-1, keepdim=True)).squeeze(2).float())
+        greedy.append((index == wanted).squeeze(2))
+    if not found:
+        return Scores(torch.zeros(batch, 0, device=input_ids.device), input_ids[:, :0].bool())
+    log_probs, matches = torch.cat(found, dim=1), torch.cat(greedy, dim=1)
+    if lengths is None:
+        return Scores(log_probs, matches)
+    padding = torch.arange(1, length, device=input_ids.device) >= lengths[:, None]
+    return Scores(log_probs.masked_fill(padding, 0), matches | padding)
+
+
+def _to_the_left(input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """Prompts that were padded on the left, padded on the right."""
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    at = positions + (input_ids.shape[1] - lengths)[:, None]
+    return input_ids.gather(1, at.clamp(max=input_ids.shape[1] - 1))
 
 
 def _seen(input_ids: Tensor, lengths: Tensor | None, vocab_size: int) -> Tensor:
@@ -237,8 +269,9 @@ def _check_request(
     input_ids: Tensor,
     max_new_tokens: int,
     lengths: Tensor | None,
-    ends: set[int],
+    ends: frozenset[int],
     pad_token_id: int | None,
+    padding_side: str,
 ) -> None:
     if input_ids.ndim != 2 or not input_ids.numel() or input_ids.is_floating_point():
         raise ValueError(
@@ -265,6 +298,15 @@ def _check_request(
             f"lengths: got {lengths.tolist()}, wanted one number from 1 to {input_ids.shape[1]} for each of the "
             f"{input_ids.shape[0]} prompts"
         )
+    if padding_side not in ("right", "left"):
+        raise ValueError(f'padding_side: got {padding_side!r}, wanted "right" or "left"')
     for name, token in (*(("eos_token_id", end) for end in ends), ("pad_token_id", pad_token_id)):
         if token is not None and not 0 <= token < vocab_size:
             raise ValueError(f"{name}: got {token}, wanted a token from 0 to {vocab_size - 1}")
+
+
+if __name__ == "__main__":
+    from core.cli import run
+    from core.generate_command import main
+
+    run(main)
