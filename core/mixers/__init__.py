@@ -2,5 +2,6 @@
 
 from core.mixers.contract import Mixer
 from core.mixers.mamba import Mamba, MambaState
+from core.mixers.mamba2 import Mamba2, Mamba2State
 
-__all__ = ["Mamba", "MambaState", "Mixer"]
+__all__ = ["Mamba", "Mamba2", "Mamba2State", "MambaState", "Mixer"]
