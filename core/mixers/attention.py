@@ -47,7 +47,7 @@ class Attention(nn.Module):
     Args:
         embed_dim: D.
         num_heads: H.
-        num_heads_kv: K, a divisor of H; each serves H / K heads (grouped-query attention, Ainslie et al. 2023). None: H.
+        num_heads_kv: K, a divisor of H; each serves H / K heads (Ainslie et al. 2023). None: H.
         head_dim: E; None: D / H.
         mlp_dim: Channels of a gated MLP beside the heads, both halves together; rounded up to a multiple of 256.
         qkv_proj_bias: Whether in_proj has a bias.
@@ -163,8 +163,8 @@ class Attention(nn.Module):
         return self._output(y, mlp), type(state)(conv.to(state.conv.dtype), keys, values, length)
 
     @torch.no_grad()
-    def step(self, x: Tensor, state: AttentionCache) -> Tensor:
-        """Decodes a few tokens and leaves the state after them in ``state``; see ``Mixer.step``.
+    def decode(self, x: Tensor, state: AttentionCache) -> Tensor:
+        """Decodes a few tokens and leaves the state after them in ``state``; see ``Mixer.decode``.
 
         Args:
             x: (B, L, D).
@@ -178,7 +178,7 @@ class Attention(nn.Module):
         """
         self._check_causal()
         if not isinstance(state, AttentionCache):
-            raise ValueError("step: got a state without fixed room, wanted one from init_state(..., max_length=M)")
+            raise ValueError("decode: got a state without fixed room, wanted one from init_state(..., max_length=M)")
         qkv, mlp = self._project(x)
         qkv, conv = self._conv(qkv, state.conv, None, None, True)
         state.conv.copy_(conv)
@@ -270,7 +270,8 @@ class Attention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, num_heads_kv={self.num_heads_kv}, "
-            f"head_dim={self.head_dim}, d_conv={self.d_conv}, rotary_emb_dim={self.rotary_emb_dim}, causal={self.causal}"
+            f"head_dim={self.head_dim}, d_conv={self.d_conv}, rotary_emb_dim={self.rotary_emb_dim}, "
+            f"causal={self.causal}"
         )
 
 

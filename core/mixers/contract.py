@@ -35,7 +35,7 @@ class Mixer(Protocol):
         """
         ...
 
-    def step(self, x: Tensor, state: Any) -> Tensor:
+    def decode(self, x: Tensor, state: Any) -> Tensor:
         """Continues from ``state`` by few tokens and leaves the state after them in the same tensors.
 
         For decoding: no gradients, no copies of the state, nothing waits for the device, so that a CUDA graph can hold
@@ -58,6 +58,6 @@ class Mixer(Protocol):
             device: Where; the parameters' device by default.
             dtype: Of what the layer keeps of its inputs; the parameters' by default.
             max_length: Tokens that the state must have room for. Only attention, whose state grows, looks at it, and
-                its ``step`` needs it.
+                its ``decode`` needs it.
         """
         ...

@@ -166,8 +166,8 @@ class Mamba(nn.Module):
         return self.out_proj(y), MambaState(conv_state.to(state.conv.dtype), ssm_state.to(state.ssm.dtype))
 
     @torch.no_grad()
-    def step(self, x: Tensor, state: MambaState) -> Tensor:
-        """Decodes a few tokens and leaves the state after them in ``state``; see ``Mixer.step``.
+    def decode(self, x: Tensor, state: MambaState) -> Tensor:
+        """Decodes a few tokens and leaves the state after them in ``state``; see ``Mixer.decode``.
 
         Args:
             x: (B, L, D).
@@ -177,7 +177,7 @@ class Mamba(nn.Module):
             (B, L, D).
         """
         if self.reverse:
-            raise ValueError("step: a reverse layer sees what follows, there is nothing to decode; use forward_state")
+            raise ValueError("decode: a reverse layer sees what follows, there is nothing to decode; use forward_state")
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x, conv_state = self._conv(x, state.conv, None, None, True)
         state.conv.copy_(conv_state)

@@ -190,8 +190,8 @@ class Mamba2(nn.Module):
         return self._output(mlp, y, z), after
 
     @torch.no_grad()
-    def step(self, x: Tensor, state: Mamba2State) -> Tensor:
-        """Decodes a few tokens and leaves the state after them in ``state``; see ``Mixer.step``.
+    def decode(self, x: Tensor, state: Mamba2State) -> Tensor:
+        """Decodes a few tokens and leaves the state after them in ``state``; see ``Mixer.decode``.
 
         Args:
             x: (B, L, D).
@@ -201,7 +201,7 @@ class Mamba2(nn.Module):
             (B, L, D).
         """
         if self.reverse:
-            raise ValueError("step: a reverse layer sees what follows, there is nothing to decode; use forward_state")
+            raise ValueError("decode: a reverse layer sees what follows, there is nothing to decode; use forward_state")
         mlp, z, xbc, dt = self._project(x)
         xbc, conv_state = self._conv(xbc, state.conv, None, None, True)
         state.conv.copy_(conv_state)

@@ -35,7 +35,7 @@ def assert_states_close(got: Any, want: Any) -> None:
 
 
 def assert_pieces_are_the_whole(mixer: Any, x: Tensor) -> None:
-    """Holds ``forward_state`` on the whole, on pieces of two sizes and on tokens to ``forward``, ``step`` too."""
+    """Holds ``forward_state`` on the whole, on pieces of two sizes and on tokens to ``forward``, ``decode`` too."""
     batch, length = x.shape[:2]
     whole, start = mixer(x), mixer.init_state(batch, max_length=length)
     kept = type(start)(*(t.clone() for t in start))
@@ -49,7 +49,7 @@ def assert_pieces_are_the_whole(mixer: Any, x: Tensor) -> None:
             y, state = mixer.forward_state(piece, state)
             outputs.append(y)
             if not reverse:
-                stepped.append(mixer.step(piece, place))
+                stepped.append(mixer.decode(piece, place))
         torch.testing.assert_close(torch.cat(outputs[::-1] if reverse else outputs, dim=1), whole)
         assert_states_close(state, end)
         if not reverse:

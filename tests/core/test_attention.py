@@ -151,7 +151,7 @@ def test_bfloat16():
     x = inputs(2, 40, 12, torch.bfloat16)
     wanted, state = truth(x.double()), low.init_state(2, max_length=40)
     assert relative_rms(low(x), wanted) < 0.02
-    stepped = torch.cat([low.step(x[:, t : t + 1], state) for t in range(40)], dim=1)
+    stepped = torch.cat([low.decode(x[:, t : t + 1], state) for t in range(40)], dim=1)
     assert relative_rms(stepped, wanted) < 0.02
     assert (stepped.dtype, state.keys.dtype) == (torch.bfloat16, torch.bfloat16)
 
@@ -160,7 +160,7 @@ def test_autocast():
     mixer, x = layer(torch.float32, **FLAGS["everything"]), inputs(2, 16, 12, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y = mixer(x)
-        stepped = mixer.step(x, mixer.init_state(2, max_length=16))
+        stepped = mixer.decode(x, mixer.init_state(2, max_length=16))
     assert relative_rms(y.float(), mixer(x)) < 0.03
     torch.testing.assert_close(stepped, y, rtol=2e-2, atol=2e-2)
 
@@ -193,5 +193,5 @@ def test_bad_calls():
     with pytest.raises(ValueError, match="causal: got False"):
         free.forward_state(x, free.init_state(2))
     causal = layer()
-    with pytest.raises(ValueError, match=r"step: got a state without fixed room.*max_length=M"):
-        causal.step(x, causal.init_state(2))
+    with pytest.raises(ValueError, match=r"decode: got a state without fixed room.*max_length=M"):
+        causal.decode(x, causal.init_state(2))

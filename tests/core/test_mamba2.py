@@ -70,7 +70,7 @@ def test_golden_steps(name: str):
     case, mixer = CASES[name], golden_layer(name)
     x = golden_inputs(case)["x"]
     state = mixer.init_state(x.shape[0])
-    y = torch.cat([mixer.step(x[:, t : t + 1], state) for t in range(x.shape[1])], dim=1)
+    y = torch.cat([mixer.decode(x[:, t : t + 1], state) for t in range(x.shape[1])], dim=1)
     check(y, case["outputs"]["y_step"])
     check(state.ssm, case["outputs"]["ssm_state"])
 
@@ -160,7 +160,7 @@ def test_bfloat16():
     assert y.dtype == torch.bfloat16
     assert relative_rms(y, truth(x.double())) < 0.02
     state = low.init_state(2)
-    stepped = torch.cat([low.step(x[:, t : t + 1], state) for t in range(64)], dim=1)
+    stepped = torch.cat([low.decode(x[:, t : t + 1], state) for t in range(64)], dim=1)
     assert relative_rms(stepped, truth(x.double())) < 0.02
     assert (state.conv.dtype, state.ssm.dtype) == (torch.bfloat16, torch.float32)
 
@@ -169,7 +169,7 @@ def test_autocast():
     mixer, x = layer(torch.float32, d_ssm=8), inputs(2, 16, 8, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y = mixer(x)
-        stepped = mixer.step(x, mixer.init_state(2))
+        stepped = mixer.decode(x, mixer.init_state(2))
     assert relative_rms(y.float(), mixer(x)) < 0.03
     torch.testing.assert_close(stepped, y, rtol=2e-2, atol=2e-2)
 
@@ -220,7 +220,7 @@ def test_bad_calls():
     reverse, learnt = layer(reverse=True), layer(learnable_init_states=True)
     with pytest.raises(ValueError, match="lengths: a reverse layer"):
         reverse.forward_state(x, reverse.init_state(2), torch.tensor([4, 2]))
-    with pytest.raises(ValueError, match="step: a reverse layer"):
-        reverse.step(x, reverse.init_state(2))
+    with pytest.raises(ValueError, match="decode: a reverse layer"):
+        reverse.decode(x, reverse.init_state(2))
     with pytest.raises(ValueError, match="seq_idx: the initial states"):
         learnt(x, seq_idx=torch.zeros(2, 4, dtype=torch.int32))
