@@ -7,5 +7,6 @@ from kernels.causal_conv1d import causal_conv1d
 from kernels.norm import norm
 from kernels.selective_scan import selective_scan
 from kernels.ssd import ssd
+from kernels.state_update import state_update
 
-__all__ = ["causal_conv1d", "norm", "selective_scan", "ssd"]
+__all__ = ["causal_conv1d", "norm", "selective_scan", "ssd", "state_update"]

@@ -1,6 +1,17 @@
 """Layers that mix a sequence, (B, L, D) -> (B, L, D), one a file; ``Mixer`` says what they have in common."""
 
+from core.mixers.attention import Attention, AttentionCache, AttentionState
 from core.mixers.contract import Mixer
 from core.mixers.mamba import Mamba, MambaState
+from core.mixers.mamba2 import Mamba2, Mamba2State
 
-__all__ = ["Mamba", "MambaState", "Mixer"]
+__all__ = [
+    "Attention",
+    "AttentionCache",
+    "AttentionState",
+    "Mamba",
+    "Mamba2",
+    "Mamba2State",
+    "MambaState",
+    "Mixer",
+]

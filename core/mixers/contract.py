@@ -29,11 +29,35 @@ class Mixer(Protocol):
         ...
 
     def forward_state(self, x: Tensor, state: Any, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
-        """Continues from ``state`` for any L; ``lengths`` (B,) counts the real tokens of right-padded rows."""
+        """Continues from ``state`` for any L; ``lengths`` (B,) counts the real tokens of right-padded rows.
+
+        The state handed in stays as it is, and everything has gradients.
+        """
+        ...
+
+    def decode(self, x: Tensor, state: Any) -> Tensor:
+        """Continues from ``state`` by few tokens and leaves the state after them in the same tensors.
+
+        For decoding: no gradients, no copies of the state, nothing waits for the device, so that a CUDA graph can hold
+        the call. The numbers are those of ``forward_state``.
+        """
         ...
 
     def init_state(
-        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        max_length: int | None = None,
     ) -> Any:
-        """The state before the first token."""
+        """The state before the first token.
+
+        Args:
+            batch_size: B.
+            device: Where; the parameters' device by default.
+            dtype: Of what the layer keeps of its inputs; the parameters' by default.
+            max_length: Tokens that the state must have room for. Only attention, whose state grows, looks at it, and
+                its ``decode`` needs it.
+        """
         ...

@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels  # noqa: F401  registers torch.ops.triscan
@@ -164,8 +165,37 @@ class Mamba(nn.Module):
             y, ssm_state = self._scan(x, z, state.ssm, None, seq_idx, True)
         return self.out_proj(y), MambaState(conv_state.to(state.conv.dtype), ssm_state.to(state.ssm.dtype))
 
+    @torch.no_grad()
+    def decode(self, x: Tensor, state: MambaState) -> Tensor:
+        """Decodes a few tokens and leaves the state after them in ``state``; see ``Mixer.decode``.
+
+        Args:
+            x: (B, L, D).
+            state: From ``init_state`` or ``forward_state``; its tensors are updated in place.
+
+        Returns:
+            (B, L, D).
+        """
+        if self.reverse:
+            raise ValueError("decode: a reverse layer sees what follows, there is nothing to decode; use forward_state")
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        x, conv_state = self._conv(x, state.conv, None, None, True)
+        state.conv.copy_(conv_state)
+        dt, B, C = torch.split(self.x_proj(x), [self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = F.linear(dt, self.dt_proj.weight)
+        y = torch.ops.triscan.state_update(
+            state.ssm, x, dt, decay_rates(self.A_log), B.unsqueeze(2), C.unsqueeze(2), self.D, z, self.dt_proj.bias,
+            None, True, 0.0, math.inf, "auto",
+        )  # fmt: skip
+        return self.out_proj(y)
+
     def init_state(
-        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        max_length: int | None = None,
     ) -> MambaState:
         """The state before the first token: zeros.
 
@@ -173,6 +203,7 @@ class Mamba(nn.Module):
             batch_size: B.
             device: Where; the parameters' device by default.
             dtype: Of the convolution's part; the parameters' by default. The scan's part is float32 (or float64).
+            max_length: Accepted; the size of the state does not depend on it.
         """
         device = self.in_proj.weight.device if device is None else device
         dtype = self.in_proj.weight.dtype if dtype is None else dtype

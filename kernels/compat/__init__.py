@@ -11,6 +11,7 @@ from kernels.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update,
 from kernels.compat.norm import layer_norm_fn, layernorm_fn, rms_norm_fn, rmsnorm_fn
 from kernels.compat.selective_scan import mamba_inner_fn, selective_scan_fn
 from kernels.compat.ssd import mamba_chunk_scan_combined
+from kernels.compat.state_update import selective_state_update
 
 __all__ = [
     "causal_conv1d_fn",
@@ -23,4 +24,5 @@ __all__ = [
     "rms_norm_fn",
     "rmsnorm_fn",
     "selective_scan_fn",
+    "selective_state_update",
 ]
