@@ -1,7 +1,7 @@
 """Decoding: one token a row and step, over a state that stays where it is, on NVIDIA GPUs as one CUDA graph.
 
-A Mamba layer's step is three kernels for a few rows and six for many, see ``kernels.decode``; other layers run their
-``forward_state``.
+The step of a Mamba or Mamba-2 layer is three kernels for a few rows and six or five for many, see ``kernels.decode``;
+other layers run their ``decode``.
 
 Legend: B batch, D model width, V vocabulary.
 """
@@ -10,104 +10,146 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core.block import Block, start_stream
 from core.lm import MambaLM
-from core.mixers import Mamba
+from core.mixers import Mamba, Mamba2
+from core.mixers.mamba import decay_rates
 from core.sampling import Sampling, penalize_repetition, sample
 from kernels.decode import Conv, conv_step, project, scan_step
+from kernels.state_update import state_update
 
 FEW_ROWS = 4  # up to here a projection with everything fused into it beats a matrix product between other kernels
 KEPT_GRAPHS = 4  # a model
 
 
-class LayerStep(Protocol):
-    """One token through a block, (B, D) branch and residual stream to (B, D) branch and residual stream."""
+class PlainStep:
+    """Any layer, through its mixer's ``decode``; the state changes in place."""
+
+    def __init__(self, layer: Block, state: Any) -> None:
+        self.layer, self.state = layer, state
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Runs the step from and to the state that this object holds."""
-        ...
+        """One token through the block: (B, D) branch and residual stream, before and after."""
+        x, stream = self.layer.norm(x.unsqueeze(1), None if residual is None else residual.unsqueeze(1))
+        x, stream = self.layer.apply_mlp(self.layer.mixer.decode(x, self.state), stream)
+        return x.squeeze(1), stream.squeeze(1)
 
-    def load(self, state: Any) -> None:
-        """Continues from another state."""
-        ...
+    def refresh(self) -> None:
+        """Works out anew what the step keeps of the parameters."""
 
 
-class PlainStep:
-    """Any layer, through its ``forward_state``.
+class FusedStep(PlainStep):
+    """A block whose projections are fused with what is around them.
 
     Args:
         layer: The block.
         state: Its mixer's state.
-        in_place: Whether what the state becomes is copied to where it was; a state that grows cannot.
+        few: Whether the rows are so few that this pays; else there are plain matrix products between the kernels.
     """
 
-    def __init__(self, layer: Block, state: Any, in_place: bool) -> None:
-        self.layer, self.state, self.in_place = layer, state, in_place
-
-    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        x, stream, after = self.layer.forward_state(x.unsqueeze(1), _unsqueezed(residual), self.state)
-        self.load(after)
-        return x.squeeze(1), stream.squeeze(1)
-
-    def load(self, state: Any) -> None:
-        if self.in_place:
-            copy_state(self.state, state)
-        else:
-            self.state = state
-
-
-class MambaStep:
-    """A Mamba block in few kernels; its state changes in place."""
-
     def __init__(self, layer: Block, state: Any, few: bool) -> None:
-        assert isinstance(layer.mixer, Mamba)
-        self.layer, self.mixer, self.state, self.few = layer, layer.mixer, state, few
+        super().__init__(layer, state)
+        self.few = few
+
+    def project_in(
+        self, x: Tensor, residual: Tensor | None, first: int, following: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """in_proj of the normalised sum with the convolution's step on its outputs from ``first`` on.
+
+        Returns:
+            The outputs, the residual stream, and parts of the projection ``following`` the convolution.
+        """
+        norm, m = self.layer.norm, self.layer.mixer
+        assert isinstance(m, Mamba | Mamba2)
+        conv = Conv(m.conv1d.weight.squeeze(1), m.conv1d.bias, self.state.conv, first)
+        if self.few:
+            both, stream, low = project(
+                x, m.in_proj.weight, m.in_proj.bias, residual=residual, norm_weight=norm.weight, eps=norm.eps,
+                conv=conv, following=following,
+            )  # fmt: skip
+            return both, start_stream(x, norm.residual_in_fp32) if stream is None else stream, low
+        x, stream = norm(x, residual)
+        both = m.in_proj(x)
+        mixed = both[:, first : first + conv.weight.shape[0]]
+        conv_step(mixed, conv.weight, conv.bias, conv.state, out=mixed)
+        return both, stream, None if following is None else F.linear(mixed, following).unsqueeze(1)
+
+
+class MambaStep(FusedStep):
+    """A Mamba block in three kernels, or six."""
 
     @staticmethod
     def supports(layer: Block) -> bool:
         """Whether this class knows the layer: a causal Mamba behind RMSNorm."""
-        return type(layer.mixer).forward_state is Mamba.forward_state and layer.norm.kind == "rms"
+        return isinstance(layer.mixer, Mamba) and not layer.mixer.reverse and layer.norm.kind == "rms"
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        m, norm = self.mixer, self.layer.norm
-        weight, bias = m.conv1d.weight.squeeze(1), m.conv1d.bias
-        if self.few:
-            conv = Conv(weight, bias, self.state.conv, 0)
-            both, stream, low = project(
-                x, m.in_proj.weight, m.in_proj.bias, residual=residual, norm_weight=norm.weight, eps=norm.eps,
-                conv=conv, following=m.x_proj.weight,
-            )  # fmt: skip
-            stream = start_stream(x, norm.residual_in_fp32) if stream is None else stream
-            u, z = both.chunk(2, dim=-1)
-        else:
-            x, stream = norm(x, residual)
-            u, z = m.in_proj(x).chunk(2, dim=-1)
-            u = conv_step(u, weight, bias, self.state.conv)
-            low = m.x_proj(u).unsqueeze(1)
+        m = self.layer.mixer
+        assert isinstance(m, Mamba)
+        both, stream, low = self.project_in(x, residual, 0, m.x_proj.weight)
         assert low is not None
+        u, z = both.chunk(2, dim=-1)
         y = scan_step(low, u, z, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, self.state.ssm)
         x = project(y, m.out_proj.weight, m.out_proj.bias)[0] if self.few else m.out_proj(y)
         return self.layer.apply_mlp(x, stream)
 
-    def load(self, state: Any) -> None:
-        copy_state(self.state, state)
+
+class Mamba2Step(FusedStep):
+    """A Mamba-2 block in three kernels, or five."""
+
+    def __init__(self, layer: Block, state: Any, few: bool) -> None:
+        super().__init__(layer, state, few)
+        assert isinstance(layer.mixer, Mamba2)
+        self.A = decay_rates(layer.mixer.A_log)
+
+    @staticmethod
+    def supports(layer: Block) -> bool:
+        """Whether this class knows the layer: a causal Mamba-2 without MLP channels, behind RMSNorm."""
+        m = layer.mixer
+        return isinstance(m, Mamba2) and not m.reverse and not m.d_mlp and layer.norm.kind == "rms"
+
+    def refresh(self) -> None:
+        """Computes the decay rates again."""
+        assert isinstance(self.layer.mixer, Mamba2)
+        self.A.copy_(decay_rates(self.layer.mixer.A_log))
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        m = self.layer.mixer
+        assert isinstance(m, Mamba2)
+        both, stream, _ = self.project_in(x, residual, m.d_ssm, None)
+        size = m.ngroups * m.d_state
+        z, u, B, C, dt = both.split([m.d_ssm, m.d_ssm, size, size, m.nheads], dim=-1)
+        heads, groups = (1, m.nheads, m.headdim), (1, m.ngroups, m.d_state)
+        D = m.D.unflatten(0, (m.nheads, m.headdim)) if m.D_has_hdim else m.D
+        y = state_update(
+            self.state.ssm, u.unflatten(1, heads), dt.unsqueeze(1), self.A, B.unflatten(1, groups),
+            C.unflatten(1, groups), D, None if m.norm else z.unflatten(1, heads), m.dt_bias,
+            dt_limit=(m.dt_min, m.dt_max),
+        ).flatten(1)  # fmt: skip
+        if m.norm is None:
+            x = project(y, m.out_proj.weight, m.out_proj.bias)[0] if self.few else m.out_proj(y)
+        elif self.few:
+            x, _, _ = project(
+                y, m.out_proj.weight, m.out_proj.bias, gate=z, norm_weight=m.norm.weight, groups=m.ngroups,
+                norm_before_gate=m.norm.norm_before_gate, eps=m.norm.eps,
+            )  # fmt: skip
+        else:
+            x = m.out_proj(m.norm(y, z))
+        return self.layer.apply_mlp(x, stream)
 
 
-def layer_step(layer: Block, state: Any, batch: int, fused: bool, in_place: bool) -> LayerStep:
+def layer_step(layer: Block, state: Any, batch: int, fused: bool) -> PlainStep:
     """The way to step a layer that fits it best."""
-    if fused and MambaStep.supports(layer):
-        return MambaStep(layer, state, batch <= FEW_ROWS)
-    return PlainStep(layer, state, in_place)
-
-
-def fixed_size(model: MambaLM) -> bool:
-    """Whether no layer's state grows with the sequence, so that a graph can hold the step."""
-    return all(isinstance(layer.mixer, Mamba) for layer in model.backbone.layers)
+    for kind in (MambaStep, Mamba2Step) if fused else ():
+        if kind.supports(layer):
+            return kind(layer, state, batch <= FEW_ROWS)
+    return PlainStep(layer, state)
 
 
 class Drawn(NamedTuple):
@@ -127,10 +169,12 @@ class Decoder:
         sampling: How tokens are drawn.
         ends: Tokens that finish a row.
         padding: What finished rows emit.
+        room: Tokens that attention's caches must hold, prompts included.
         fused: Use fused kernels for the layers that have them; by default on GPUs.
         graph: Capture the step in a CUDA graph.
     """
 
+    @torch.no_grad()
     def __init__(
         self,
         model: MambaLM,
@@ -138,6 +182,7 @@ class Decoder:
         sampling: Sampling,
         ends: frozenset[int] = frozenset(),
         padding: int = 0,
+        room: int = 0,
         *,
         fused: bool | None = None,
         graph: bool = False,
@@ -148,8 +193,8 @@ class Decoder:
         self.generator = torch.Generator(head.device)
         fused = head.is_cuda if fused is None else fused
         self.steps = [
-            layer_step(layer, state, batch, fused, in_place=graph)
-            for layer, state in zip(model.backbone.layers, model.init_state(batch), strict=True)
+            layer_step(layer, state, batch, fused)
+            for layer, state in zip(model.backbone.layers, model.init_state(batch, max_length=room), strict=True)
         ]
         self.few = fused and batch <= FEW_ROWS and model.backbone.norm_f.kind == "rms"
         vocabulary = model.config.vocab_size
@@ -163,6 +208,7 @@ class Decoder:
         self.busy = False  # with somebody's rows: the state is theirs until they are done
         self.graph = self._capture() if graph else None
 
+    @torch.no_grad()
     def begin(self, hidden: Tensor, state: Any, seen: Tensor | None, generator: torch.Generator) -> Drawn:
         """Draws the first token after a prompt.
 
@@ -175,7 +221,8 @@ class Decoder:
         assert self.graph is None or generator is self.generator
         self.generator = generator
         for step, given in zip(self.steps, state, strict=True):
-            step.load(given)
+            copy_state(step.state, given)
+            step.refresh()
         self.finished.zero_()
         if self.seen is not None and seen is not None:
             self.seen.copy_(seen)
@@ -183,6 +230,7 @@ class Decoder:
         self._draw()
         return Drawn(self.tokens, self.logits, self.finished)
 
+    @torch.no_grad()
     def step(self) -> Drawn:
         """Runs the model on the last tokens and draws the next."""
         if self.graph is None:
@@ -224,6 +272,7 @@ class Decoder:
             self.seen.scatter_(1, tokens[:, None], True)
         self.tokens.copy_(tokens)
 
+    @torch.no_grad()
     def _capture(self) -> torch.cuda.CUDAGraph:
         """The step as a graph; compiled and warmed up on states that ``begin`` replaces."""
         stream = torch.cuda.Stream(self.tokens.device)
@@ -243,18 +292,18 @@ _decoders: weakref.WeakKeyDictionary[MambaLM, OrderedDict[Any, Decoder]] = weakr
 
 
 def decoder_for(
-    model: MambaLM, batch: int, sampling: Sampling, ends: frozenset[int], padding: int, *, graph: bool
+    model: MambaLM, batch: int, sampling: Sampling, ends: frozenset[int], padding: int, room: int, *, graph: bool
 ) -> Decoder:
     """A decoder that is not busy; with a graph one that may have served before: capturing takes long."""
     if not graph:
-        return Decoder(model, batch, sampling, ends, padding)
+        return Decoder(model, batch, sampling, ends, padding, room)
     kept = _decoders.setdefault(model, OrderedDict())
     weights = hash(tuple((p.data_ptr(), p.dtype) for p in model.parameters()))  # a graph reads them where they were
-    key = (batch, sampling, ends, padding, weights)
+    key = (batch, sampling, ends, padding, room, weights)
     if key not in kept:
-        kept[key] = Decoder(model, batch, sampling, ends, padding, graph=True)
+        kept[key] = Decoder(model, batch, sampling, ends, padding, room, graph=True)
     if kept[key].busy:
-        return Decoder(model, batch, sampling, ends, padding)
+        return Decoder(model, batch, sampling, ends, padding, room)
     kept.move_to_end(key)
     while len(kept) > KEPT_GRAPHS:
         kept.popitem(last=False)
@@ -268,7 +317,3 @@ def copy_state(target: Any, source: Any) -> None:
     else:
         for ours, given in zip(target, source, strict=True):
             copy_state(ours, given)
-
-
-def _unsqueezed(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.unsqueeze(1)

@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from core.decode import decoder_for, fixed_size
+from core.decode import decoder_for
 from core.lm import MambaLM
-from core.sampling import Sampling, filter_logits, penalize_repetition, sample
+from core.sampling import PLAIN, Sampling, filter_logits, penalize_repetition, sample
 
 __all__ = [
     "Generation",
@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 PREFILL_TOKENS = 2**17  # of all rows together, that go through the model at once
+ROOM = 512  # attention's caches hold a multiple of it, so that a graph serves prompts of about the same length
 SCORED_LOGITS = 2**27  # values of the logits that ``log_likelihood`` holds at once
 
 
@@ -77,7 +78,7 @@ def pad_prompts(
 
 @torch.no_grad()
 def prefill(
-    model: MambaLM, input_ids: Tensor, lengths: Tensor | None = None, *, chunk: int | None = None
+    model: MambaLM, input_ids: Tensor, lengths: Tensor | None = None, *, chunk: int | None = None, room: int = 0
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """Reads prompts of any length, a chunk at a time; the memory needed is that of a chunk.
 
@@ -86,13 +87,14 @@ def prefill(
         input_ids: (B, L) int64, padded on the right where ``lengths`` says so.
         lengths: (B,) number of tokens of each prompt, 1 to L; all L by default.
         chunk: Tokens of a row that go through the model at once; by default as many as 131,072 for all rows allow.
+        room: Tokens that attention's caches must hold.
 
     Returns:
         The backbone's output (B, D) at each row's last token, and the state after it.
     """
     batch = input_ids.shape[0]
     size = max(64, PREFILL_TOKENS // batch) if chunk is None else chunk
-    state, last = model.init_state(batch), None
+    state, last = model.init_state(batch, max_length=max(room, input_ids.shape[1])), None
     for start in range(0, input_ids.shape[1], size):
         ids = input_ids[:, start : start + size]
         if lengths is None:
@@ -113,7 +115,7 @@ def stream(
     model: MambaLM,
     input_ids: Tensor,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = PLAIN,
     *,
     lengths: Tensor | None = None,
     padding_side: Literal["right", "left"] = "right",
@@ -138,8 +140,7 @@ def stream(
         seed: Makes the draws repeatable.
         generator: Instead of a seed: the source of randomness, on the model's device.
         prefill_chunk: See ``prefill``.
-        graph: Replay each step as a CUDA graph. None: on NVIDIA GPUs, without a ``generator``, where every layer's state
-            keeps its size.
+        graph: Replay each step as a CUDA graph. None: on NVIDIA GPUs, without a ``generator``.
 
     Yields:
         A ``Step`` a token, until every row is finished or ``max_new_tokens`` are reached.
@@ -157,10 +158,11 @@ def stream(
         input_ids = _to_the_left(input_ids, lengths)
     padding = pad_token_id if pad_token_id is not None else min(ends, default=0)
     seen = _seen(input_ids, lengths, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
-    hidden, state = prefill(model, input_ids, lengths, chunk=prefill_chunk)
+    room = -(-(input_ids.shape[1] + max_new_tokens) // ROOM) * ROOM if model.has_attention else 0
+    hidden, state = prefill(model, input_ids, lengths, chunk=prefill_chunk, room=room)
     if graph is None:
-        graph = input_ids.is_cuda and torch.version.hip is None and generator is None and fixed_size(model)
-    decoder = decoder_for(model, input_ids.shape[0], sampling, ends, padding, graph=graph)
+        graph = input_ids.is_cuda and torch.version.hip is None and generator is None
+    decoder = decoder_for(model, input_ids.shape[0], sampling, ends, padding, room, graph=graph)
     if generator is None:
         generator = decoder.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
     decoder.busy = True
@@ -179,7 +181,7 @@ def generate(
     model: MambaLM,
     input_ids: Tensor,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = PLAIN,
     *,
     on_step: Callable[[Step], object] | None = None,
     **options: Any,
@@ -228,7 +230,7 @@ def log_likelihood(
     _check_request(model, input_ids, 1, lengths, frozenset(), None, "right")
     (batch, length), vocabulary = input_ids.shape, model.config.vocab_size
     size = max(1, SCORED_LOGITS // (batch * vocabulary)) if chunk is None else chunk
-    state, found, greedy = model.init_state(batch), [], []
+    state, found, greedy = model.init_state(batch, max_length=length), [], []
     for start in range(0, length - 1, size):
         ids = input_ids[:, start : min(start + size, length - 1)]
         wanted = input_ids[:, start + 1 : start + 1 + ids.shape[1], None]

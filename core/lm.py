@@ -10,13 +10,16 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from core.block import AddNorm, Block, GatedMLP
-from core.mixers import Mamba, Mixer
+from core.mixers import Attention, Mamba, Mamba2, Mixer
+
+IGNORED_ARGUMENTS = ("chunk_size", "use_mem_eff_path")  # of published mixers: how they compute, not what
 
 
 @dataclass
@@ -28,15 +31,17 @@ class MambaConfig:
         d_intermediate: Hidden width of the gated MLP of each block; 0 leaves the MLP out.
         n_layer: Number of blocks.
         vocab_size: Number of tokens V, before padding.
-        ssm_cfg: Arguments of the mixer, and under ``layer`` its published name ("Mamba1").
+        ssm_cfg: Arguments of the mixer, and under ``layer`` its published name: Mamba1 (if there is none) or Mamba2.
+            ``chunk_size`` and ``use_mem_eff_path`` are accepted for the sake of published files.
         attn_layer_idx: Blocks that hold attention instead.
-        attn_cfg: Arguments of attention.
+        attn_cfg: Arguments of attention, which is causal here whatever they say.
         rms_norm: RMSNorm; otherwise LayerNorm.
         residual_in_fp32: Keep the residual stream in float32.
         fused_add_norm: Accepted for the sake of published files: addition and norm are always one kernel here, the
             function is the same.
         pad_vocab_size_multiple: The embedding's rows are padded to a multiple of it.
         tie_embeddings: The head's weight is the embedding's.
+        norm_epsilon: Added to the mean square in the norms between the layers. mamba_ssm has no such field.
     """
 
     d_model: int = 2560
@@ -51,6 +56,7 @@ class MambaConfig:
     fused_add_norm: bool = True
     pad_vocab_size_multiple: int = 8
     tie_embeddings: bool = True
+    norm_epsilon: float = 1e-5
 
     @property
     def padded_vocab_size(self) -> int:
@@ -103,7 +109,8 @@ class MambaLM(nn.Module):
     """
 
     # Published layer name -> class. A new kind of layer is an import and an entry.
-    mixers: ClassVar[dict[str, Callable[..., Mixer]]] = {"Mamba1": Mamba}
+    mixers: ClassVar[dict[str, Callable[..., Mixer]]] = {"Mamba1": Mamba, "Mamba2": Mamba2}
+    attention: ClassVar[Callable[..., Mixer]] = Attention
 
     def __init__(
         self,
@@ -115,16 +122,15 @@ class MambaLM(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        mixer, arguments = self._mixer(config)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         norm: dict[str, Any] = {
-            "eps": 1e-5,
+            "eps": config.norm_epsilon,
             "residual_in_fp32": config.residual_in_fp32,
             **factory,
         }
         kind = "rms" if config.rms_norm else "layer"
         layers = []
-        for _ in range(config.n_layer):
+        for mixer, arguments in self._mixers(config):
             mlp = GatedMLP(config.d_model, config.d_intermediate, **factory) if config.d_intermediate else None
             layers.append(Block(config.d_model, mixer(config.d_model, **arguments, **factory), mlp, kind, **norm))
         embedding = nn.Embedding(config.padded_vocab_size, config.d_model, **factory)
@@ -137,26 +143,30 @@ class MambaLM(nn.Module):
             self.lm_head.weight = embedding.weight
 
     @classmethod
-    def _mixer(cls, config: MambaConfig) -> tuple[Callable[..., Mixer], dict[str, Any]]:
-        """The mixer's class and arguments, checked by name."""
-        if config.attn_layer_idx:
-            raise ValueError(
-                f"attn_layer_idx: got {config.attn_layer_idx}, but this version has no attention layers; "
-                "use a configuration without them"
-            )
-        arguments = dict(config.ssm_cfg)
+    def _mixers(cls, config: MambaConfig) -> list[tuple[Callable[..., Mixer], dict[str, Any]]]:
+        """Class and arguments of each block's mixer, checked by name."""
+        arguments = {key: value for key, value in config.ssm_cfg.items() if key not in IGNORED_ARGUMENTS}
         name = arguments.pop("layer", "Mamba1")
         if name not in cls.mixers:
             raise ValueError(f"ssm_cfg.layer: got {name!r}, wanted one of {sorted(cls.mixers)}")
-        mixer = cls.mixers[name]
-        # Not the configuration's business: where the model sets the value, and the direction of a causal model.
-        allowed = set(inspect.signature(mixer).parameters) - {"d_model", "reverse", "layer_idx", "device", "dtype"}
-        for key in arguments:
-            if key not in allowed:
-                near = difflib.get_close_matches(key, allowed, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"wanted some of {sorted(allowed)}"
-                raise ValueError(f"ssm_cfg: {name} has no argument {key!r}; {hint}")
-        return mixer, arguments
+        _check_arguments("ssm_cfg", name, cls.mixers[name], arguments)
+        attention = {**config.attn_cfg, "causal": True}
+        wrong = [index for index in config.attn_layer_idx if not 0 <= index < config.n_layer]
+        if wrong:
+            raise ValueError(f"attn_layer_idx: got {wrong}, wanted blocks from 0 to {config.n_layer - 1}")
+        if config.attn_layer_idx:
+            if "num_heads" not in attention:
+                raise ValueError("attn_cfg: got no num_heads, wanted the number of heads of the attention layers")
+            _check_arguments("attn_cfg", "attention", cls.attention, attention)
+        return [
+            (cls.attention, attention) if index in config.attn_layer_idx else (cls.mixers[name], arguments)
+            for index in range(config.n_layer)
+        ]
+
+    @property
+    def has_attention(self) -> bool:
+        """Whether some layer is attention, whose state needs room for every token."""
+        return any(isinstance(layer.mixer, Attention) for layer in self.backbone.layers)
 
     def forward(self, input_ids: Tensor, *, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Scores every next token.
@@ -188,15 +198,60 @@ class MambaLM(nn.Module):
         return self.lm_head(hidden), state
 
     def init_state(
-        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        max_length: int | None = None,
     ) -> tuple[Any, ...]:
-        """The state before the first token, one entry a layer."""
-        return tuple(layer.mixer.init_state(batch_size, device, dtype) for layer in self.backbone.layers)
+        """The state before the first token, one entry a layer; see ``Mixer.init_state``."""
+        return tuple(
+            layer.mixer.init_state(batch_size, device, dtype, max_length=max_length) for layer in self.backbone.layers
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Reads a model from a local folder, or by its name from the Hugging Face hub; see ``core.published.load_lm``.
+
+        Raises:
+            UserError: If there is no such model, or it is of another kind.
+        """
+        from core import published  # which imports this file
+
+        return published.load_lm(name, device=device, dtype=dtype, model_class=cls)
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Writes ``config.json`` and ``model.safetensors`` to a folder; see ``core.published.save_lm``.
+
+        Raises:
+            UserError: If one of the files exists and ``overwrite`` is False.
+        """
+        from core import published
+
+        published.save_lm(self, folder, overwrite=overwrite)
 
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Trades compute for memory: blocks are recomputed in the backward pass. No parameter changes its name."""
         for layer in self.backbone.layers:
             layer.gradient_checkpointing = enable
+
+
+def _check_arguments(field: str, name: str, mixer: Callable[..., Mixer], arguments: Mapping[str, Any]) -> None:
+    # Not the configuration's business: where the model sets the value, and the direction of a causal model.
+    own = {"d_model", "embed_dim", "reverse", "layer_idx", "device", "dtype"}
+    allowed = set(inspect.signature(mixer).parameters) - own
+    for key in arguments:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"wanted some of {sorted(allowed)}"
+            raise ValueError(f"{field}: {name} has no argument {key!r}; {hint}")
 
 
 @torch.no_grad()

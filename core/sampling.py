@@ -46,6 +46,9 @@ class Sampling:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted {wanted}")
 
 
+PLAIN = Sampling()  # from the model's own distribution
+
+
 def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     """Applies temperature, top-k, top-p and min-p.
 

@@ -109,7 +109,13 @@ def project(
 
 
 def conv_step(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, *, backend: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    *,
+    out: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """One token of a causal depthwise convolution with SiLU, (B, C) -> (B, C).
 
@@ -118,6 +124,7 @@ def conv_step(
         weight: (C, W).
         bias: (C,) or None.
         state: (B, W - 1, C) the last inputs, oldest first; updated in place.
+        out: (B, C), where to write; x itself will do.
         backend: See ``project``.
     """
     (batch, channels), width = x.shape, weight.shape[1]
@@ -125,11 +132,14 @@ def conv_step(
     check_shape("weight", weight, (channels, width), "(C, W)")
     check_shape("bias", bias, (channels,), "(C,)")
     check_shape("state", state, (batch, width - 1, channels), "(B, W - 1, C)")
+    check_shape("out", out, (batch, channels), "(B, C)")
+    out = torch.empty(batch, channels, dtype=x.dtype, device=x.device) if out is None else out
     if _name(backend, x) == "triton":
         from kernels.decode import triton
 
-        return triton.conv_step(x, weight, bias, state)
-    return reference.conv_step(x, weight, bias, state).to(x.dtype)
+        triton.conv_step(x, weight, bias, state, out)
+        return out
+    return out.copy_(reference.conv_step(x, weight, bias, state))
 
 
 def scan_step(

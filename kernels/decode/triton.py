@@ -1,8 +1,8 @@
 """The decoding ops on GPUs: one pass over a block of weight rows a program, everything around the product fused.
 
-At a batch of one a step reads every weight once and computes next to nothing, so time is launches and latency. A program
-holds its rows of the weight in registers before it looks at the input: with programmatic dependent launch (sm_90) the
-rows are on their way while the kernel before still runs. No atomics; addresses are int64.
+At a batch of one a step reads every weight once and computes next to nothing, so time is launches and latency. A
+program loads its rows of the weight to registers before it looks at the input: with programmatic dependent launch
+(sm_90) they are on their way while the kernel before still runs. No atomics; addresses are int64.
 
 Legend: as in ``kernels.decode``; O outputs, K inputs of a projection.
 """
@@ -140,7 +140,7 @@ def _project_kernel(
 
 @triton.jit
 def _conv_kernel(
-    x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr, C, sx, W: tl.constexpr, HAS_BIAS: tl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr, C, sx, sy, W: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -157,7 +157,7 @@ def _conv_kernel(
     state_at = state_ptr + b * (W - 1) * C
     x = tl.load(x_ptr + b * sx + c, mask=m_c, other=0.0).to(ACC)
     y = _conv(x, bias, taps, _slots(state_at, C, c, m_c, W - 1), state_at, c, m_c, C, W, ACC)
-    tl.store(y_ptr + b * C + c, y, mask=m_c)
+    tl.store(y_ptr + b * sy + c, y, mask=m_c)
 
 
 @triton.jit
@@ -262,15 +262,13 @@ def project(
     return y, total, part
 
 
-def conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
-    """silu(conv) of one token (B, C) in x's dtype; the state (B, W - 1, C) takes it in."""
+def conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, y: Tensor) -> None:
+    """Writes silu(conv) of one token (B, C) to y; the state (B, W - 1, C) takes it in."""
     (batch, channels), width = x.shape, weight.shape[1]
-    y = torch.empty(batch, channels, dtype=x.dtype, device=x.device)
     _conv_kernel[(-(-channels // 128), batch)](
-        x, weight, x if bias is None else bias, state, y, channels, x.stride(0), W=width,
+        x, weight, x if bias is None else bias, state, y, channels, x.stride(0), y.stride(0), W=width,
         HAS_BIAS=bias is not None, BLOCK=128, ACC=_accumulator(x), num_warps=4, **_launch(x),
     )  # fmt: skip
-    return y
 
 
 def scan_step(

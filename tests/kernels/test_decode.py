@@ -156,5 +156,5 @@ def test_refusals(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         project(**made, backend="reference")
     made = arguments(CASES["conv"], torch.float64)
-    with pytest.raises(ValueError, match="conv.first: got 151"):
+    with pytest.raises(ValueError, match=r"conv\.first: got 151"):
         project(**{**made, "conv": made["conv"]._replace(first=151)}, backend="reference")

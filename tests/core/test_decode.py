@@ -1,0 +1,141 @@
+"""Steps in place: fused kernels, graphs and plain layers give what the whole forward gives."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from core import decode
+from core.decode import Decoder, decoder_for
+from core.generate import Sampling, generate, prefill, stream
+from core.lm import MambaConfig, MambaLM
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCAB = 21
+GREEDY = Sampling(temperature=0)
+MODELS = {
+    "mamba": dict(),
+    "mamba with MLP": dict(d_intermediate=20, residual_in_fp32=False, ssm_cfg=dict(d_state=3, d_conv=2, bias=True)),
+    "layer norm": dict(rms_norm=False),
+    "mamba2": dict(ssm_cfg=dict(layer="Mamba2", d_state=8, headdim=4, ngroups=2)),
+    "mamba2 norm first": dict(ssm_cfg=dict(layer="Mamba2", d_state=8, headdim=8, norm_before_gate=True, bias=True)),
+    "mamba2 without norm": dict(ssm_cfg=dict(layer="Mamba2", d_state=8, headdim=4, rmsnorm=False, D_has_hdim=True)),
+    "mamba2 with MLP channels": dict(ssm_cfg=dict(layer="Mamba2", d_state=8, headdim=4, d_ssm=16)),
+    "hybrid": dict(attn_layer_idx=[1], attn_cfg=dict(num_heads=4, num_heads_kv=2, rotary_emb_dim=4, d_conv=3)),
+}
+
+
+def lm(dtype: torch.dtype = torch.float64, device: str = DEVICE, **options: object) -> MambaLM:
+    torch.manual_seed(0)
+    config = MambaConfig(**{"d_model": 16, "n_layer": 3, "vocab_size": VOCAB, "ssm_cfg": {"d_state": 5}, **options})
+    return MambaLM(config, initializer_range=1.0, dtype=dtype).to(device)
+
+
+def run(decoder: Decoder, hidden: Tensor, state: object, steps: int) -> tuple[Tensor, Tensor]:
+    """Tokens and logits (B, steps, ...)."""
+    drawn = decoder.begin(hidden, state, None, decoder.generator)
+    found = [(drawn.tokens.clone(), drawn.logits.clone())]
+    for _ in range(steps - 1):
+        drawn = decoder.step()
+        found.append((drawn.tokens.clone(), drawn.logits.clone()))
+    tokens, logits = zip(*found, strict=True)
+    return torch.stack(tokens, 1), torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("batch", [2, decode.FEW_ROWS + 1])
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_are_the_forward(name: str, batch: int) -> None:
+    model = lm(**MODELS[name])
+    ids = torch.randint(VOCAB, (batch, 7), device=DEVICE)
+    hidden, state = prefill(model, ids, room=20)
+    for fused in (False, True):
+        tokens, logits = run(Decoder(model, batch, GREEDY, room=20, fused=fused), hidden, state, 6)
+        whole = model(torch.cat([ids, tokens], dim=1))[:, 6:-1, :VOCAB]
+        torch.testing.assert_close(logits, whole.detach())
+
+
+def test_few_kernels_are_taken() -> None:
+    def kinds(name: str) -> list[str]:
+        return [type(step).__name__ for step in Decoder(lm(**MODELS[name]), 1, GREEDY, fused=True).steps]
+
+    assert kinds("mamba") == ["MambaStep"] * 3
+    assert kinds("mamba2") == ["Mamba2Step"] * 3
+    assert kinds("mamba2 with MLP channels") == ["PlainStep"] * 3
+    assert kinds("layer norm") == ["PlainStep"] * 3
+    assert kinds("hybrid") == ["MambaStep", "PlainStep", "MambaStep"]
+
+
+def test_a_decoder_keeps_no_model_alive() -> None:
+    model = lm()
+    gone = weakref.ref(model)
+    decoder = Decoder(model, 1, GREEDY)
+    assert decoder.model is model
+    del model, decoder
+    gc.collect()
+    assert gone() is None
+
+
+def test_changed_weights_count() -> None:
+    """What a step keeps of the parameters is worked out anew for every prompt."""
+    model = lm(**MODELS["mamba2"])
+    ids = torch.randint(VOCAB, (1, 5), device=DEVICE)
+    decoder = Decoder(model, 1, GREEDY, fused=True)
+    with torch.no_grad():
+        for layer in model.backbone.layers:
+            layer.mixer.A_log += 1
+    hidden, state = prefill(model, ids)
+    tokens, logits = run(decoder, hidden, state, 4)
+    torch.testing.assert_close(logits, model(torch.cat([ids, tokens], dim=1))[:, 4:-1, :VOCAB].detach())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="graphs are CUDA's")
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(top_k=5, top_p=0.9, min_p=0.01, repetition_penalty=1.2)])
+@pytest.mark.parametrize("batch", [1, 3, 9])
+@pytest.mark.parametrize("name", MODELS)
+def test_graph_equals_eager(name: str, batch: int, sampling: Sampling) -> None:
+    model = lm(torch.float32, **MODELS[name])
+    ids = torch.randint(VOCAB, (batch, 7), device=DEVICE)
+    for seed in (0, 1):  # the second time the graph is an old one
+        kept, plain = (list(stream(model, ids, 12, sampling, seed=seed, graph=graph)) for graph in (True, False))
+        for ours, theirs in zip(kept, plain, strict=True):
+            assert torch.equal(ours.tokens, theirs.tokens)
+            torch.testing.assert_close(ours.logits, theirs.logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="graphs are CUDA's")
+def test_graphs_are_kept_and_shared_by_nobody() -> None:
+    model = lm(torch.float32)
+    ids = torch.randint(VOCAB, (2, 4), device=DEVICE)
+    alone = generate(model, ids, 9, seed=0).tokens
+    first, second = stream(model, ids, 9, seed=0), stream(model, ids, 9, seed=0)
+    both = [[step.tokens for step in pair] for pair in zip(first, second, strict=True)]
+    for at in (0, 1):
+        assert torch.equal(torch.stack([pair[at] for pair in both], 1), alone)
+    assert len(decode._decoders[model]) == 1
+    a = decoder_for(model, 2, Sampling(), frozenset(), 0, 0, graph=True)
+    model.double()  # moves the weights: the graph would read the old ones
+    assert decoder_for(model, 2, Sampling(), frozenset(), 0, 0, graph=True) is not a
+    for k in range(1, 2 * decode.KEPT_GRAPHS):
+        decoder_for(model, 2, Sampling(top_k=k), frozenset(), 0, 0, graph=True)
+    assert len(decode._decoders[model]) == decode.KEPT_GRAPHS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="graphs are CUDA's")
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_bfloat16_steps_stay_close(name: str) -> None:
+    """Rounding alone parts them: no farther from the float64 model than the whole bfloat16 forward is, twice over."""
+    exact, model = lm(**MODELS[name]), lm(**MODELS[name]).bfloat16()
+    exact.load_state_dict(model.state_dict())
+    ids = torch.randint(VOCAB, (2, 7), device=DEVICE)
+    hidden, state = prefill(model, ids)
+    tokens, logits = run(Decoder(model, 2, GREEDY, graph=True), hidden, state, 12)
+    ids = torch.cat([ids, tokens], dim=1)
+    truth, whole = (m(ids)[:, 6:-1, :VOCAB].detach().double() for m in (exact, model))
+    assert (logits - truth).norm() < 2 * (whole - truth).norm()
