@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-from core import checkpoints, generate, lm
+from core import generate, lm, published
 from core.lm import MambaConfig
 from core.mixers import Mixer, mamba
 from kernels.backend import warn_once
@@ -288,13 +288,8 @@ class MambaLMHeadModel(lm.MambaLM):
         Raises:
             UserError: If there is no such model, or it is of another kind.
         """
-        folder = Path(pretrained_model_name)
-        if not folder.is_dir():
-            folder = checkpoints.download(str(pretrained_model_name))
-        model = checkpoints.load_lm(folder, device=device, dtype=dtype, model_class=cls)
-        assert isinstance(model, cls)
-        return model
+        return published.load_lm(pretrained_model_name, device=device, dtype=dtype, model_class=cls)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` to a folder, over what was there, as mamba_ssm does."""
-        checkpoints.save_lm(self, save_directory, overwrite=True)
+    def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = True) -> None:
+        """Writes ``config.json`` and ``model.safetensors`` to a folder, as mamba_ssm does over what was there."""
+        published.save_lm(self, save_directory, overwrite=overwrite)

@@ -41,7 +41,6 @@ class MambaConfig:
             function is the same.
         pad_vocab_size_multiple: The embedding's rows are padded to a multiple of it.
         tie_embeddings: The head's weight is the embedding's.
-        norm_epsilon: Added to the mean square in the norms between the layers. mamba_ssm has no such field.
     """
 
     d_model: int = 2560
@@ -56,7 +55,6 @@ class MambaConfig:
     fused_add_norm: bool = True
     pad_vocab_size_multiple: int = 8
     tie_embeddings: bool = True
-    norm_epsilon: float = 1e-5
 
     @property
     def padded_vocab_size(self) -> int:
@@ -124,7 +122,7 @@ class MambaLM(nn.Module):
         self.config = config
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         norm: dict[str, Any] = {
-            "eps": config.norm_epsilon,
+            "eps": 1e-5,
             "residual_in_fp32": config.residual_in_fp32,
             **factory,
         }

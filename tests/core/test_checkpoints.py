@@ -12,9 +12,10 @@ from fill import fill_input
 from safetensors.torch import save_file
 
 from core import checkpoints
-from core.checkpoints import load_into, load_lm, read_weights, save_lm, save_weights
+from core.checkpoints import load_into, read_weights, save_weights
 from core.errors import UserError
 from core.lm import MambaConfig, MambaLM
+from core.published import complete_tied_head, export_transformers, load_lm, rename_transformers, save_lm
 
 CONFIG = MambaConfig(d_model=8, n_layer=2, vocab_size=21, ssm_cfg={"d_state": 3, "layer": "Mamba1"})
 
@@ -131,8 +132,8 @@ def test_transformers_folder(tmp_path: Path, shards: int):
 
 def test_conversions_are_pure():
     state = {"backbone.embeddings.weight": torch.zeros(1)}
-    renamed = checkpoints.rename_transformers(state)
-    completed = checkpoints.complete_tied_head(renamed)
+    renamed = rename_transformers(state)
+    completed = complete_tied_head(renamed)
     assert list(state) == ["backbone.embeddings.weight"]
     assert list(renamed) == ["backbone.embedding.weight"]
     assert completed["lm_head.weight"] is renamed["backbone.embedding.weight"]
@@ -173,6 +174,76 @@ def test_one_message_lists_all_that_does_not_fit():
 def test_long_lists_are_cut():
     with pytest.raises(UserError, match=r"23 missing \(.*, and 19 more\)"):
         load_into(lm(), {}, "empty")
+
+
+EXPORTED = {
+    "mamba": dict(ssm_cfg={"d_state": 3}),
+    "mamba2": dict(ssm_cfg={"layer": "Mamba2", "d_state": 4, "headdim": 8, "expand": 2, "chunk_size": 16}),
+    "mamba2 untied": dict(ssm_cfg={"layer": "Mamba2", "d_state": 4, "headdim": 4, "bias": True}, tie_embeddings=False),
+}
+# What transformers calls the entries of a layer, from its MambaForCausalLM and Mamba2ForCausalLM.
+MIXERS = {
+    "mamba": {"A_log", "D", "conv1d.bias", "conv1d.weight", "dt_proj.bias", "dt_proj.weight", "in_proj.weight",
+              "out_proj.weight", "x_proj.weight"},
+    "mamba2": {"A_log", "D", "conv1d.bias", "conv1d.weight", "dt_bias", "in_proj.weight", "norm.weight",
+               "out_proj.weight"},
+}  # fmt: skip
+MIXERS["mamba2 untied"] = MIXERS["mamba2"] | {"in_proj.bias", "out_proj.bias"}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_export_to_transformers(tmp_path: Path, name: str):
+    model = lm(**EXPORTED[name])
+    export_transformers(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == name.split()[0]
+    assert (config["vocab_size"], config["hidden_size"], config["num_hidden_layers"]) == (24, 8, 2)
+    head = set() if model.config.tie_embeddings else {"lm_head.weight"}
+    layers = {
+        f"backbone.layers.{i}.{key}" for i in (0, 1) for key in ({f"mixer.{m}" for m in MIXERS[name]} | {"norm.weight"})
+    }
+    assert set(read_weights(tmp_path / "model.safetensors")) == (
+        layers | head | {"backbone.embeddings.weight", "backbone.norm_f.weight"}
+    )
+    again = load_lm(tmp_path)
+    assert_same(again, model)
+    assert again.config.tie_embeddings == model.config.tie_embeddings
+    export_transformers(again, tmp_path / "twice")
+    assert json.loads((tmp_path / "twice" / "config.json").read_text()) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"d_intermediate": 8}, "transformers has no model with d_intermediate = 8; save it with save_pretrained"),
+        ({"attn_layer_idx": [0], "attn_cfg": {"num_heads": 2}}, r"attn_layer_idx = \[0\]"),
+        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 4, "norm_before_gate": True}}, "ssm_cfg.norm_before_gate = True"),
+        ({"rms_norm": False}, "rms_norm = False"),
+    ],
+)
+def test_export_refuses(tmp_path: Path, options: dict, message: str):
+    with pytest.raises(UserError, match=message):
+        export_transformers(lm(**options), tmp_path)
+
+
+def test_model_methods(tmp_path: Path):
+    model = lm(attn_layer_idx=[1], attn_cfg={"num_heads": 2, "rotary_emb_dim": 4, "d_conv": 3})
+    model.save_pretrained(tmp_path)
+    assert_same(MambaLM.from_pretrained(tmp_path), model)
+    assert MambaLM.from_pretrained(tmp_path, dtype=torch.bfloat16).lm_head.weight.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="exists"):
+        model.save_pretrained(tmp_path)
+
+
+def test_loading_draws_no_weights_twice(tmp_path: Path):
+    """The state of the random generator after building is that of one construction: nothing is initialised again."""
+    torch.manual_seed(0)
+    MambaLM(CONFIG)
+    want = torch.rand(1)
+    save_lm(lm(), tmp_path)
+    torch.manual_seed(0)
+    load_lm(tmp_path)
+    assert torch.equal(torch.rand(1), want)
 
 
 def text_named_bin(folder: Path) -> None:
@@ -241,7 +312,7 @@ def text_config(text: str):
         (text_config('{"d_modle": 8}'), "did you mean 'd_model'"),
         (text_config('{"ssm_cfg": {"layer": "Mamba2x"}, "d_model": 8}'), "config.json: ssm_cfg.layer: got 'Mamba2x'"),
         (text_config('{"d_model": "wide", "n_layer": 1}'), "config.json"),
-        (config_with(model_type="gpt2"), "model_type: got 'gpt2', wanted \"mamba\""),
+        (config_with(model_type="gpt2"), 'model_type: got \'gpt2\', wanted "mamba" or "mamba2"'),
         (config_with(layer_norm_epsilon=1e-6), "layer_norm_epsilon: got 1e-06"),
         (config_with(hidden_size="cut"), "no entry 'hidden_size'"),
         (config_with(state_size=4), "wrong shape"),

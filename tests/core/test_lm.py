@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
-from cases import golden_inputs, golden_state_dict, load_golden
+from cases import golden_cases, golden_inputs, golden_state_dict
 from fill import check, fill_input
 
 from core.lm import MambaConfig, MambaLM, config_from_dict
+from core.mixers import Mamba
 
-GOLDEN = load_golden("mamba_lm_a")
+CASES = golden_cases("mamba_lm_a")
 
 
 def tiny(dtype: torch.dtype = torch.float64, **options) -> MambaLM:
@@ -19,7 +20,8 @@ def tiny(dtype: torch.dtype = torch.float64, **options) -> MambaLM:
     values = {"d_model": 12, "n_layer": 2, "vocab_size": 21, "ssm_cfg": {"d_state": 3, "d_conv": 3}, **options}
     model = MambaLM(MambaConfig(**values), initializer_range=0.5)
     for layer in model.backbone.layers:
-        torch.nn.init.uniform_(layer.mixer.dt_proj.bias, -1, 1)  # a state that matters
+        if isinstance(layer.mixer, Mamba):
+            torch.nn.init.uniform_(layer.mixer.dt_proj.bias, -1, 1)  # a state that matters
     return model.to(dtype)
 
 
@@ -27,24 +29,32 @@ def tokens(batch: int = 2, length: int = 11, vocab: int = 21) -> torch.Tensor:
     return fill_input("ids", (batch, length), vocab)
 
 
-def test_golden():
-    model = MambaLM(MambaConfig(**GOLDEN["config"]))
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name: str):
+    golden = CASES[name]
+    model = MambaLM(MambaConfig(**golden["config"]))
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert shapes == GOLDEN["params"]
-    model.load_state_dict(golden_state_dict(GOLDEN, model))
-    input_ids = golden_inputs(GOLDEN)["input_ids"]
+    assert shapes == golden["params"]
+    model.load_state_dict(golden_state_dict(golden, model))
+    input_ids = golden_inputs(golden)["input_ids"]
     logits = model(input_ids)
-    check(logits, GOLDEN["outputs"]["y"])
-    check(model.backbone(input_ids), GOLDEN["outputs"]["hidden"])
+    check(logits, golden["outputs"]["y"])
+    check(model.backbone(input_ids), golden["outputs"]["hidden"])
     loss = (logits * fill_input("loss_weight", logits.shape)).sum()
-    assert loss.item() == pytest.approx(GOLDEN["loss_value"], rel=1e-4)
+    assert loss.item() == pytest.approx(golden["loss_value"], rel=1e-4)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    for name, want in GOLDEN["grads"].items():
+    for name, want in golden["grads"].items():
         check(gradients[name], want)
 
 
-@pytest.mark.parametrize("options", [{}, {"rms_norm": False, "d_intermediate": 20, "residual_in_fp32": False}])
+HYBRID = {"attn_layer_idx": [1], "attn_cfg": {"num_heads": 3, "rotary_emb_dim": 4, "d_conv": 3}}
+MAMBA2 = {"ssm_cfg": {"layer": "Mamba2", "d_state": 4, "headdim": 8, "chunk_size": 16}}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rms_norm": False, "d_intermediate": 20, "residual_in_fp32": False}, HYBRID, MAMBA2]
+)
 def test_state_equals_whole(options: dict):
     model = tiny(**options)
     ids = tokens()
@@ -131,7 +141,13 @@ def test_bfloat16_stream():
         ({"ssm_cfg": {"layer": "Mamba9"}}, r"ssm_cfg.layer: got 'Mamba9', wanted one of \['Mamba1'"),
         ({"ssm_cfg": {"d_sate": 8}}, "no argument 'd_sate'; did you mean 'd_state'"),
         ({"ssm_cfg": {"reverse": True}}, "no argument 'reverse'"),
-        ({"attn_layer_idx": [1]}, "attn_layer_idx"),
+        ({"attn_layer_idx": [1]}, "attn_cfg: got no num_heads"),
+        (
+            {"attn_layer_idx": [2], "attn_cfg": {"num_heads": 2}},
+            r"attn_layer_idx: got \[2\], wanted blocks from 0 to 1",
+        ),
+        ({"attn_layer_idx": [1], "attn_cfg": {"num_haeds": 2}}, "attn_cfg: got no num_heads"),
+        ({"attn_layer_idx": [1], "attn_cfg": {"num_heads": 2, "rotary": 2}}, "attention has no argument 'rotary'"),
     ],
 )
 def test_refusals(options: dict, message: str):
