@@ -71,6 +71,8 @@ def pad_prompts(
     Returns:
         input_ids (B, L) int64, padded with zeros on the right, and lengths (B,), as ``generate`` takes them.
     """
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("prompts: got an empty one, wanted at least one token each; begin with a start token")
     rows = [torch.as_tensor(prompt, dtype=torch.int64, device=device) for prompt in prompts]
     lengths = torch.tensor([len(row) for row in rows], device=device)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths

@@ -173,6 +173,9 @@ def config_from_transformers(values: Mapping[str, Any]) -> MambaConfig:
     d_model = values["hidden_size"]
     ssm_cfg = {ours: values.get(theirs, defaults[kind]) for ours, theirs, defaults in _COMMON}
     ssm_cfg |= {ours: values.get(theirs, default) for ours, theirs, default in _OWN[kind]}
+    if "dt_limit" in ssm_cfg:  # since transformers 5 infinity is {"__float__": "Infinity"}
+        limits = [limit["__float__"] if isinstance(limit, dict) else limit for limit in ssm_cfg["dt_limit"]]
+        ssm_cfg["dt_limit"] = tuple(float(limit) for limit in limits)
     inner = ssm_cfg["expand"] * d_model
     if kind == "mamba" and values.get("intermediate_size", inner) != inner:
         ssm_cfg["expand"] = values["intermediate_size"] / d_model

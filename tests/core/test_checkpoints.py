@@ -212,6 +212,15 @@ def test_export_to_transformers(tmp_path: Path, name: str):
     assert json.loads((tmp_path / "twice" / "config.json").read_text()) == config
 
 
+def test_infinity_as_transformers_writes_it(tmp_path: Path):
+    model = lm(**EXPORTED["mamba2"])
+    export_transformers(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["time_step_limit"][1] = {"__float__": "Infinity"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same(load_lm(tmp_path), model)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
