@@ -25,6 +25,7 @@ from kernels.causal_conv1d.order import (
 from kernels.causal_conv1d.problem import Problem, make_problem
 from kernels.checks import owned
 from kernels.recompute import gradients
+from kernels.registration import op
 
 __all__ = ["causal_conv1d"]
 
@@ -95,7 +96,7 @@ def _implementation(name: str) -> Any:
     return module
 
 
-@torch.library.custom_op("triscan::causal_conv1d", mutates_args=())
+@op
 def _causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -154,7 +155,7 @@ def _(
     return x.new_empty(p.y_shape), x.new_empty(p.state_shape if return_final_state else (0,))
 
 
-@torch.library.custom_op("triscan::causal_conv1d_backward", mutates_args=())
+@op
 def _causal_conv1d_backward(
     dy: Tensor,
     dstate: Tensor | None,

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels.backend import resolve
 from kernels.norm.problem import make_problem
 from kernels.recompute import gradients
+from kernels.registration import op
 
 __all__ = ["norm"]
 
@@ -84,7 +85,7 @@ def _implementation(name: str) -> Any:
     return module
 
 
-@torch.library.custom_op("triscan::norm", mutates_args=())
+@op
 def _norm(
     x: Tensor,
     weight: Tensor,
@@ -116,7 +117,7 @@ def _(x, weight, bias, residual, z, kind, eps, group_size, norm_before_gate, res
     return x.new_empty(x.shape), x.new_empty(size, dtype=p.residual_dtype), stats, torch.empty_like(stats)
 
 
-@torch.library.custom_op("triscan::norm_backward", mutates_args=())
+@op
 def _norm_backward(
     dy: Tensor,
     ds: Tensor | None,

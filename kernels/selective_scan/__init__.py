@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import recompute
 from kernels.backend import resolve
 from kernels.checks import owned
+from kernels.registration import op
 from kernels.selective_scan.problem import Problem, make_problem
 
 __all__ = ["selective_scan"]
@@ -133,7 +134,7 @@ def _implementation(name: str) -> Any:
     return module
 
 
-@torch.library.custom_op("triscan::selective_scan", mutates_args=())
+@op
 def _selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -190,7 +191,7 @@ def _(
     return y, x.new_empty(size, dtype=p.state_dtype), saved
 
 
-@torch.library.custom_op("triscan::selective_scan_backward", mutates_args=())
+@op
 def _selective_scan_backward(
     dy: Tensor,
     dstate: Tensor | None,

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import recompute
 from kernels.backend import choose, resolve
 from kernels.checks import owned
+from kernels.registration import op
 from kernels.ssd.problem import Problem, make_problem
 from kernels.ssd.quadratic import semiseparable_matrix
 
@@ -152,7 +153,7 @@ def _implementation(name: str) -> Any:
     return module
 
 
-@torch.library.custom_op("triscan::ssd", mutates_args=())
+@op
 def _ssd(
     x: Tensor,
     dt: Tensor,
@@ -205,7 +206,7 @@ def _(
     return y, x.new_empty(size, dtype=p.dtype)
 
 
-@torch.library.custom_op("triscan::ssd_backward", mutates_args=())
+@op
 def _ssd_backward(
     dy: Tensor,
     dstate: Tensor | None,
