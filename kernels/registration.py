@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._C import DispatchKey
 
 _library = torch.library.Library("triscan", "FRAGMENT")

@@ -24,6 +24,7 @@ from kernels.causal_conv1d.order import (
 )
 from kernels.causal_conv1d.problem import Problem, make_problem
 from kernels.checks import owned
+from kernels.plans import Plan, Plans
 from kernels.recompute import gradients
 from kernels.registration import op
 
@@ -96,6 +97,16 @@ def _implementation(name: str) -> Any:
     return module
 
 
+_plans, _backward_plans = Plans(), Plans()
+
+
+def _resolve(plan: Plan, backend: str, device: torch.device) -> str:
+    """The backend that runs a problem."""
+    if "backend" not in plan:
+        plan["backend"] = resolve("causal_conv1d", backend, device)
+    return plan["backend"]
+
+
 @op
 def _causal_conv1d(
     x: Tensor,
@@ -111,8 +122,10 @@ def _causal_conv1d(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """y and the final state (empty if not asked for)."""
-    p = make_problem(x, weight, bias, route, initial_state, cu_seqlens, seq_idx, activation, reverse)
-    name = resolve("causal_conv1d", backend, x.device)
+    tensors = (x, weight, bias, route, initial_state, cu_seqlens, seq_idx)
+    plan = _plans.find(tensors, (activation, reverse, return_final_state, backend))
+    p = make_problem(*tensors, activation, reverse, plan)
+    name = _resolve(plan, backend, x.device)
     if name in ("cpu", "triton"):
         y, state = _by_kernels(name, p, return_final_state)
     else:
@@ -171,7 +184,10 @@ def _causal_conv1d_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and initial_state, shaped as these; empty for absent ones."""
-    name = resolve("causal_conv1d", backend, x.device)
+    tensors = (x, weight, bias, route, initial_state, cu_seqlens, seq_idx)
+    plan = _backward_plans.find((dy, dstate, *tensors), (activation, reverse, backend))
+    p = make_problem(*tensors, activation, reverse, plan)
+    name = _resolve(plan, backend, x.device)
     if name not in ("cpu", "triton"):
         conv = _implementation(name).conv
 
@@ -180,7 +196,6 @@ def _causal_conv1d_backward(
 
         grads = gradients(run, (x, weight, bias, initial_state), (dy, dstate))
         return grads[0], grads[1], grads[2], grads[3]
-    p = make_problem(x, weight, bias, route, initial_state, cu_seqlens, seq_idx, activation, reverse)
     found = _backward_by_kernels(name, p, dy, dstate)
     dx, dweight, dbias, dinitial = (
         x.new_empty(0) if t is None or grad is None else grad.reshape(t.shape).to(t.dtype).contiguous()

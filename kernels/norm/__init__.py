@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.backend import resolve
 from kernels.norm.problem import make_problem
+from kernels.plans import Plan, Plans
 from kernels.recompute import gradients
 from kernels.registration import op
 
@@ -85,6 +86,16 @@ def _implementation(name: str) -> Any:
     return module
 
 
+_plans, _backward_plans = Plans(), Plans()
+
+
+def _resolve(plan: Plan, backend: str, device: torch.device) -> str:
+    """The backend that runs a problem."""
+    if "backend" not in plan:
+        plan["backend"] = resolve("norm", backend, device)
+    return plan["backend"]
+
+
 @op
 def _norm(
     x: Tensor,
@@ -100,8 +111,10 @@ def _norm(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, x + residual (empty without a residual), and the statistics mean and rstd ``(..., G)``."""
-    p = make_problem(x, weight, bias, residual, z, kind, eps, group_size, norm_before_gate, residual_in_fp32)
-    name = resolve("norm", backend, x.device)
+    flags = (kind, eps, group_size, norm_before_gate, residual_in_fp32)
+    plan = _plans.find((x, weight, bias, residual, z), (*flags, backend))
+    p = make_problem(x, weight, bias, residual, z, *flags, plan)
+    name = _resolve(plan, backend, x.device)
     if name in ("cpu", "triton"):
         y, s, mean, rstd = _implementation(name).forward(p)
     else:
@@ -141,8 +154,9 @@ def _norm_backward(
     ``ds`` is the gradient of x + residual. With ``residual_dtype`` but no residual, x is that sum.
     """
     flags = (kind, eps, group_size, norm_before_gate, residual_in_fp32)
-    name = resolve("norm", backend, x.device)
-    p = make_problem(x, weight, bias, residual, z, *flags)
+    plan = _backward_plans.find((dy, ds, mean, rstd, x, weight, bias, residual, z), (*flags, residual_dtype, backend))
+    p = make_problem(x, weight, bias, residual, z, *flags, plan)
+    name = _resolve(plan, backend, x.device)
     if name == "triton":
         dx, dweight, dbias, dresidual, dz = _implementation(name).backward(p, dy, ds, mean, rstd, residual_dtype)
     elif name == "cpu":
