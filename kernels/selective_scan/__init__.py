@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import recompute
 from kernels.backend import resolve
 from kernels.checks import owned
+from kernels.plans import Plans
 from kernels.registration import op
 from kernels.selective_scan.problem import Problem, make_problem
 
@@ -111,6 +112,12 @@ def selective_scan(
 
 def _resolve(p: Problem, backend: str) -> str:
     """The backend that runs a problem."""
+    if "backend" not in p.plan:
+        p.plan["backend"] = _choose(p, backend)
+    return p.plan["backend"]
+
+
+def _choose(p: Problem, backend: str) -> str:
     takes = False
     if p.x.is_cuda:
         from kernels.selective_scan import cuda
@@ -132,6 +139,9 @@ def _implementation(name: str) -> Any:
     else:
         from kernels.selective_scan import reference as module
     return module
+
+
+_plans, _backward_plans = Plans(), Plans()
 
 
 @op
@@ -157,10 +167,9 @@ def _selective_scan(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state (empty if not asked for) and the saved states (zeros where the backward needs none)."""
-    p = make_problem(
-        x, dt, A, B, C, D, z, dt_bias, dt_weight, route, initial_state, cu_seqlens, seq_idx,
-        dt_softplus, route_params, merge, reverse,
-    )  # fmt: skip
+    tensors = (x, dt, A, B, C, D, z, dt_bias, dt_weight, route, initial_state, cu_seqlens, seq_idx)
+    flags = (dt_softplus, route_params, merge, reverse)
+    p = make_problem(*tensors, *flags, _plans.find(tensors, (*flags, return_final_state, backend)))
     name = _resolve(p, backend)
     if name in KERNELS:
         kernel = _implementation(name)
@@ -218,7 +227,7 @@ def _selective_scan_backward(
     """Gradients in the order of ``DIFFERENTIABLE``, shaped as the inputs; empty for absent ones."""
     inputs = (x, dt, A, B, C, D, z, dt_bias, dt_weight, route, initial_state, cu_seqlens, seq_idx)
     flags = (dt_softplus, route_params, merge, reverse)
-    p = make_problem(*inputs, *flags)
+    p = make_problem(*inputs, *flags, _backward_plans.find((dy, dstate, saved, *inputs), (*flags, backend)))
     name = _resolve(p, backend)
     if name not in KERNELS:
         scan = _implementation(name).scan
