@@ -107,7 +107,7 @@ def _function(name: str, forward: Callable[..., Any], backward: Callable[..., An
 
 def _leave_to_python(function: Callable[..., Any]) -> None:
     """Keeps ``torch.compile`` from compiling what runs inside an op; its own decorator takes seconds to import."""
-    frames = torch._C._dynamo.eval_frame
+    frames = torch._C._dynamo.eval_frame  # type: ignore[attr-defined]
     skip = frames._FrameAction.SKIP
     frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
 

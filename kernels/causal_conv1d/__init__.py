@@ -252,9 +252,7 @@ def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tenso
         shape, dtype, device = ctx.y
         dy = torch.zeros(shape, dtype=dtype, device=device)
     bias, initial_state = tensors[2], tensors[4]
-    dx, dweight, dbias, dinitial = torch.ops.triscan.causal_conv1d_backward(
-        dy, dstate if ctx.has_state else None, *tensors, *ctx.flags
-    )
+    dx, dweight, dbias, dinitial = _causal_conv1d_backward(dy, dstate if ctx.has_state else None, *tensors, *ctx.flags)
     dbias = None if bias is None else dbias
     dinitial = None if initial_state is None else dinitial
     return (dx, dweight, dbias, None, dinitial, None, None, *none)

@@ -218,9 +218,7 @@ def _backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: Tensor | None)
         return (None,) * 5 + none
     if dy is None:
         dy = torch.zeros_like(tensors[0], dtype=ctx.dtypes[0])
-    dx, dweight, dbias, dresidual, dz = torch.ops.triscan.norm_backward(
-        dy, ds, mean, rstd, *tensors, ctx.dtypes[1], *ctx.flags
-    )
+    dx, dweight, dbias, dresidual, dz = _norm_backward(dy, ds, mean, rstd, *tensors, ctx.dtypes[1], *ctx.flags)
     return (
         dx,
         dweight,

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import recompute
 from kernels.backend import resolve
-from kernels.checks import owned
+from kernels.checks import autocast_dtype, owned
 from kernels.plans import Plans
 from kernels.registration import op
 from kernels.selective_scan.problem import Problem, make_problem
@@ -246,7 +246,8 @@ def _unproject(ddt: Tensor, dt: Tensor, weight: Tensor | None, routed: bool) -> 
     if weight is None:
         return ddt, None
     if not routed:
-        dt, weight = dt.unsqueeze(2), weight.unsqueeze(0)
+        rows, low = ddt.flatten(0, 2), dt.flatten(0, 1).to(ddt.dtype)
+        return rows @ weight.to(ddt.dtype), rows.T @ low
     low = torch.einsum("blkd,kdr->blkr", ddt, weight.to(ddt.dtype))
     return low, torch.einsum("blkd,blkr->kdr", ddt, dt.to(ddt.dtype))
 
@@ -255,7 +256,11 @@ def _like(grad: Tensor | None, tensor: Tensor | None, x: Tensor) -> Tensor:
     """A gradient in the shape and dtype of its input; an empty tensor where there is no input."""
     if tensor is None or grad is None:
         return x.new_empty(0)
-    return grad.reshape(tensor.shape).to(tensor.dtype).contiguous()
+    if grad.dtype != tensor.dtype:
+        grad = grad.to(tensor.dtype)
+    if grad.shape != tensor.shape:
+        grad = grad.reshape(tensor.shape)
+    return grad.contiguous()
 
 
 @_selective_scan_backward.register_fake
@@ -275,6 +280,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
     ctx.y = (output[0].shape, output[0].dtype, output[0].device)
+    ctx.autocast = autocast_dtype(output[0].device)  # a low-rank dt is projected in it, in the backward as here
 
 
 def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -285,9 +291,12 @@ def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: Tensor | No
     if dy is None:
         shape, dtype, device = ctx.y
         dy = torch.zeros(shape, dtype=dtype, device=device)
-    grads = torch.ops.triscan.selective_scan_backward(
-        dy, dstate if ctx.has_state else None, saved, *tensors, *ctx.flags
-    )
+    arguments = (dy, dstate if ctx.has_state else None, saved, *tensors, *ctx.flags)
+    if ctx.autocast is None or tensors[TENSORS.index("dt_weight")] is None:
+        grads = _selective_scan_backward(*arguments)
+    else:
+        with torch.autocast(dy.device.type, ctx.autocast):
+            grads = _selective_scan_backward(*arguments)
     by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
     inputs = (by_name.get(n) if t is not None else None for n, t in zip(TENSORS, tensors, strict=True))
     return (*inputs, *none[len(TENSORS) :])

@@ -8,9 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import check_float, check_index, check_packing, check_route, check_shape, check_values
+from kernels.checks import (
+    autocast_dtype,
+    check_float,
+    check_index,
+    check_packing,
+    check_route,
+    check_shape,
+    check_values,
+)
 from kernels.plans import Plan
 
 CHUNK = 64  # positions between two saved states: 4 N / CHUNK bytes a channel and position
@@ -280,9 +289,13 @@ def _check_shapes(
 
 
 def _project(dt: Tensor, dt_weight: Tensor) -> Tensor:
-    """Low-rank dt ``(B, L, K, R)`` to ``(B, L, K, D)``, in float32 (float64 for float64)."""
-    dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
-    return torch.einsum("blkr,kdr->blkd", dt.to(dtype), dt_weight.to(dtype))
+    """Low-rank dt ``(B, L, K, R)`` to ``(B, L, K, D)``, in float32 (float64 for float64) or autocast's dtype."""
+    if dt.dtype == torch.float64 or autocast_dtype(dt.device) is None:
+        dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
+        dt, dt_weight = dt.to(dtype), dt_weight.to(dtype)
+    if dt_weight.shape[0] == 1:
+        return F.linear(dt.squeeze(2), dt_weight.squeeze(0)).unsqueeze(2)
+    return torch.einsum("blkr,kdr->blkd", dt, dt_weight)
 
 
 def restarts(seq_idx: Tensor, route: Tensor | None, reverse: bool) -> Tensor:

@@ -277,7 +277,7 @@ def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tenso
     if dy is None:
         shape, dtype, device = ctx.y
         dy = torch.zeros(shape, dtype=dtype, device=device)
-    grads = torch.ops.triscan.ssd_backward(dy, dstate if ctx.has_state else None, *tensors, *ctx.flags)
+    grads = _ssd_backward(dy, dstate if ctx.has_state else None, *tensors, *ctx.flags)
     by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
     inputs = (by_name.get(n) if t is not None else None for n, t in zip(TENSORS, tensors, strict=True))
     return (*inputs, *none[len(TENSORS) :])
