@@ -29,18 +29,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
         low = weight.to(hidden.dtype)
         for place in range(0, len(hidden), chunk):
             part, wanted = hidden[place : place + chunk], targets[place : place + chunk]
-            scores = F.linear(part, low).to(wide).log_softmax(-1)
+            scores = _logits(part, low, wide).log_softmax(-1)
             total += F.nll_loss(scores, wanted, ignore_index=ignore_index, reduction="sum")
             if dhidden is None and dweight is None:
                 continue
             kept = (wanted != ignore_index)[:, None]
-            slope = scores.exp_()  # of the loss by the logits: softmax, less one at the target
-            slope.scatter_add_(1, wanted[:, None].where(kept, 0), -torch.ones_like(slope[:, :1]))
-            slope = slope.mul_(kept).to(hidden.dtype)
+            at = wanted[:, None].where(kept, 0)
+            slope = torch.empty_like(scores, dtype=low.dtype)  # of the loss by the logits: softmax, less one at targets
+            torch.exp(scores, out=slope)
+            slope.scatter_(1, at, torch.expm1(scores.gather(1, at)).to(low.dtype))
             if dhidden is not None:
-                torch.mm(slope, low, out=dhidden[place : place + chunk])
+                torch.mul(slope @ low, kept, out=dhidden[place : place + chunk])
             if dweight is not None:
-                dweight += slope.T @ part
+                dweight += slope.T @ (part * kept)
         ctx.save_for_backward(dhidden, None if dweight is None else dweight.to(weight.dtype))
         return total
 
@@ -50,6 +51,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden, dweight = ctx.saved_tensors
         scaled = (None if t is None else (t.to(grad.dtype) * grad).to(t.dtype) for t in (dhidden, dweight))
         return *scaled, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Products of 16-bit numbers in float32, which a GPU writes as it sums them."""
+    if hidden.is_cuda and hidden.dtype != dtype:
+        return torch.mm(hidden, weight.T, out_dtype=dtype)
+    return F.linear(hidden, weight).to(dtype)
 
 
 def linear_cross_entropy(

@@ -20,11 +20,13 @@ def drawn(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight, targets
 
 
-def both(dtype: torch.dtype, chunk: int, scale: float = 3.0) -> list[list[Tensor]]:
+def both(dtype: torch.dtype, chunk: int, device: str = "cpu") -> list[list[Tensor]]:
     """Loss and gradients of ours, and of PyTorch's operators in float64."""
     results = []
     for ours in (True, False):
         hidden, weight, targets = drawn(dtype)
+        hidden, weight, targets = (t.detach().to(device) for t in (hidden, weight, targets))
+        hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
         if not ours:
             hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
         loss = (
@@ -32,7 +34,7 @@ def both(dtype: torch.dtype, chunk: int, scale: float = 3.0) -> list[list[Tensor
             if ours
             else F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), targets.flatten())
         )
-        (scale * loss).backward()
+        (3.0 * loss).backward()
         assert hidden.grad is not None
         assert weight.grad is not None
         results.append([loss.detach(), hidden.grad, weight.grad])
@@ -50,6 +52,15 @@ def test_low_precision_sums_in_float32() -> None:
     assert [t.dtype for t in ours] == [torch.float32, torch.bfloat16, torch.bfloat16]
     for got, truth in zip(ours, wanted, strict=True):  # a product of 6 and of 13 terms rounded to bfloat16
         assert (got.double() - truth).norm() < 2 * torch.finfo(torch.bfloat16).eps * truth.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    ours, wanted = both(dtype, 5, device="cuda")
+    for got, truth in zip(ours, wanted, strict=True):
+        assert (got.double() - truth).norm() < 4 * max(torch.finfo(dtype).eps, 1e-3) * truth.norm()  # tf32 may be on
 
 
 def test_autocast_keeps_the_weights_gradient_in_float32() -> None:
