@@ -118,6 +118,7 @@ def _resolve(p: Problem, backend: str) -> str:
 
 
 def _choose(p: Problem, backend: str) -> str:
+    """The same at the first call."""
     takes = False
     if p.x.is_cuda:
         from kernels.selective_scan import cuda

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import recompute
 from kernels.backend import choose, resolve
 from kernels.checks import owned
+from kernels.plans import Plans
 from kernels.registration import op
 from kernels.ssd.problem import Problem, make_problem
 from kernels.ssd.quadratic import semiseparable_matrix
@@ -132,7 +133,14 @@ def _plain_mode(mode: str, backend: str) -> str | None:
 
 
 def _resolve(p: Problem, backend: str) -> str:
-    """The backend that runs a problem; on the CPU plain operators are the kernel, with or without numba."""
+    """The backend that runs a problem."""
+    if "backend" not in p.plan:
+        p.plan["backend"] = _choose(p, backend)
+    return p.plan["backend"]
+
+
+def _choose(p: Problem, backend: str) -> str:
+    """The same at the first call; on the CPU plain operators are the kernel, with or without numba."""
     if p.x.device.type == "cpu" and choose(backend, p.x.device)[1].startswith("device cpu"):
         return "cpu"
     return resolve("ssd", backend, p.x.device)
@@ -151,6 +159,9 @@ def _implementation(name: str) -> Any:
     else:
         from kernels.ssd import reference as module
     return module
+
+
+_plans, _backward_plans = Plans(), Plans()
 
 
 @op
@@ -176,10 +187,9 @@ def _ssd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """y and the final state (empty if not asked for)."""
-    p = make_problem(
-        x, dt, A, B, C, D, z, dt_bias, route, initial_state, cu_seqlens, seq_idx,
-        dt_softplus, dt_min, dt_max, merge, reverse,
-    )  # fmt: skip
+    tensors = (x, dt, A, B, C, D, z, dt_bias, route, initial_state, cu_seqlens, seq_idx)
+    flags = (dt_softplus, dt_min, dt_max, merge, reverse)
+    p = make_problem(*tensors, *flags, _plans.find(tensors, (*flags, return_final_state, backend)))
     name = _resolve(p, backend)
     if name in KERNELS:
         y, state = _implementation(name).forward(p)
@@ -232,7 +242,7 @@ def _ssd_backward(
     """Gradients in the order of ``DIFFERENTIABLE``, shaped as the inputs; empty for absent ones."""
     inputs = (x, dt, A, B, C, D, z, dt_bias, route, initial_state, cu_seqlens, seq_idx)
     flags = (dt_softplus, dt_min, dt_max, merge, reverse)
-    p = make_problem(*inputs, *flags)
+    p = make_problem(*inputs, *flags, _backward_plans.find((dy, dstate, *inputs), (*flags, backend)))
     name = _resolve(p, backend)
     if name not in KERNELS:
         scan = _implementation(name).scan
