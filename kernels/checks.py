@@ -85,6 +85,20 @@ def check_packing(
             )
 
 
+def check_values(x: Tensor, route: Tensor | None, cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> None:
+    """Checks of indices that passed all others in an earlier call: those of their values."""
+    if route is not None:
+        check_route(route, x.shape[1])
+    if cu_seqlens is not None:
+        check_packing(x.shape[0], x.shape[1], route, cu_seqlens, seq_idx)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast, if it is on, gives products of float32 and narrower tensors on a device."""
+    kind = device.type
+    return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
 def owned(t: Tensor, shape: Sequence[int]) -> Tensor:
     """A dense tensor of this shape that is nobody's view: what a custom op returns, for callers to change as they like.
 

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import tempfile
+import threading
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ import torch
 
 SHARED_MEMORY = 48 << 10  # bytes a block may use without asking for more
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+
+_Pointer = ctypes.c_void_p * 1
+_thread = threading.local()  # whether this thread has a CUDA context
 
 
 @functools.cache
@@ -162,14 +166,17 @@ class Kernel:
         """
         if blocks == 0:
             return
-        self._enter()
+        if not getattr(_thread, "entered", False):  # a context stays current until another one is made so
+            self._enter()
+            _thread.entered = True
         values = array("q", fields)
-        argument = (ctypes.c_void_p * 1)(values.buffer_info()[0])
+        argument = _Pointer(values.buffer_info()[0])
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
         status = _driver().cuLaunchKernel(
             self.function, blocks, 1, 1, threads, 1, 1, self.shared, stream, argument, None
         )
-        self._check(status, f"launch {blocks} blocks of {threads} threads")
+        if status:
+            self._check(status, f"launch {blocks} blocks of {threads} threads")
 
 
 @functools.cache

@@ -24,7 +24,9 @@ from kernels.causal_conv1d.order import (
 )
 from kernels.causal_conv1d.problem import Problem, make_problem
 from kernels.checks import owned
+from kernels.plans import Plan, Plans
 from kernels.recompute import gradients
+from kernels.registration import op
 
 __all__ = ["causal_conv1d"]
 
@@ -95,7 +97,17 @@ def _implementation(name: str) -> Any:
     return module
 
 
-@torch.library.custom_op("triscan::causal_conv1d", mutates_args=())
+_plans, _backward_plans = Plans(), Plans()
+
+
+def _resolve(plan: Plan, backend: str, device: torch.device) -> str:
+    """The backend that runs a problem."""
+    if "backend" not in plan:
+        plan["backend"] = resolve("causal_conv1d", backend, device)
+    return plan["backend"]
+
+
+@op
 def _causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -110,8 +122,10 @@ def _causal_conv1d(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """y and the final state (empty if not asked for)."""
-    p = make_problem(x, weight, bias, route, initial_state, cu_seqlens, seq_idx, activation, reverse)
-    name = resolve("causal_conv1d", backend, x.device)
+    tensors = (x, weight, bias, route, initial_state, cu_seqlens, seq_idx)
+    plan = _plans.find(tensors, (activation, reverse, return_final_state, backend))
+    p = make_problem(*tensors, activation, reverse, plan)
+    name = _resolve(plan, backend, x.device)
     if name in ("cpu", "triton"):
         y, state = _by_kernels(name, p, return_final_state)
     else:
@@ -154,7 +168,7 @@ def _(
     return x.new_empty(p.y_shape), x.new_empty(p.state_shape if return_final_state else (0,))
 
 
-@torch.library.custom_op("triscan::causal_conv1d_backward", mutates_args=())
+@op
 def _causal_conv1d_backward(
     dy: Tensor,
     dstate: Tensor | None,
@@ -170,7 +184,10 @@ def _causal_conv1d_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias and initial_state, shaped as these; empty for absent ones."""
-    name = resolve("causal_conv1d", backend, x.device)
+    tensors = (x, weight, bias, route, initial_state, cu_seqlens, seq_idx)
+    plan = _backward_plans.find((dy, dstate, *tensors), (activation, reverse, backend))
+    p = make_problem(*tensors, activation, reverse, plan)
+    name = _resolve(plan, backend, x.device)
     if name not in ("cpu", "triton"):
         conv = _implementation(name).conv
 
@@ -179,7 +196,6 @@ def _causal_conv1d_backward(
 
         grads = gradients(run, (x, weight, bias, initial_state), (dy, dstate))
         return grads[0], grads[1], grads[2], grads[3]
-    p = make_problem(x, weight, bias, route, initial_state, cu_seqlens, seq_idx, activation, reverse)
     found = _backward_by_kernels(name, p, dy, dstate)
     dx, dweight, dbias, dinitial = (
         x.new_empty(0) if t is None or grad is None else grad.reshape(t.shape).to(t.dtype).contiguous()
@@ -236,9 +252,7 @@ def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tenso
         shape, dtype, device = ctx.y
         dy = torch.zeros(shape, dtype=dtype, device=device)
     bias, initial_state = tensors[2], tensors[4]
-    dx, dweight, dbias, dinitial = torch.ops.triscan.causal_conv1d_backward(
-        dy, dstate if ctx.has_state else None, *tensors, *ctx.flags
-    )
+    dx, dweight, dbias, dinitial = _causal_conv1d_backward(dy, dstate if ctx.has_state else None, *tensors, *ctx.flags)
     dbias = None if bias is None else dbias
     dinitial = None if initial_state is None else dinitial
     return (dx, dweight, dbias, None, dinitial, None, None, *none)

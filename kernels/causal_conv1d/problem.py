@@ -5,12 +5,13 @@ B batch, L tokens, D channels, K routes, P scan positions, W conv width, S seque
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kernels.checks import check_float, check_index, check_packing, check_route, check_shape
+from kernels.checks import check_float, check_index, check_packing, check_route, check_shape, check_values
+from kernels.plans import Plan
 
 ACTIVATIONS = ("", "silu")
 
@@ -29,6 +30,7 @@ class Problem:
         seq_idx: ``(B, L)`` sequence of each token, -1 for padding, or None.
         silu: SiLU follows.
         reverse: Positions are visited from the last to the first.
+        plan: What implementations keep for the next problem of the same sizes.
     """
 
     x: Tensor
@@ -40,6 +42,7 @@ class Problem:
     seq_idx: Tensor | None
     silu: bool
     reverse: bool
+    plan: Plan = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def batch(self) -> int:
@@ -102,12 +105,49 @@ def make_problem(
     seq_idx: Tensor | None,
     activation: str,
     reverse: bool,
+    plan: Plan | None = None,
 ) -> Problem:
     """Checks the arguments of ``causal_conv1d`` and returns them in routed form (views).
+
+    With the plan of an earlier problem of the same signature only values of indices are checked again.
 
     Raises:
         ValueError: With the tensor's name, what it is, what was wanted and how to fix it.
     """
+    routed = route is not None
+    if not plan:
+        _check(x, weight, bias, route, initial_state, cu_seqlens, seq_idx, activation)
+    else:
+        check_values(x, route, cu_seqlens, seq_idx)
+
+    def routes(t: Tensor | None, axis: int) -> Tensor | None:
+        return t if t is None or routed else t.unsqueeze(axis)
+
+    return Problem(
+        x=x if x.ndim == 4 else x.unsqueeze(2),
+        weight=weight if routed else weight.unsqueeze(0),
+        bias=routes(bias, 0),
+        route=route,
+        initial_state=routes(initial_state, 1),
+        cu_seqlens=cu_seqlens,
+        seq_idx=seq_idx,
+        silu=activation == "silu",
+        reverse=reverse,
+        plan={} if plan is None else plan,
+    )
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    route: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    activation: str,
+) -> None:
+    """Raises unless shapes, dtypes and devices fit each other."""
     check_float(x, weight=weight, bias=bias, initial_state=initial_state)
     for name, t in (("route", route), ("cu_seqlens", cu_seqlens), ("seq_idx", seq_idx)):
         if t is not None:
@@ -133,18 +173,3 @@ def make_problem(
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rows = "B" if cu_seqlens is None else "S"
     check_shape("initial_state", initial_state, (sequences, *lead, width - 1, channels), f"({rows}, {letters}W - 1, D)")
-
-    def routes(t: Tensor | None, axis: int) -> Tensor | None:
-        return t if t is None or routed else t.unsqueeze(axis)
-
-    return Problem(
-        x=x if x.ndim == 4 else x.unsqueeze(2),
-        weight=weight if routed else weight.unsqueeze(0),
-        bias=routes(bias, 0),
-        route=route,
-        initial_state=routes(initial_state, 1),
-        cu_seqlens=cu_seqlens,
-        seq_idx=seq_idx,
-        silu=activation == "silu",
-        reverse=reverse,
-    )

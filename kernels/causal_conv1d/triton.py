@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kernels.causal_conv1d.order import Order, inverse
 from kernels.causal_conv1d.problem import Problem
-from kernels.causal_conv1d.triton_walk import on
+from kernels.plans import on_device
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def forward(p: Problem, o: Order) -> Tensor:
     y = make((p.batch, p.length, p.routes, p.channels), dtype=p.x.dtype, device=p.x.device)
     if p.x.numel() and p.positions:
         tensors, sizes, flags, tiles = _arguments(p, o)
-        with on(p.x):
+        with on_device(p.x):
             _forward_kernel[(tiles * p.batch * p.routes,)](*tensors, y, *sizes, **flags)
     return y
 
@@ -204,7 +204,7 @@ def backward(p: Problem, o: Order, dy: Tensor) -> tuple[Tensor, Tensor, Tensor |
         columns = p.x.shape[2]
         blocks = triton.cdiv(p.length, flags["BP"]) * triton.cdiv(p.channels, flags["BD"])
         shared = {n: flags[n] for n in ("W", "BD", "HAS_TOKEN", "HAS_START", "ACC")}
-        with on(p.x):
+        with on_device(p.x):
             _slope_kernel[(tiles * p.batch * p.routes,)](
                 dy, *tensors, g, dweight, g if dbias is None else dbias, *sizes, **flags
             )

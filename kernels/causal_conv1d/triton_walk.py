@@ -19,7 +19,7 @@ B batch, L tokens, D channels, W conv width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.causal_conv1d.problem import Problem
-from kernels.causal_conv1d.triton_shape import Shape, shape_of
+from kernels.causal_conv1d.triton_shape import shape_of
 from kernels.causal_conv1d.triton_steps import (
     offset_of,
     parameters,
@@ -38,6 +38,7 @@ from kernels.causal_conv1d.triton_steps import (
     tile,
     weighted_sum,
 )
+from kernels.plans import launch, on_device
 
 COLUMNS = 8  # of a program that sums the parts: few, so that all of the GPU takes part
 MAX_WIDTH = 16  # beyond, the inputs and gradients that a thread keeps no longer fit its registers
@@ -169,13 +170,12 @@ def forward(p: Problem) -> Tensor:
     """y ``(B, L, 1, D)`` in x's dtype."""
     x = _dense(p.x)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    shape = shape_of(p, backward=False)
+    cut = _cut(p, backward=False)
     state = p.initial_state if p.width > 1 else None
-    with on(x):
-        _forward_kernel[(shape.blocks * shape.runs * p.batch,)](
-            x, p.weight.contiguous(), *_given(x, p.bias, state), y,
-            p.length, p.channels, x.stride(0), x.stride(1), shape.runs, shape.steps, **_flags(p, shape),
-        )  # fmt: skip
+    given = _given(x, p.bias, state)
+    arguments = (x, p.weight.contiguous(), *given, y, p.length, p.channels, x.stride(0), x.stride(1), *cut.runs)
+    with on_device(x):
+        launch(p.plan, _forward_kernel, cut.blocks * p.batch, arguments, cut.constants)
     return y
 
 
@@ -187,8 +187,8 @@ def backward(p: Problem, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Ten
         dy: ``(B, L, 1, D)``.
     """
     x, dy = _dense(p.x), _dense(dy)
-    shape = shape_of(p, backward=True)
-    parts = shape.runs * p.batch
+    cut = _cut(p, backward=True)
+    parts = cut.runs[0] * p.batch
     new: dict[str, Any] = {"dtype": p.dtype, "device": x.device}
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     part = torch.empty(parts, p.width + 1, p.channels, **new)
@@ -198,22 +198,49 @@ def backward(p: Problem, dy: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Ten
         head = torch.empty(p.batch, 1, p.width - 1, p.channels, **new)
     dweight = torch.empty(p.weight.shape, dtype=p.weight.dtype, device=x.device)
     dbias = None if p.bias is None else torch.empty(p.bias.shape, dtype=p.bias.dtype, device=x.device)
-    with on(x):
-        _backward_kernel[(shape.blocks * parts,)](
-            dy, x, p.weight.contiguous(), *_given(x, p.bias, state), dx, part, part if head is None else head,
-            p.length, p.channels, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1), shape.runs, shape.steps,
-            **_flags(p, shape),
-        )  # fmt: skip
-        _parameter_kernel[(-(-(p.width + 1) * p.channels // COLUMNS),)](
-            part, dweight, part if dbias is None else dbias, parts, p.channels, W=p.width, HAS_BIAS=dbias is not None,
-            ROWS=min(512, triton.next_power_of_2(parts)), COLUMNS=COLUMNS, num_warps=8,
-        )  # fmt: skip
+    given = (dy, x, p.weight.contiguous(), *_given(x, p.bias, state), dx, part, part if head is None else head)
+    steps = (x.stride(0), x.stride(1), dy.stride(0), dy.stride(1))
+    sums = (part, dweight, part if dbias is None else dbias, parts, p.channels)
+    with on_device(x):
+        arguments = (*given, p.length, p.channels, *steps, *cut.runs)
+        launch(p.plan, _backward_kernel, cut.blocks * p.batch, arguments, cut.constants)
+        launch(p.plan, _parameter_kernel, -(-(p.width + 1) * p.channels // COLUMNS), sums, cut.summed)
     return dx, dweight, dbias, head
 
 
-def on(x: Tensor) -> torch.device | torch.cuda.device:
-    """Makes the device of ``x`` the current one while kernels are launched."""
-    return torch.get_device_module(x.device).device(x.device) if x.device.type != "cpu" else torch.device("cpu")
+class Cut(NamedTuple):
+    """How a problem is cut, in the kernels' arguments.
+
+    Attributes:
+        blocks: Programs of a batch.
+        runs: Programs that share its places, and steps of a run.
+        constants: What the kernel over places is compiled for.
+        summed: What the kernel that sums the parts is compiled for.
+    """
+
+    blocks: int
+    runs: tuple[int, int]
+    constants: dict[str, Any]
+    summed: dict[str, Any]
+
+
+def _cut(p: Problem, backward: bool) -> Cut:
+    """The cut of a problem, made once for each plan; a plan is of a forward or of a backward."""
+    found = p.plan.get("cut")
+    if found is None:
+        shape = shape_of(p, backward)
+        constants = {
+            "W": p.width, "R": shape.R, "U": shape.U, "BD": shape.BD, "HAS_BIAS": p.bias is not None,
+            "HAS_STATE": p.initial_state is not None and p.width > 1, "REVERSE": p.reverse, "SILU": p.silu,
+            "ACC": tl.float64 if p.dtype == torch.float64 else tl.float32, "num_warps": shape.warps,
+        }  # fmt: skip
+        rows = min(512, triton.next_power_of_2(shape.runs * p.batch))
+        summed = {
+            "W": p.width, "HAS_BIAS": p.bias is not None, "ROWS": rows, "COLUMNS": COLUMNS, "num_warps": 8,
+        }  # fmt: skip
+        found = Cut(shape.blocks * shape.runs, (shape.runs, shape.steps), constants, summed)
+        p.plan["cut"] = found
+    return found
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -224,12 +251,3 @@ def _dense(t: Tensor) -> Tensor:
 def _given(x: Tensor, *tensors: Tensor | None) -> list[Tensor]:
     """The tensors, dense; x stands for absent ones."""
     return [x if t is None else t.contiguous() for t in tensors]
-
-
-def _flags(p: Problem, shape: Shape) -> dict[str, Any]:
-    """What the kernels are compiled for."""
-    return {
-        "W": p.width, "R": shape.R, "U": shape.U, "BD": shape.BD, "HAS_BIAS": p.bias is not None,
-        "HAS_STATE": p.initial_state is not None and p.width > 1, "REVERSE": p.reverse, "SILU": p.silu,
-        "ACC": tl.float64 if p.dtype == torch.float64 else tl.float32, "num_warps": shape.warps,
-    }  # fmt: skip

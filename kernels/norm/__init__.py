@@ -16,7 +16,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.backend import resolve
 from kernels.norm.problem import make_problem
+from kernels.plans import Plan, Plans
 from kernels.recompute import gradients
+from kernels.registration import op
 
 __all__ = ["norm"]
 
@@ -84,7 +86,17 @@ def _implementation(name: str) -> Any:
     return module
 
 
-@torch.library.custom_op("triscan::norm", mutates_args=())
+_plans, _backward_plans = Plans(), Plans()
+
+
+def _resolve(plan: Plan, backend: str, device: torch.device) -> str:
+    """The backend that runs a problem."""
+    if "backend" not in plan:
+        plan["backend"] = resolve("norm", backend, device)
+    return plan["backend"]
+
+
+@op
 def _norm(
     x: Tensor,
     weight: Tensor,
@@ -99,8 +111,10 @@ def _norm(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, x + residual (empty without a residual), and the statistics mean and rstd ``(..., G)``."""
-    p = make_problem(x, weight, bias, residual, z, kind, eps, group_size, norm_before_gate, residual_in_fp32)
-    name = resolve("norm", backend, x.device)
+    flags = (kind, eps, group_size, norm_before_gate, residual_in_fp32)
+    plan = _plans.find((x, weight, bias, residual, z), (*flags, backend))
+    p = make_problem(x, weight, bias, residual, z, *flags, plan)
+    name = _resolve(plan, backend, x.device)
     if name in ("cpu", "triton"):
         y, s, mean, rstd = _implementation(name).forward(p)
     else:
@@ -116,7 +130,7 @@ def _(x, weight, bias, residual, z, kind, eps, group_size, norm_before_gate, res
     return x.new_empty(x.shape), x.new_empty(size, dtype=p.residual_dtype), stats, torch.empty_like(stats)
 
 
-@torch.library.custom_op("triscan::norm_backward", mutates_args=())
+@op
 def _norm_backward(
     dy: Tensor,
     ds: Tensor | None,
@@ -140,8 +154,9 @@ def _norm_backward(
     ``ds`` is the gradient of x + residual. With ``residual_dtype`` but no residual, x is that sum.
     """
     flags = (kind, eps, group_size, norm_before_gate, residual_in_fp32)
-    name = resolve("norm", backend, x.device)
-    p = make_problem(x, weight, bias, residual, z, *flags)
+    plan = _backward_plans.find((dy, ds, mean, rstd, x, weight, bias, residual, z), (*flags, residual_dtype, backend))
+    p = make_problem(x, weight, bias, residual, z, *flags, plan)
+    name = _resolve(plan, backend, x.device)
     if name == "triton":
         dx, dweight, dbias, dresidual, dz = _implementation(name).backward(p, dy, ds, mean, rstd, residual_dtype)
     elif name == "cpu":
@@ -203,9 +218,7 @@ def _backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, *_: Tensor | None)
         return (None,) * 5 + none
     if dy is None:
         dy = torch.zeros_like(tensors[0], dtype=ctx.dtypes[0])
-    dx, dweight, dbias, dresidual, dz = torch.ops.triscan.norm_backward(
-        dy, ds, mean, rstd, *tensors, ctx.dtypes[1], *ctx.flags
-    )
+    dx, dweight, dbias, dresidual, dz = _norm_backward(dy, ds, mean, rstd, *tensors, ctx.dtypes[1], *ctx.flags)
     return (
         dx,
         dweight,

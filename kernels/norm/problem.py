@@ -5,12 +5,13 @@ D channels, M rows (all leading axes together), G groups of D / G channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from kernels.checks import check_float, check_shape
+from kernels.plans import Plan
 
 KINDS = ("rms", "layer")
 
@@ -30,6 +31,7 @@ class Problem:
         groups: Groups of channels with statistics of their own.
         norm_before_gate: silu(z) multiplies the result, else the input.
         residual_in_fp32: Whether the sum is handed on in float32.
+        plan: What implementations keep for the next problem of the same sizes.
     """
 
     x: Tensor
@@ -42,6 +44,7 @@ class Problem:
     groups: int
     norm_before_gate: bool
     residual_in_fp32: bool
+    plan: Plan = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def channels(self) -> int:
@@ -77,12 +80,42 @@ def make_problem(
     group_size: int,
     norm_before_gate: bool,
     residual_in_fp32: bool,
+    plan: Plan | None = None,
 ) -> Problem:
     """Checks the arguments of ``norm``; ``group_size`` 0 means the whole row.
+
+    With the plan of an earlier problem of the same signature nothing is checked again.
 
     Raises:
         ValueError: With the tensor's name, what it is, what was wanted and how to fix it.
     """
+    if not plan:
+        _check(x, weight, bias, residual, z, kind, group_size)
+    return Problem(
+        x=x,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        z=z,
+        layer=kind == "layer",
+        eps=eps,
+        groups=x.shape[-1] // group_size if group_size else 1,
+        norm_before_gate=norm_before_gate,
+        residual_in_fp32=residual_in_fp32,
+        plan={} if plan is None else plan,
+    )
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    z: Tensor | None,
+    kind: str,
+    group_size: int,
+) -> None:
+    """Raises unless the arguments fit each other."""
     check_float(x, weight=weight, bias=bias, residual=residual, z=z)
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, wanted 'rms' or 'layer'")
@@ -95,15 +128,3 @@ def make_problem(
     check_shape("z", z, tuple(x.shape), "the shape of x")
     if group_size < 0 or (group_size > 0 and channels % group_size):
         raise ValueError(f"group_size: got {group_size}, wanted a divisor of D = {channels}, or None for the whole row")
-    return Problem(
-        x=x,
-        weight=weight,
-        bias=bias,
-        residual=residual,
-        z=z,
-        layer=kind == "layer",
-        eps=eps,
-        groups=channels // group_size if group_size else 1,
-        norm_before_gate=norm_before_gate,
-        residual_in_fp32=residual_in_fp32,
-    )

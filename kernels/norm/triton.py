@@ -15,7 +15,7 @@ D channels, M rows, G groups of D / G channels.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kernels.norm.problem import Problem
 from kernels.norm.triton_shape import Shape, shape_of
+from kernels.plans import launch, on_device
 
 COLUMNS = 8  # of a program that sums the parts: few, so that all of the GPU takes part
 
@@ -206,16 +207,17 @@ def _parameter_kernel(
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y in x's dtype, x + residual (empty without a residual), mean and rstd ``(..., G)``."""
-    device = p.x.device
-    y = torch.empty(p.x.shape, dtype=p.x.dtype, device=device)
-    s = torch.empty(0 if p.residual is None else p.x.shape, dtype=p.residual_dtype, device=device)
-    mean = torch.empty(p.stats_shape, dtype=p.dtype, device=device)
-    rstd = torch.empty(p.stats_shape, dtype=p.dtype, device=device)
-    if p.x.numel():
-        shape = shape_of(p, backward=False, plain=p.residual is None and p.z is None)
-        tensors, sizes, flags = _arguments(p, shape)
-        with _on(p.x):
-            _forward_kernel[(shape.strips * p.groups,)](*tensors, s, y, mean, rstd, *sizes, eps=p.eps, **flags)
+    x, device = p.x, p.x.device
+    y = torch.empty(x.shape, dtype=x.dtype, device=device)
+    s = torch.empty(0 if p.residual is None else x.shape, dtype=p.residual_dtype, device=device)
+    stats = p.stats_shape
+    mean = torch.empty(stats, dtype=p.dtype, device=device)
+    rstd = torch.empty(stats, dtype=p.dtype, device=device)
+    if x.numel():
+        cut = _cut(p, backward=False, plain=p.residual is None and p.z is None)
+        with on_device(x):
+            arguments = (*_inputs_of(p), s, y, mean, rstd, *cut.sizes)
+            launch(p.plan, _forward_kernel, cut.blocks, arguments, {"eps": p.eps, **cut.constants})
     return y, s, mean, rstd
 
 
@@ -240,45 +242,71 @@ def backward(
     dweight = make(p.channels, dtype=p.weight.dtype, **new)
     dbias = None if p.bias is None else make(p.channels, dtype=p.bias.dtype, **new)
     if p.x.numel():
-        shape = shape_of(p, backward=True, plain=residual_dtype is None and p.z is None)
-        tensors, sizes, flags = _arguments(p, shape)
+        cut = _cut(p, backward=True, plain=residual_dtype is None and p.z is None)
+        strips, spread = cut.shape.strips, cut.shape.spread
         rows = 1 if dbias is None else 2
-        part = torch.empty(shape.strips, rows, p.channels, dtype=p.dtype, **new)
+        part = torch.empty(strips, rows, p.channels, dtype=p.dtype, **new)
         dy = dy.contiguous()
-        outputs = [dx if t is None else t for t in (dx, dresidual, dz)]
-        with _on(p.x):
-            _backward_kernel[(shape.strips * p.groups,)](
-                dy, dy if ds is None else ds.contiguous(), *tensors, mean, rstd, *outputs, part, *sizes,
-                HAS_ADD=ds is not None, HAS_DRESIDUAL=dresidual is not None, SPREAD=shape.spread, **flags,
-            )  # fmt: skip
-            _parameter_kernel[(-(-rows * p.channels // COLUMNS),)](
-                part, dweight, dweight if dbias is None else dbias, shape.strips, p.channels,
-                HAS_BIAS=dbias is not None, ROWS=min(512, triton.next_power_of_2(shape.strips)), COLUMNS=COLUMNS,
-                num_warps=8,
-            )  # fmt: skip
+        given = (dy, dy if ds is None else ds.contiguous(), *_inputs_of(p), mean, rstd)
+        outputs = (dx, dx if dresidual is None else dresidual, dx if dz is None else dz)
+        flags = {"HAS_ADD": ds is not None, "HAS_DRESIDUAL": dresidual is not None, "SPREAD": spread}
+        with on_device(p.x):
+            arguments = (*given, *outputs, part, *cut.sizes)
+            launch(p.plan, _backward_kernel, cut.blocks, arguments, {**cut.constants, **flags})
+            sums = (part, dweight, dweight if dbias is None else dbias, strips, p.channels)
+            constants = {"HAS_BIAS": dbias is not None, "ROWS": cut.parts, "COLUMNS": COLUMNS, "num_warps": 8}
+            launch(p.plan, _parameter_kernel, -(-rows * p.channels // COLUMNS), sums, constants)
     return dx, dweight, dbias, dresidual, dz
 
 
-def _arguments(p: Problem, shape: Shape) -> tuple[list[Tensor], list[int], dict[str, Any]]:
-    """Inputs as rows, then M, D, G, D / G, the row strides and the strips, then what the kernels are compiled for."""
+class Cut(NamedTuple):
+    """How a problem is cut, in the kernels' arguments.
+
+    Attributes:
+        shape: The shape.
+        blocks: Programs.
+        sizes: M, D, G, D / G, the steps from row to row of x, residual and z, then strips and their steps.
+        constants: What the kernels are compiled for.
+        parts: ROWS of the kernel that sums the parts.
+    """
+
+    shape: Shape
+    blocks: int
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+    parts: int
+
+
+def _cut(p: Problem, backward: bool, plain: bool) -> Cut:
+    """The cut of a problem, made once for each plan; a plan is of a forward or of a backward."""
+    found = p.plan.get("cut")
+    if found is None:
+        shape = shape_of(p, backward, plain)
+        x, *others = _rows_of(p)
+        sizes = [x.shape[0], p.channels, p.groups, p.channels // p.groups, *(t.stride(0) for t in (x, *others))]
+        constants = {
+            "ROWS": shape.rows, "BLOCK": shape.block, "LAYER": p.layer, "HAS_BIAS": p.bias is not None,
+            "HAS_RESIDUAL": p.residual is not None, "HAS_Z": p.z is not None, "GATE_LAST": p.norm_before_gate,
+            "ACC": tl.float64 if p.dtype == torch.float64 else tl.float32, "num_warps": shape.warps,
+        }  # fmt: skip
+        parts = min(512, triton.next_power_of_2(shape.strips))
+        found = Cut(shape, shape.strips * p.groups, (*sizes, shape.strips, shape.steps), constants, parts)
+        p.plan["cut"] = found
+    return found
+
+
+def _inputs_of(p: Problem) -> tuple[Tensor, ...]:
+    """x, residual, z, weight and bias as the kernels read them; x stands for absent ones."""
+    x, residual, z = _rows_of(p)
+    return x, residual, z, p.weight.contiguous(), x if p.bias is None else p.bias.contiguous()
+
+
+def _rows_of(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     x = _as_rows(p.x)
-    rows = [x, *(x if t is None else _as_rows(t) for t in (p.residual, p.z))]
-    parameters = [x if t is None else t.contiguous() for t in (p.weight, p.bias)]
-    sizes = [x.shape[0], p.channels, p.groups, p.channels // p.groups, *(t.stride(0) for t in rows)]
-    flags: dict[str, Any] = {
-        "ROWS": shape.rows, "BLOCK": shape.block, "LAYER": p.layer, "HAS_BIAS": p.bias is not None,
-        "HAS_RESIDUAL": p.residual is not None, "HAS_Z": p.z is not None, "GATE_LAST": p.norm_before_gate,
-        "ACC": tl.float64 if p.dtype == torch.float64 else tl.float32, "num_warps": shape.warps,
-    }  # fmt: skip
-    return [*rows, *parameters], [*sizes, shape.strips, shape.steps], flags
+    return x, x if p.residual is None else _as_rows(p.residual), x if p.z is None else _as_rows(p.z)
 
 
 def _as_rows(t: Tensor) -> Tensor:
     """``(M, D)``, a view where channels are contiguous and the rows evenly spaced."""
     t = t.reshape(-1, t.shape[-1])
     return t if t.stride(1) == 1 else t.contiguous()
-
-
-def _on(x: Tensor) -> torch.device | torch.cuda.device:
-    """Makes the device of ``x`` the current one while kernels are launched."""
-    return torch.get_device_module(x.device).device(x.device) if x.device.type != "cpu" else torch.device("cpu")

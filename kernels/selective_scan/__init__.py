@@ -14,7 +14,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import recompute
 from kernels.backend import resolve
-from kernels.checks import owned
+from kernels.checks import autocast_dtype, owned
+from kernels.plans import Plans
+from kernels.registration import op
 from kernels.selective_scan.problem import Problem, make_problem
 
 __all__ = ["selective_scan"]
@@ -110,6 +112,13 @@ def selective_scan(
 
 def _resolve(p: Problem, backend: str) -> str:
     """The backend that runs a problem."""
+    if "backend" not in p.plan:
+        p.plan["backend"] = _choose(p, backend)
+    return p.plan["backend"]
+
+
+def _choose(p: Problem, backend: str) -> str:
+    """The same at the first call."""
     takes = False
     if p.x.is_cuda:
         from kernels.selective_scan import cuda
@@ -133,7 +142,10 @@ def _implementation(name: str) -> Any:
     return module
 
 
-@torch.library.custom_op("triscan::selective_scan", mutates_args=())
+_plans, _backward_plans = Plans(), Plans()
+
+
+@op
 def _selective_scan(
     x: Tensor,
     dt: Tensor,
@@ -156,10 +168,9 @@ def _selective_scan(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the final state (empty if not asked for) and the saved states (zeros where the backward needs none)."""
-    p = make_problem(
-        x, dt, A, B, C, D, z, dt_bias, dt_weight, route, initial_state, cu_seqlens, seq_idx,
-        dt_softplus, route_params, merge, reverse,
-    )  # fmt: skip
+    tensors = (x, dt, A, B, C, D, z, dt_bias, dt_weight, route, initial_state, cu_seqlens, seq_idx)
+    flags = (dt_softplus, route_params, merge, reverse)
+    p = make_problem(*tensors, *flags, _plans.find(tensors, (*flags, return_final_state, backend)))
     name = _resolve(p, backend)
     if name in KERNELS:
         kernel = _implementation(name)
@@ -190,7 +201,7 @@ def _(
     return y, x.new_empty(size, dtype=p.state_dtype), saved
 
 
-@torch.library.custom_op("triscan::selective_scan_backward", mutates_args=())
+@op
 def _selective_scan_backward(
     dy: Tensor,
     dstate: Tensor | None,
@@ -217,7 +228,7 @@ def _selective_scan_backward(
     """Gradients in the order of ``DIFFERENTIABLE``, shaped as the inputs; empty for absent ones."""
     inputs = (x, dt, A, B, C, D, z, dt_bias, dt_weight, route, initial_state, cu_seqlens, seq_idx)
     flags = (dt_softplus, route_params, merge, reverse)
-    p = make_problem(*inputs, *flags)
+    p = make_problem(*inputs, *flags, _backward_plans.find((dy, dstate, saved, *inputs), (*flags, backend)))
     name = _resolve(p, backend)
     if name not in KERNELS:
         scan = _implementation(name).scan
@@ -236,7 +247,8 @@ def _unproject(ddt: Tensor, dt: Tensor, weight: Tensor | None, routed: bool) -> 
     if weight is None:
         return ddt, None
     if not routed:
-        dt, weight = dt.unsqueeze(2), weight.unsqueeze(0)
+        rows, low = ddt.flatten(0, 2), dt.flatten(0, 1).to(ddt.dtype)
+        return rows @ weight.to(ddt.dtype), rows.T @ low
     low = torch.einsum("blkd,kdr->blkr", ddt, weight.to(ddt.dtype))
     return low, torch.einsum("blkd,blkr->kdr", ddt, dt.to(ddt.dtype))
 
@@ -245,7 +257,11 @@ def _like(grad: Tensor | None, tensor: Tensor | None, x: Tensor) -> Tensor:
     """A gradient in the shape and dtype of its input; an empty tensor where there is no input."""
     if tensor is None or grad is None:
         return x.new_empty(0)
-    return grad.reshape(tensor.shape).to(tensor.dtype).contiguous()
+    if grad.dtype != tensor.dtype:
+        grad = grad.to(tensor.dtype)
+    if grad.shape != tensor.shape:
+        grad = grad.reshape(tensor.shape)
+    return grad.contiguous()
 
 
 @_selective_scan_backward.register_fake
@@ -265,6 +281,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
     ctx.y = (output[0].shape, output[0].dtype, output[0].device)
+    ctx.autocast = autocast_dtype(output[0].device)  # a low-rank dt is projected in it, in the backward as here
 
 
 def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -275,9 +292,12 @@ def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: Tensor | No
     if dy is None:
         shape, dtype, device = ctx.y
         dy = torch.zeros(shape, dtype=dtype, device=device)
-    grads = torch.ops.triscan.selective_scan_backward(
-        dy, dstate if ctx.has_state else None, saved, *tensors, *ctx.flags
-    )
+    arguments = (dy, dstate if ctx.has_state else None, saved, *tensors, *ctx.flags)
+    if ctx.autocast is None or tensors[TENSORS.index("dt_weight")] is None:
+        grads = _selective_scan_backward(*arguments)
+    else:
+        with torch.autocast(dy.device.type, ctx.autocast):
+            grads = _selective_scan_backward(*arguments)
     by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
     inputs = (by_name.get(n) if t is not None else None for n, t in zip(TENSORS, tensors, strict=True))
     return (*inputs, *none[len(TENSORS) :])

@@ -153,9 +153,9 @@ def _blocks(p: Problem) -> np.ndarray:
     return np.array(edges, np.int64).reshape(-1, 2)
 
 
-def _arguments(p: Problem) -> tuple[Sizes, Inputs]:
-    """The problem as the kernels read it."""
-    sizes = Sizes(
+def _sizes(p: Problem) -> Sizes:
+    """Numbers and switches of the problem."""
+    return Sizes(
         batch=p.batch,
         length=p.length,
         positions=p.positions,
@@ -178,9 +178,16 @@ def _arguments(p: Problem) -> tuple[Sizes, Inputs]:
         varying_b=int(p.B.ndim == 5),
         varying_c=int(p.C.ndim == 5),
     )
+
+
+def _arguments(p: Problem) -> tuple[Sizes, Inputs]:
+    """The problem as the kernels read it; what follows from sizes alone is kept in its plan."""
+    if "cut" not in p.plan:
+        p.plan["cut"] = _sizes(p), _blocks(p)
+    sizes, blocks = p.plan["cut"]
     zeros = p.x.new_zeros((p.routes, p.channels), dtype=p.dtype)
     no_strides: Any = (0, 0, 0, 0)
-    x, x_strides = _flat(p.x.expand(-1, -1, p.routes, -1), p.dtype, 3)
+    x, x_strides = _flat(p.x if p.routes == 1 else p.x.expand(-1, -1, p.routes, -1), p.dtype, 3)
     dt, dt_strides = _flat(p.dt, p.dtype, 3)
     z, z_strides = _flat(p.z, p.dtype, 2)
     B, B_strides = _flat(p.B, p.state_dtype, 4) if p.B.ndim == 5 else (_planar(p.B, p.state_dtype), no_strides)
@@ -203,7 +210,7 @@ def _arguments(p: Problem) -> tuple[Sizes, Inputs]:
         route=np.empty((0, 0), np.int32) if p.route is None else p.route.contiguous().numpy(),
         code=np.empty((0, 0, 0), np.int8) if p.code is None else p.code.contiguous().numpy(),
         bounds=np.empty(0, np.int64) if p.cu_seqlens is None else p.cu_seqlens.long().contiguous().numpy(),
-        blocks=_blocks(p),
+        blocks=blocks,
     )
 
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from kernels import nvrtc
+from kernels import nvrtc, plans
 from kernels.selective_scan.cuda_launch import TYPES, Launch, shape_for
 from kernels.selective_scan.cuda_shape import properties
 from kernels.selective_scan.cuda_sums import Sums
@@ -60,7 +59,7 @@ def forward(p: Problem, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 
     if cuda_few.supports(p):
         return cuda_few.forward(p, exact)
-    with torch.cuda.device(p.x.device):
+    with plans.on_device(p.x):
         return _forward(dense(p), exact)
 
 
@@ -91,7 +90,7 @@ def backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> Gr
 
     if cuda_few.supports(p):
         return cuda_few.backward(p, dy, dstate, saved)
-    with torch.cuda.device(p.x.device):
+    with plans.on_device(p.x):
         return _backward(dense(p), dy, dstate, saved)
 
 

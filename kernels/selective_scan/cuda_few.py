@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import nvrtc
+from kernels import nvrtc, plans
 from kernels.checks import owned
 from kernels.selective_scan.cuda import dense
 from kernels.selective_scan.cuda_launch import KEPT, TYPES, Fields, dense_float32, has_table, lines, signature, vector
@@ -242,7 +242,7 @@ def forward(p: Problem, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         y ``(B, L, D)`` or ``(B, L, K, D)`` in x's dtype, the final state ``(S, K, D, 1)``, and the state before each
         chunk ``(slots, K, 1, D)``, zero in slots that belong to no chunk.
     """
-    with torch.cuda.device(p.x.device):
+    with plans.on_device(p.x):
         return _forward(dense(p), exact)
 
 
@@ -269,7 +269,7 @@ def backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> Gr
         dstate: Gradient of the final state ``(S, K, D, 1)``, or None.
         saved: The states that forward saved.
     """
-    with torch.cuda.device(p.x.device):
+    with plans.on_device(p.x):
         return _backward(dense(p), dy, dstate, saved)
 
 

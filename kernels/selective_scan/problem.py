@@ -5,12 +5,22 @@ B batch, L tokens, D channels, N state, K routes, P scan positions, G groups, R 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import check_float, check_index, check_packing, check_route, check_shape
+from kernels.checks import (
+    autocast_dtype,
+    check_float,
+    check_index,
+    check_packing,
+    check_route,
+    check_shape,
+    check_values,
+)
+from kernels.plans import Plan
 
 CHUNK = 64  # positions between two saved states: 4 N / CHUNK bytes a channel and position
 
@@ -34,6 +44,7 @@ class Problem:
         route_params: dt, B and C are read at the token, not at the scan position.
         merge: Routes are summed, else kept.
         reverse: Positions are visited from the last to the first.
+        plan: What implementations keep for the next problem of the same sizes.
     """
 
     x: Tensor
@@ -52,6 +63,7 @@ class Problem:
     route_params: bool
     merge: bool
     reverse: bool
+    plan: Plan = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def batch(self) -> int:
@@ -136,21 +148,19 @@ def make_problem(
     route_params: bool,
     merge: str,
     reverse: bool,
+    plan: Plan | None = None,
 ) -> Problem:
     """Checks the arguments of ``selective_scan`` and returns them in routed form (views where possible).
+
+    With the plan of an earlier problem of the same signature only values of indices are checked again.
 
     Raises:
         ValueError: With the tensor's name, what it is, what was wanted and how to fix it.
     """
-    if merge not in ("sum", "keep"):
-        raise ValueError(f"merge: got {merge!r}, wanted 'sum' (add the routes) or 'keep' (return them one by one)")
-    real = {"dt": dt, "D": D, "z": z, "dt_bias": dt_bias, "dt_weight": dt_weight}
-    check_float(x, **real)
-    _check_state_kinds(x.device, A, B=B, C=C, initial_state=initial_state)
-    _check_ranks(x, A, route, route_params)
-    check_packing(x.shape[0], x.shape[1], route, cu_seqlens, seq_idx)
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    _check_shapes(x, A, B, C, route, sequences, initial_state, **real)
+    if not plan:
+        _check(x, dt, A, B, C, D, z, dt_bias, dt_weight, route, initial_state, cu_seqlens, seq_idx, route_params, merge)
+    else:
+        check_values(x, route, cu_seqlens, seq_idx)
     routed = route is not None
 
     def routes(t: Tensor, axis: int) -> Tensor:
@@ -173,7 +183,37 @@ def make_problem(
         route_params=route_params,
         merge=merge == "sum",
         reverse=reverse,
+        plan={} if plan is None else plan,
     )
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_weight: Tensor | None,
+    route: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    route_params: bool,
+    merge: str,
+) -> None:
+    """Raises unless the arguments fit each other."""
+    if merge not in ("sum", "keep"):
+        raise ValueError(f"merge: got {merge!r}, wanted 'sum' (add the routes) or 'keep' (return them one by one)")
+    real = {"dt": dt, "D": D, "z": z, "dt_bias": dt_bias, "dt_weight": dt_weight}
+    check_float(x, **real)
+    _check_state_kinds(x.device, A, B=B, C=C, initial_state=initial_state)
+    _check_ranks(x, A, route, route_params)
+    check_packing(x.shape[0], x.shape[1], route, cu_seqlens, seq_idx)
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _check_shapes(x, A, B, C, route, sequences, initial_state, **real)
 
 
 def _check_state_kinds(device: torch.device, A: Tensor, **others: Tensor | None) -> None:
@@ -249,9 +289,13 @@ def _check_shapes(
 
 
 def _project(dt: Tensor, dt_weight: Tensor) -> Tensor:
-    """Low-rank dt ``(B, L, K, R)`` to ``(B, L, K, D)``, in float32 (float64 for float64)."""
-    dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
-    return torch.einsum("blkr,kdr->blkd", dt.to(dtype), dt_weight.to(dtype))
+    """Low-rank dt ``(B, L, K, R)`` to ``(B, L, K, D)``, in float32 (float64 for float64) or autocast's dtype."""
+    if dt.dtype == torch.float64 or autocast_dtype(dt.device) is None:
+        dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
+        dt, dt_weight = dt.to(dtype), dt_weight.to(dtype)
+    if dt_weight.shape[0] == 1:
+        return F.linear(dt.squeeze(2), dt_weight.squeeze(0)).unsqueeze(2)
+    return torch.einsum("blkr,kdr->blkd", dt, dt_weight)
 
 
 def restarts(seq_idx: Tensor, route: Tensor | None, reverse: bool) -> Tensor:

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import recompute
 from kernels.backend import choose, resolve
 from kernels.checks import owned
+from kernels.plans import Plans
+from kernels.registration import op
 from kernels.ssd.problem import Problem, make_problem
 from kernels.ssd.quadratic import semiseparable_matrix
 
@@ -131,7 +133,14 @@ def _plain_mode(mode: str, backend: str) -> str | None:
 
 
 def _resolve(p: Problem, backend: str) -> str:
-    """The backend that runs a problem; on the CPU plain operators are the kernel, with or without numba."""
+    """The backend that runs a problem."""
+    if "backend" not in p.plan:
+        p.plan["backend"] = _choose(p, backend)
+    return p.plan["backend"]
+
+
+def _choose(p: Problem, backend: str) -> str:
+    """The same at the first call; on the CPU plain operators are the kernel, with or without numba."""
     if p.x.device.type == "cpu" and choose(backend, p.x.device)[1].startswith("device cpu"):
         return "cpu"
     return resolve("ssd", backend, p.x.device)
@@ -152,7 +161,10 @@ def _implementation(name: str) -> Any:
     return module
 
 
-@torch.library.custom_op("triscan::ssd", mutates_args=())
+_plans, _backward_plans = Plans(), Plans()
+
+
+@op
 def _ssd(
     x: Tensor,
     dt: Tensor,
@@ -175,10 +187,9 @@ def _ssd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """y and the final state (empty if not asked for)."""
-    p = make_problem(
-        x, dt, A, B, C, D, z, dt_bias, route, initial_state, cu_seqlens, seq_idx,
-        dt_softplus, dt_min, dt_max, merge, reverse,
-    )  # fmt: skip
+    tensors = (x, dt, A, B, C, D, z, dt_bias, route, initial_state, cu_seqlens, seq_idx)
+    flags = (dt_softplus, dt_min, dt_max, merge, reverse)
+    p = make_problem(*tensors, *flags, _plans.find(tensors, (*flags, return_final_state, backend)))
     name = _resolve(p, backend)
     if name in KERNELS:
         y, state = _implementation(name).forward(p)
@@ -205,7 +216,7 @@ def _(
     return y, x.new_empty(size, dtype=p.dtype)
 
 
-@torch.library.custom_op("triscan::ssd_backward", mutates_args=())
+@op
 def _ssd_backward(
     dy: Tensor,
     dstate: Tensor | None,
@@ -231,7 +242,7 @@ def _ssd_backward(
     """Gradients in the order of ``DIFFERENTIABLE``, shaped as the inputs; empty for absent ones."""
     inputs = (x, dt, A, B, C, D, z, dt_bias, route, initial_state, cu_seqlens, seq_idx)
     flags = (dt_softplus, dt_min, dt_max, merge, reverse)
-    p = make_problem(*inputs, *flags)
+    p = make_problem(*inputs, *flags, _backward_plans.find((dy, dstate, *inputs), (*flags, backend)))
     name = _resolve(p, backend)
     if name not in KERNELS:
         scan = _implementation(name).scan
@@ -276,7 +287,7 @@ def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tenso
     if dy is None:
         shape, dtype, device = ctx.y
         dy = torch.zeros(shape, dtype=dtype, device=device)
-    grads = torch.ops.triscan.ssd_backward(dy, dstate if ctx.has_state else None, *tensors, *ctx.flags)
+    grads = _ssd_backward(dy, dstate if ctx.has_state else None, *tensors, *ctx.flags)
     by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
     inputs = (by_name.get(n) if t is not None else None for n, t in zip(TENSORS, tensors, strict=True))
     return (*inputs, *none[len(TENSORS) :])

@@ -6,12 +6,13 @@ B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan posi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from kernels.checks import check_float, check_index, check_packing, check_route, check_shape
+from kernels.checks import check_float, check_index, check_packing, check_route, check_shape, check_values
+from kernels.plans import Plan
 from kernels.selective_scan.problem import restarts
 
 
@@ -36,6 +37,7 @@ class Problem:
         dt_limit: Then dt is clamped between these two.
         merge: Routes are summed, else kept.
         reverse: Positions are visited from the last to the first.
+        plan: What implementations keep for the next problem of the same sizes.
     """
 
     x: Tensor
@@ -55,6 +57,7 @@ class Problem:
     dt_limit: tuple[float, float]
     merge: bool
     reverse: bool
+    plan: Plan = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def batch(self) -> int:
@@ -123,21 +126,19 @@ def make_problem(
     dt_max: float,
     merge: str,
     reverse: bool,
+    plan: Plan | None = None,
 ) -> Problem:
     """Checks the arguments of ``ssd`` and returns them in routed form (views).
+
+    With the plan of an earlier problem of the same signature only values of indices are checked again.
 
     Raises:
         ValueError: With the tensor's name, what it is, what was wanted and how to fix it.
     """
-    if merge not in ("sum", "keep"):
-        raise ValueError(f"merge: got {merge!r}, wanted 'sum' (add the routes) or 'keep' (return them one by one)")
-    if not dt_min <= dt_max:
-        raise ValueError(f"dt_limit: got ({dt_min}, {dt_max}), wanted (low, high) with low <= high; swap them")
-    check_float(x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
-    _check_ranks(x, A, route)
-    check_packing(x.shape[0], x.shape[1], route, cu_seqlens, seq_idx)
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    _check_shapes(x, dt, A, B, C, D, z, dt_bias, route, sequences, initial_state)
+    if not plan:
+        _check(x, dt, A, B, C, D, z, dt_bias, route, initial_state, cu_seqlens, seq_idx, dt_min, dt_max, merge)
+    else:
+        check_values(x, route, cu_seqlens, seq_idx)
 
     def routes(t: Tensor, axis: int) -> Tensor:
         return t if route is not None else t.unsqueeze(axis)
@@ -160,7 +161,37 @@ def make_problem(
         dt_limit=(dt_min, dt_max),
         merge=merge == "sum",
         reverse=reverse,
+        plan={} if plan is None else plan,
     )
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    route: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_min: float,
+    dt_max: float,
+    merge: str,
+) -> None:
+    """Raises unless the arguments fit each other."""
+    if merge not in ("sum", "keep"):
+        raise ValueError(f"merge: got {merge!r}, wanted 'sum' (add the routes) or 'keep' (return them one by one)")
+    if not dt_min <= dt_max:
+        raise ValueError(f"dt_limit: got ({dt_min}, {dt_max}), wanted (low, high) with low <= high; swap them")
+    check_float(x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
+    _check_ranks(x, A, route)
+    check_packing(x.shape[0], x.shape[1], route, cu_seqlens, seq_idx)
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    _check_shapes(x, dt, A, B, C, D, z, dt_bias, route, sequences, initial_state)
 
 
 def _check_ranks(x: Tensor, A: Tensor, route: Tensor | None) -> None:
