@@ -4,6 +4,7 @@ from core.mixers.attention import Attention, AttentionCache, AttentionState
 from core.mixers.contract import Mixer
 from core.mixers.mamba import Mamba, MambaState
 from core.mixers.mamba2 import Mamba2, Mamba2State
+from core.mixers.mamba3 import Mamba3, Mamba3State
 
 __all__ = [
     "Attention",
@@ -12,6 +13,8 @@ __all__ = [
     "Mamba",
     "Mamba2",
     "Mamba2State",
+    "Mamba3",
+    "Mamba3State",
     "MambaState",
     "Mixer",
 ]

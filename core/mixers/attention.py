@@ -180,8 +180,10 @@ class Attention(nn.Module):
         if not isinstance(state, AttentionCache):
             raise ValueError("decode: got a state without fixed room, wanted one from init_state(..., max_length=M)")
         qkv, mlp = self._project(x)
-        qkv, conv = self._conv(qkv, state.conv, None, None, True)
-        state.conv.copy_(conv)
+        if self.conv1d is not None:
+            qkv = torch.ops.triscan.conv_update(
+                qkv, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, "", "auto"
+            )
         positions = state.length[:, None] + torch.arange(x.shape[1], device=x.device)
         q, k, v = self._heads(qkv, positions)
         index = positions[:, :, None, None].expand(k.shape)

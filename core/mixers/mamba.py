@@ -179,8 +179,9 @@ class Mamba(nn.Module):
         if self.reverse:
             raise ValueError("decode: a reverse layer sees what follows, there is nothing to decode; use forward_state")
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, conv_state = self._conv(x, state.conv, None, None, True)
-        state.conv.copy_(conv_state)
+        x = torch.ops.triscan.conv_update(
+            x, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", "auto"
+        )
         dt, B, C = torch.split(self.x_proj(x), [self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)
         y = torch.ops.triscan.state_update(

@@ -203,8 +203,9 @@ class Mamba2(nn.Module):
         if self.reverse:
             raise ValueError("decode: a reverse layer sees what follows, there is nothing to decode; use forward_state")
         mlp, z, xbc, dt = self._project(x)
-        xbc, conv_state = self._conv(xbc, state.conv, None, None, True)
-        state.conv.copy_(conv_state)
+        xbc = torch.ops.triscan.conv_update(
+            xbc, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", "auto"
+        )
         x, B, C = self._split(xbc)
         y = torch.ops.triscan.state_update(
             state.ssm, x, dt, decay_rates(self.A_log), B, C, self._skip(), self._scan_gate(z), self.dt_bias, None,
