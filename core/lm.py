@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from core.block import AddNorm, Block, GatedMLP
-from core.mixers import Attention, Mamba, Mamba2, Mixer
+from core.mixers import Attention, Mamba, Mamba2, Mamba3, Mixer
 
 IGNORED_ARGUMENTS = ("chunk_size", "use_mem_eff_path")  # of published mixers: how they compute, not what
 
@@ -31,7 +31,7 @@ class MambaConfig:
         d_intermediate: Hidden width of the gated MLP of each block; 0 leaves the MLP out.
         n_layer: Number of blocks.
         vocab_size: Number of tokens V, before padding.
-        ssm_cfg: Arguments of the mixer, and under ``layer`` its published name: Mamba1 (if there is none) or Mamba2.
+        ssm_cfg: Arguments of the mixer, and under ``layer`` its published name: Mamba1 (if there is none), Mamba2 or Mamba3.
             ``chunk_size`` and ``use_mem_eff_path`` are accepted for the sake of published files.
         attn_layer_idx: Blocks that hold attention instead.
         attn_cfg: Arguments of attention, which is causal here whatever they say.
@@ -107,7 +107,7 @@ class MambaLM(nn.Module):
     """
 
     # Published layer name -> class. A new kind of layer is an import and an entry.
-    mixers: ClassVar[dict[str, Callable[..., Mixer]]] = {"Mamba1": Mamba, "Mamba2": Mamba2}
+    mixers: ClassVar[dict[str, Callable[..., Mixer]]] = {"Mamba1": Mamba, "Mamba2": Mamba2, "Mamba3": Mamba3}
     attention: ClassVar[Callable[..., Mixer]] = Attention
 
     def __init__(
@@ -153,8 +153,6 @@ class MambaLM(nn.Module):
         if wrong:
             raise ValueError(f"attn_layer_idx: got {wrong}, wanted blocks from 0 to {config.n_layer - 1}")
         if config.attn_layer_idx:
-            if "num_heads" not in attention:
-                raise ValueError("attn_cfg: got no num_heads, wanted the number of heads of the attention layers")
             _check_arguments("attn_cfg", "attention", cls.attention, attention)
         return [
             (cls.attention, attention) if index in config.attn_layer_idx else (cls.mixers[name], arguments)
@@ -242,9 +240,14 @@ class MambaLM(nn.Module):
 
 
 def _check_arguments(field: str, name: str, mixer: Callable[..., Mixer], arguments: Mapping[str, Any]) -> None:
+    """Raises for arguments that a mixer does not have, and for those that it misses."""
     # Not the configuration's business: where the model sets the value, and the direction of a causal model.
     own = {"d_model", "embed_dim", "reverse", "layer_idx", "device", "dtype"}
-    allowed = set(inspect.signature(mixer).parameters) - own
+    parameters = inspect.signature(mixer).parameters
+    allowed = set(parameters) - own
+    missing = [key for key in allowed if parameters[key].default is inspect.Parameter.empty and key not in arguments]
+    if missing:
+        raise ValueError(f"{field}: {name} needs {', '.join(missing)}, got {sorted(arguments)}")
     for key in arguments:
         if key not in allowed:
             near = difflib.get_close_matches(key, allowed, 1)

@@ -116,8 +116,11 @@ def find_folder(name: str | Path) -> Path:
         UserError: If there is neither.
     """
     folder = Path(name)
-    looks_local = folder.is_absolute() or str(name).startswith(".") or len(folder.parts) != 2
-    return folder if folder.is_dir() or looks_local else download(str(name))
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or str(name).startswith(".") or len(folder.parts) != 2:
+        raise UserError(f"model: no folder {name}; wanted one with {CONFIG}, or a name on the hub such as owner/model")
+    return download(str(name))
 
 
 def read_config(folder: str | Path) -> MambaConfig:

@@ -156,6 +156,10 @@ class TrainingModule(LightningModule):
         """Return the number of tokens in a batch, or None where tokens/s says nothing."""
         return None
 
+    def compiled_part(self) -> nn.Module:
+        """Return what ``compile`` compiles: the net, or the part of it that ``loss`` calls."""
+        return self.net
+
     def predict(self, batch: Any) -> list[dict[str, Any]]:
         """Return one row per item of a batch, for ``predictions.csv``."""
         raise UserError(f"{type(self).__name__} has no predict stage; use fit, validate or test")
@@ -198,7 +202,7 @@ class TrainingModule(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Compile before the second step: the first runs as it is written, so that its FLOPs can be counted."""
         if self.compile_requested and self._steps_seen == 1:
-            self.net.compile()
+            self.compiled_part().compile()
         self._steps_seen += 1
 
     def configure_optimizers(self) -> Any:

@@ -25,6 +25,7 @@ MODELS = {
     "mamba2 norm first": dict(ssm_cfg=dict(layer="Mamba2", d_state=8, headdim=8, norm_before_gate=True, bias=True)),
     "mamba2 without norm": dict(ssm_cfg=dict(layer="Mamba2", d_state=8, headdim=4, rmsnorm=False, D_has_hdim=True)),
     "mamba2 with MLP channels": dict(ssm_cfg=dict(layer="Mamba2", d_state=8, headdim=4, d_ssm=16)),
+    "mamba3": dict(ssm_cfg=dict(layer="Mamba3", d_state=8, headdim=4, a_activation="softplus")),
     "hybrid": dict(attn_layer_idx=[1], attn_cfg=dict(num_heads=4, num_heads_kv=2, rotary_emb_dim=4, d_conv=3)),
 }
 

@@ -51,9 +51,11 @@ def test_golden(name: str):
 HYBRID = {"attn_layer_idx": [1], "attn_cfg": {"num_heads": 3, "rotary_emb_dim": 4, "d_conv": 3}}
 MAMBA2 = {"ssm_cfg": {"layer": "Mamba2", "d_state": 4, "headdim": 8, "chunk_size": 16}}
 
+MAMBA3 = {"ssm_cfg": {"layer": "Mamba3", "d_state": 4, "headdim": 8, "a_activation": "softplus"}}
+
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rms_norm": False, "d_intermediate": 20, "residual_in_fp32": False}, HYBRID, MAMBA2]
+    "options", [{}, {"rms_norm": False, "d_intermediate": 20, "residual_in_fp32": False}, HYBRID, MAMBA2, MAMBA3]
 )
 def test_state_equals_whole(options: dict):
     model = tiny(**options)
@@ -141,12 +143,13 @@ def test_bfloat16_stream():
         ({"ssm_cfg": {"layer": "Mamba9"}}, r"ssm_cfg.layer: got 'Mamba9', wanted one of \['Mamba1'"),
         ({"ssm_cfg": {"d_sate": 8}}, "no argument 'd_sate'; did you mean 'd_state'"),
         ({"ssm_cfg": {"reverse": True}}, "no argument 'reverse'"),
-        ({"attn_layer_idx": [1]}, "attn_cfg: got no num_heads"),
+        ({"attn_layer_idx": [1]}, "attn_cfg: attention needs num_heads"),
         (
             {"attn_layer_idx": [2], "attn_cfg": {"num_heads": 2}},
             r"attn_layer_idx: got \[2\], wanted blocks from 0 to 1",
         ),
-        ({"attn_layer_idx": [1], "attn_cfg": {"num_haeds": 2}}, "attn_cfg: got no num_heads"),
+        ({"attn_layer_idx": [1], "attn_cfg": {"num_haeds": 2}}, "attn_cfg: attention needs num_heads"),
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "ssm_cfg: Mamba3 needs a_activation"),
         ({"attn_layer_idx": [1], "attn_cfg": {"num_heads": 2, "rotary": 2}}, "attention has no argument 'rotary'"),
     ],
 )
