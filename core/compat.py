@@ -1,133 +1,28 @@
-"""``Mamba``, ``MambaLMHeadModel`` and ``MambaConfig`` with the signatures of mamba_ssm.
+"""``MambaLMHeadModel`` with the signature of mamba_ssm, and beside it the layers of ``core.compat_layers``.
 
 Existing code switches by an import; parameters, checkpoints and results are the same. Beyond the original, a cache
 accepts several tokens at a time, and a decoding step has gradients.
 
-Legend: B batch, L length, D model width, E inner width, N state, W convolution width, V vocabulary.
+Legend: B batch, L length, V vocabulary, T generated length.
 """
 
 from __future__ import annotations
 
-import inspect
+import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from core import generate, lm, published
+from core.compat_layers import Cached, InferenceParams, Mamba, Mamba2, Params
 from core.lm import MambaConfig
-from core.mixers import Mixer, mamba
+from core.mixers import Mamba3, Mixer
 from kernels.backend import warn_once
 
-__all__ = ["Mamba", "MambaConfig", "MambaLMHeadModel"]
-
-
-class InferenceParams(Protocol):
-    """What callers hand over to decode: mamba_ssm's ``InferenceParams`` or anything with these fields."""
-
-    seqlen_offset: int
-    key_value_memory_dict: dict[Any, Any]
-
-
-class Mamba(mamba.Mamba):
-    """The Mamba block with mamba_ssm's arguments and caches.
-
-    Args:
-        arguments: As in ``core.mixers.mamba.Mamba``, whose order is mamba_ssm's.
-        use_fast_path: Accepted; there is one path, and it is the fast one.
-        layer_idx: Key of this layer's cache in ``inference_params``.
-        options: As ``arguments``, by name; an unknown one is a TypeError.
-    """
-
-    def __init__(
-        self, *arguments: Any, use_fast_path: bool = True, layer_idx: int | None = None, **options: Any
-    ) -> None:
-        super().__init__(*arguments, **options)
-        self.layer_idx = layer_idx
-
-    # The arguments by name: for help(), and for the language model, which checks its configuration against them.
-    __signature__: ClassVar[inspect.Signature] = inspect.Signature(
-        [
-            *inspect.signature(mamba.Mamba).parameters.values(),
-            *(p for p in inspect.signature(__init__).parameters.values() if p.kind is p.KEYWORD_ONLY),
-        ]
-    )
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        inference_params: InferenceParams | None = None,
-        *,
-        seq_idx: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        """Mixes (B, L, D); with ``inference_params`` it continues from this layer's cache and updates it in place.
-
-        At ``seqlen_offset`` 0 the cache is started afresh. After that any number of tokens may follow.
-        """
-        if inference_params is None:
-            return super().forward(hidden_states, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
-        if self.layer_idx is None:
-            raise ValueError("layer_idx: got None, wanted the key of this layer's cache; pass it to the constructor")
-        caches = inference_params.key_value_memory_dict
-        if self.layer_idx not in caches:
-            caches[self.layer_idx] = self.allocate_inference_cache(hidden_states.shape[0], 0)
-        conv_state, ssm_state = caches[self.layer_idx]
-        if inference_params.seqlen_offset == 0:
-            conv_state.zero_()
-            ssm_state.zero_()
-        return self._continue(hidden_states, conv_state, ssm_state)
-
-    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Decodes one token.
-
-        Args:
-            hidden_states: (B, 1, D).
-            conv_state: (B, E, W), updated in place; the newest input last.
-            ssm_state: (B, E, N), updated in place.
-
-        Returns:
-            The output (B, 1, D) and the two states.
-        """
-        if hidden_states.shape[1] != 1:
-            raise ValueError(f"step: got {hidden_states.shape[1]} tokens, wanted 1; forward takes any number")
-        return self._continue(hidden_states, conv_state, ssm_state), conv_state, ssm_state
-
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """A cache of zeros: conv_state (B, E, W) and ssm_state (B, E, N).
-
-        Args:
-            batch_size: B.
-            max_seqlen: Accepted; the size of the state does not depend on it.
-            dtype: Of both. By default that of the parameters, and for the scan float32, in which it is computed.
-        """
-        weight = self.conv1d.weight
-        ssm_dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
-        conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype or weight.dtype)
-        return conv_state, weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=ssm_dtype)
-
-    def _continue(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
-        """Runs x (B, L, D) from the two states and updates them in place."""
-        # Copies: the backward pass needs the states as they were.
-        conv = conv_state[:, :, 1:].mT.clone(memory_format=torch.contiguous_format)
-        ssm = ssm_state.to(torch.promote_types(ssm_state.dtype, torch.float32), copy=True)
-        before = mamba.MambaState(conv, ssm)
-        y, after = self.forward_state(x, before)
-        with torch.no_grad():
-            # The cache has one column more than the layer needs: the input W tokens back, never read again.
-            length = x.shape[1]
-            if length < self.d_conv:
-                oldest = conv_state[:, :, length].clone()
-            else:
-                oldest = self.in_proj(x[:, length - self.d_conv])[:, : self.d_inner]
-            conv_state[:, :, 0] = oldest
-            conv_state[:, :, 1:] = after.conv.mT
-            ssm_state.copy_(after.ssm)
-        return y
+__all__ = ["InferenceParams", "Mamba", "Mamba2", "MambaConfig", "MambaLMHeadModel"]
 
 
 class CausalLMOutput(NamedTuple):
@@ -153,7 +48,7 @@ class MambaLMHeadModel(lm.MambaLM):
         dtype: Their dtype.
     """
 
-    mixers: ClassVar[dict[str, Callable[..., Mixer]]] = {"Mamba1": Mamba}
+    mixers: ClassVar[dict[str, Callable[..., Mixer]]] = {"Mamba1": Mamba, "Mamba2": Mamba2, "Mamba3": Mamba3}
 
     def __init__(
         self,
@@ -164,13 +59,14 @@ class MambaLMHeadModel(lm.MambaLM):
     ) -> None:
         super().__init__(config, device=device, dtype=dtype, **(initializer_cfg or {}))
         for index, layer in enumerate(self.backbone.layers):
-            cast(Mamba, layer.mixer).layer_idx = index
+            if isinstance(layer.mixer, Cached):
+                layer.mixer.layer_idx = index
 
     def forward(
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        inference_params: InferenceParams | None = None,
+        inference_params: Params | None = None,
         num_last_tokens: int = 0,
         *,
         seq_idx: Tensor | None = None,
@@ -183,30 +79,46 @@ class MambaLMHeadModel(lm.MambaLM):
             position_ids: Accepted; the model has no positions.
             inference_params: Caches to continue from and to update in place.
             num_last_tokens: Logits of the last so many positions only; 0 gives all.
-            seq_idx: See ``MambaLM.forward``; not together with ``inference_params``.
-            cu_seqlens: Likewise.
+            seq_idx: See ``MambaLM.forward``. With ``inference_params``, accepted beside ``cu_seqlens``.
+            cu_seqlens: Likewise. With ``inference_params`` at ``seqlen_offset`` 0: prompts laid end to end, each of
+                which becomes a row of the caches.
         """
         if inference_params is None:
             hidden = self.backbone(input_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
-        elif seq_idx is not None or cu_seqlens is not None:
-            raise ValueError("inference_params: got seq_idx or cu_seqlens too, wanted one sequence a row in a cache")
+        elif cu_seqlens is not None:
+            rows, lengths = _unpacked(input_ids, cu_seqlens)
+            hidden = self._forward_cached(rows, inference_params, lengths)
+            hidden = torch.cat([row[:length] for row, length in zip(hidden, lengths.tolist(), strict=True)])[None]
+        elif seq_idx is not None:
+            raise ValueError(
+                "seq_idx: got it with inference_params, wanted cu_seqlens too, which says where rows begin"
+            )
         else:
             hidden = self._forward_cached(input_ids, inference_params)
         return CausalLMOutput(self.lm_head(hidden[:, -num_last_tokens:]))
 
-    def _forward_cached(self, input_ids: Tensor, inference_params: InferenceParams) -> Tensor:
-        x, residual = self.backbone.embedding(input_ids), None
-        for layer in self.backbone.layers:
+    def _forward_cached(self, input_ids: Tensor, params: Params, lengths: Tensor | None = None) -> Tensor:
+        x, residual, caches = self.backbone.embedding(input_ids), None, params.key_value_memory_dict
+        room = getattr(params, "max_seqlen", None)
+        for index, layer in enumerate(self.backbone.layers):
             x, stream = layer.norm(x, residual)
-            x, residual = layer.apply_mlp(cast(Mamba, layer.mixer)(x, inference_params), stream)
+            if isinstance(layer.mixer, Cached):
+                x = layer.mixer.read(x, params, lengths)
+            else:  # a state of our own kind
+                if index not in caches or params.seqlen_offset == 0:
+                    caches[index] = layer.mixer.init_state(len(x), max_length=room)
+                x, caches[index] = layer.mixer.forward_state(x, caches[index], lengths)
+            x, residual = layer.apply_mlp(x, stream)
         return self.backbone.norm_f(x, residual)[0]
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
-    ) -> dict[int, tuple[Tensor, Tensor]]:
-        """One cache a layer; see ``Mamba.allocate_inference_cache``."""
+    ) -> dict[int, Any]:
+        """One cache a layer; see ``Mamba.allocate_inference_cache``. Attention and Mamba-3 have states of our own."""
         return {
-            index: cast(Mamba, layer.mixer).allocate_inference_cache(batch_size, max_seqlen, dtype)
+            index: layer.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype)
+            if isinstance(layer.mixer, Cached)
+            else layer.mixer.init_state(batch_size, dtype=dtype, max_length=max_seqlen)
             for index, layer in enumerate(self.backbone.layers)
         }
 
@@ -223,6 +135,7 @@ class MambaLMHeadModel(lm.MambaLM):
         *,
         repetition_penalty: float = 1.0,
         eos_token_id: int | None = None,
+        teacher_outputs: Tensor | None = None,
         vocab_size: int | None = None,
         cg: bool = False,
         enable_timing: bool = False,
@@ -241,18 +154,23 @@ class MambaLMHeadModel(lm.MambaLM):
             min_p: 0 keeps all.
             temperature: Divides the logits.
             return_dict_in_generate: Return a ``GenerateOutput`` instead of the sequences.
-            output_scores: Whether it holds the logits.
+            output_scores: Whether it holds the logits, (B, vocab_size) each, or (B, padded V) with teacher_outputs.
             repetition_penalty: 1 changes nothing.
             eos_token_id: Ends a row.
+            teacher_outputs: (B, L') tokens to take instead of drawing any, prompt included.
             vocab_size: Accepted if it is the configuration's; padding tokens are never drawn.
-            cg: Accepted; warns once that no CUDA graph is captured.
+            cg: Accepted: on GPUs steps are CUDA graphs anyway.
             enable_timing: Accepted; warns once that nothing is timed.
             streamer: An object with ``put(tokens)`` and ``end()``, as transformers' streamers.
         """
-        if cg or enable_timing:
-            warn_once("MambaLMHeadModel.generate: cg and enable_timing have no effect here; results are the same")
+        if enable_timing:
+            warn_once("MambaLMHeadModel.generate: enable_timing has no effect here; nothing is timed")
         if vocab_size not in (None, self.config.vocab_size):
             raise ValueError(f"vocab_size: got {vocab_size}, wanted {self.config.vocab_size}, the configuration's")
+        if teacher_outputs is not None:
+            sequences, logits = self._follow(input_ids, teacher_outputs[:, :max_length])
+            scores = logits.unbind(1) if output_scores else None
+            return GenerateOutput(sequences, scores) if return_dict_in_generate else sequences
         sampling = generate.Sampling(temperature, top_k, top_p or 1.0, min_p, repetition_penalty)
         pieces, scores = [input_ids], []
         if streamer is not None:
@@ -270,6 +188,17 @@ class MambaLMHeadModel(lm.MambaLM):
         if not return_dict_in_generate:
             return sequences
         return GenerateOutput(sequences, tuple(scores) if output_scores else None)
+
+    @torch.no_grad()
+    def _follow(self, input_ids: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's tokens after a prompt, and what the model says of them, token by token (B, T, padded V)."""
+        length = input_ids.shape[1]
+        hidden, state = generate.prefill(self, input_ids, room=teacher.shape[1])
+        found = [hidden]
+        for token in teacher[:, length:-1].unbind(1):
+            hidden, state = self.backbone.forward_state(token[:, None], state)
+            found.append(hidden[:, -1])
+        return torch.cat([input_ids, teacher[:, length:]], dim=1), self.lm_head(torch.stack(found, dim=1))
 
     @classmethod
     def from_pretrained(
@@ -293,3 +222,10 @@ class MambaLMHeadModel(lm.MambaLM):
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = True) -> None:
         """Writes ``config.json`` and ``model.safetensors`` to a folder, as mamba_ssm does over what was there."""
         published.save_lm(self, save_directory, overwrite=overwrite)
+
+
+def _unpacked(input_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequences laid end to end (1, L) as right-padded rows, and their lengths."""
+    bounds = cu_seqlens.tolist()
+    rows = [input_ids[0, start:end] for start, end in itertools.pairwise(bounds)]
+    return generate.pad_prompts(rows, input_ids.device)

@@ -172,7 +172,12 @@ def _report(
             print(f"[{number}] {' '.join(map(str, ids)) if text is None else text}")
     if output is not None:
         found = [
-            {"prompt": None if prompts is None else prompts[i], "prompt_ids": rows[i], "text": texts[i], "ids": drawn[i]}
+            {
+                "prompt": None if prompts is None else prompts[i],
+                "prompt_ids": rows[i],
+                "text": texts[i],
+                "ids": drawn[i],
+            }
             for i in range(len(rows))
         ]
         Path(output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

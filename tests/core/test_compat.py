@@ -23,7 +23,7 @@ GOLDEN_LM = load_golden("mamba_lm_a")
 
 @dataclass
 class InferenceParams:
-    """The fields of mamba_ssm's class of this name that a model reads."""
+    """The fields of mamba_ssm's class of this name that a layer reads."""
 
     seqlen_offset: int = 0
     key_value_memory_dict: dict = field(default_factory=dict)
@@ -190,8 +190,68 @@ def test_generate_streams():
 
 def test_generate_warns_of_what_it_does_not_do():
     compat.warn_once.cache_clear()
-    with pytest.warns(UserWarning, match="cg and enable_timing"):
-        language_model().generate(fill_input("ids", (1, 4), 21), 6, cg=True)
+    with pytest.warns(UserWarning, match="enable_timing has no effect"):
+        language_model().generate(fill_input("ids", (1, 4), 21), 6, cg=True, enable_timing=True)
+
+
+MAMBA2 = dict(ssm_cfg={"layer": "Mamba2", "d_state": 8, "headdim": 8, "chunk_size": 16, "use_mem_eff_path": True})
+HYBRID = dict(attn_layer_idx=[1], attn_cfg={"num_heads": 3, "rotary_emb_dim": 4, "causal": True, "d_conv": 3})
+MAMBA3 = dict(ssm_cfg={"layer": "Mamba3", "d_state": 4, "headdim": 8, "a_activation": "heavy_tail"})
+
+
+@pytest.mark.parametrize("options", [{}, MAMBA2, HYBRID, MAMBA3])
+def test_caches_and_teacher(options: dict):
+    """As in mamba_ssm's own test: the logits of a teacher's tokens are those of the whole forward."""
+    model = language_model(**options)
+    x = fill_input("ids", (3, 12), 21)
+    whole = model(x).logits
+    out = model.generate(
+        x[:, :5], max_length=12, output_scores=True, return_dict_in_generate=True, cg=True, teacher_outputs=x
+    )
+    assert torch.equal(out.sequences, x)
+    torch.testing.assert_close(torch.stack(out.scores, dim=1), whole[:, 4:-1])
+    params = compat.InferenceParams(max_seqlen=12, max_batch_size=3)
+    params.key_value_memory_dict = model.allocate_inference_cache(3, 12)
+    found = []
+    for piece in x.split([5, 1, 6], dim=1):
+        found.append(model(piece, inference_params=params).logits)
+        params.seqlen_offset += piece.shape[1]
+    torch.testing.assert_close(torch.cat(found, dim=1), whole)
+
+
+@pytest.mark.parametrize("options", [{}, MAMBA2, HYBRID])
+def test_packed_prompts_become_rows(options: dict):
+    model, lengths = language_model(**options), [6, 1, 4]
+    rows = [fill_input(f"ids{i}", (1, length + 2), 21) for i, length in enumerate(lengths)]
+    params = compat.InferenceParams(max_seqlen=16, max_batch_size=3)
+    bounds = torch.tensor([0, 6, 7, 11], dtype=torch.int32)
+    index = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    packed = torch.cat([row[:, :-2] for row in rows], dim=1)
+    logits = model(packed, inference_params=params, seq_idx=index, cu_seqlens=bounds).logits
+    want = [model(row).logits for row in rows]
+    torch.testing.assert_close(logits, torch.cat([row[:, :-2] for row in want], dim=1))
+    for step in (-2, -1):
+        params.seqlen_offset += 1
+        last = model(torch.cat([row[:, step, None] for row in rows]), inference_params=params).logits
+        torch.testing.assert_close(last[:, 0], torch.cat([row[:, step] for row in want]))
+
+
+def test_golden_mamba2_step():
+    for case in golden_cases("mamba2_a").values():
+        if "y_step" not in case["outputs"]:
+            continue
+        layer = compat.Mamba2(**case["config"], layer_idx=0)
+        layer.load_state_dict(golden_state_dict(case, layer))
+        x, want = golden_inputs(case)["x"], case["outputs"]
+        states = layer.allocate_inference_cache(x.shape[0], 1)
+        outputs = [layer.step(x[:, t : t + 1], *states)[0] for t in range(x.shape[1])]
+        check(torch.cat(outputs, dim=1), want["y_step"])
+        check(states[0], want["conv_state"])
+        check(states[1], want["ssm_state"])
+        params = InferenceParams()
+        check(layer(x, inference_params=params), want["y"])
+        check(params.key_value_memory_dict[0][0], want["conv_state"])
+        torch.testing.assert_close(layer(x.flatten(0, 1), seqlen=x.shape[1]), layer(x).flatten(0, 1))
 
 
 def test_save_and_load(tmp_path: Path):

@@ -1,0 +1,5 @@
+"""See ``mamba_ssm.py``."""
+
+from core.compat import MambaConfig
+
+__all__ = ["MambaConfig"]

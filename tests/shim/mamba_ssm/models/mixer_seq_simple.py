@@ -1,0 +1,5 @@
+"""See ``mamba_ssm.py``."""
+
+from core.compat import MambaLMHeadModel
+
+__all__ = ["MambaLMHeadModel"]
