@@ -172,13 +172,8 @@ def _report(
             print(f"[{number}] {' '.join(map(str, ids)) if text is None else text}")
     if output is not None:
         found = [
-            {
-                "prompt": None if prompts is None else prompts[i],
-                "prompt_ids": rows[i],
-                "text": texts[i],
-                "ids": drawn[i],
-            }
-            for i in range(len(rows))
+            {"prompt": prompt, "prompt_ids": ids, "text": text, "ids": new}
+            for prompt, ids, text, new in zip(prompts or [None] * len(rows), rows, texts, drawn, strict=True)
         ]
         Path(output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
         print(output)

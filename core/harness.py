@@ -29,7 +29,7 @@ from core.tokens import Tokenizer, load_tokenizer
 if TYPE_CHECKING or importlib.util.find_spec("lm_eval") is None:
     Base = object
 else:
-    from lm_eval.api.model import LM as Base
+    from lm_eval.api.model import LM as Base  # noqa: N811  a class
 
 
 class HarnessLM(Base):

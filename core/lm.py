@@ -31,8 +31,8 @@ class MambaConfig:
         d_intermediate: Hidden width of the gated MLP of each block; 0 leaves the MLP out.
         n_layer: Number of blocks.
         vocab_size: Number of tokens V, before padding.
-        ssm_cfg: Arguments of the mixer, and under ``layer`` its published name: Mamba1 (if there is none), Mamba2 or Mamba3.
-            ``chunk_size`` and ``use_mem_eff_path`` are accepted for the sake of published files.
+        ssm_cfg: Arguments of the mixer, and under ``layer`` its published name: Mamba1 (if there is none), Mamba2 or
+            Mamba3. ``chunk_size`` and ``use_mem_eff_path`` are accepted for the sake of published files.
         attn_layer_idx: Blocks that hold attention instead.
         attn_cfg: Arguments of attention, which is causal here whatever they say.
         rms_norm: RMSNorm; otherwise LayerNorm.

@@ -79,7 +79,7 @@ class TextData(LightningDataModule):
                 raise UserError(f"--data.{name} is {value}; wanted at least 1")
         if not (0 < val_share < 1 and 0 < test_share < 1 and val_share + test_share < 1):
             raise UserError(
-                f"--data.val_share and test_share are {val_share} and {test_share}; wanted above 0, below 1"
+                f"--data.val_share, test_share are {val_share}, {test_share}; wanted both above 0, below 1 in all"
             )
         self.tokenizer: Tokenizer = ByteTokenizer() if tokenizer is None else load_tokenizer(tokenizer)
         self.tokenizer_file = tokenizer

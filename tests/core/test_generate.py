@@ -11,7 +11,18 @@ from fill import fill_input
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.generate import Sampling, filter_logits, generate, pad_prompts, penalize_repetition, sample, stream
+from core.generate import (
+    Sampling,
+    Step,
+    filter_logits,
+    generate,
+    log_likelihood,
+    pad_prompts,
+    penalize_repetition,
+    prefill,
+    sample,
+    stream,
+)
 from core.lm import MambaConfig, MambaLM
 
 VOCAB = 21
@@ -69,6 +80,51 @@ def test_unequal_prompts_equal_each_alone(model: MambaLM):
     together = generate(model, ids, 8, sampling, lengths=lengths).tokens
     for row, prompt in zip(together, rows, strict=True):
         assert torch.equal(row, generate(model, prompt[None], 8, sampling).tokens[0])
+
+
+def test_left_padding_equals_right_padding(model: MambaLM):
+    rows = [prompts(1, length)[0] for length in (9, 1, 5)]
+    right, lengths = pad_prompts(rows)
+    left = torch.stack([torch.nn.functional.pad(row, (9 - len(row), 0), value=7) for row in rows])
+    sampling = Sampling(temperature=0, repetition_penalty=1.3)
+    want = generate(model, right, 8, sampling, lengths=lengths).tokens
+    assert torch.equal(generate(model, left, 8, sampling, lengths=lengths, padding_side="left").tokens, want)
+
+
+@settings(max_examples=10, deadline=None)
+@given(chunk=st.integers(1, 12), lengths=st.none() | st.lists(st.integers(1, 11), min_size=2, max_size=2))
+def test_prefill_in_chunks_is_whole_is_stepwise(model: MambaLM, chunk: int, lengths: list[int] | None):
+    ids = prompts(2, 11)
+    real = None if lengths is None else torch.tensor(lengths)
+    hidden, state = prefill(model, ids, real, chunk=chunk)
+    for row in range(2):
+        alone = ids[row : row + 1, : None if lengths is None else lengths[row]]
+        torch.testing.assert_close(hidden[row], model.backbone(alone)[0, -1].detach())
+        steps = model.init_state(1)
+        for token in alone.split(1, dim=1):
+            _, steps = model.backbone.forward_state(token, steps)
+        for got, want in zip(state, steps, strict=True):
+            torch.testing.assert_close(got.ssm[row], want.ssm[0].detach())
+            torch.testing.assert_close(got.conv[row], want.conv[0].detach())
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3])
+def test_log_likelihood(model: MambaLM, chunk: int | None):
+    ids, lengths = prompts(3, 8), [8, 2, 5]
+    scores = log_likelihood(model, ids, torch.tensor(lengths), chunk=chunk)
+    want = model(ids)[:, :-1, :VOCAB].detach().log_softmax(-1)
+    for row, length in enumerate(lengths):
+        expected = want[row].gather(1, ids[row, 1:, None])[: length - 1, 0]
+        torch.testing.assert_close(scores.log_probs[row, : length - 1].double(), expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(scores.greedy[row, : length - 1], (want[row].argmax(-1) == ids[row, 1:])[: length - 1])
+        assert not scores.log_probs[row, length - 1 :].any()
+        assert scores.greedy[row, length - 1 :].all()
+
+
+def test_on_step_sees_every_step(model: MambaLM):
+    seen: list[Step] = []
+    result = generate(model, prompts(), 5, seed=0, on_step=seen.append)
+    assert torch.equal(torch.stack([step.tokens for step in seen], dim=1), result.tokens)
 
 
 def test_rows_stop_on_their_own(model: MambaLM):
@@ -219,6 +275,8 @@ def test_bad_sampling(options: dict, message: str):
         (prompts(), {"eos_token_id": 21}, "eos_token_id: got 21"),
         (prompts(), {"pad_token_id": -1}, "pad_token_id: got -1"),
         (prompts(), {"seed": 0, "generator": torch.Generator()}, "seed and generator"),
+        (prompts(), {"padding_side": "top"}, "padding_side: got 'top'"),
+        (prompts(), {"graph": True}, "graph: got True, wanted a model on an NVIDIA GPU"),
     ],
 )
 def test_bad_requests(model: MambaLM, ids: torch.Tensor, options: dict, message: str):

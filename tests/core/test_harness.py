@@ -67,10 +67,8 @@ def test_greedy_continuation_is_recognised(model: MambaLM, adapter: HarnessLM) -
 def test_rolling(model: MambaLM, max_length: int | None) -> None:
     adapter = HarnessLM(model, ByteTokenizer(), max_length=max_length)
     ids = [256, *b"0123456789"]
-    if max_length is None:
-        want = total(model, ids, 1)
-    else:
-        want = sum(total(model, ids[at : at + 5], 1) for at in (0, 4, 8))
+    starts, size = ([0], len(ids)) if max_length is None else ([0, 4, 8], 5)
+    want = sum(total(model, ids[at : at + size], 1) for at in starts)
     assert adapter.loglikelihood_rolling([Request(("0123456789",)), Request(("",))]) == pytest.approx([want, 0])
 
 
