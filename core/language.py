@@ -110,7 +110,8 @@ class TextModel(TrainingModule):
     def on_test_epoch_end(self) -> None:
         """Log loss, perplexity and bits per byte; leave the model that was tested."""
         self._log_losses("test")
-        if self.trainer.is_global_zero and self.trainer.default_root_dir and not self.trainer.fast_dev_run:
+        fast = getattr(self.trainer, "fast_dev_run", False)  # which leaves no run folder
+        if self.trainer.is_global_zero and not fast:
             self._save(Path(self.trainer.default_root_dir) / "model")
 
     def _log_losses(self, stage: str) -> None:

@@ -41,6 +41,7 @@ def _input(
     if HAS_RESIDUAL:
         s += tl.load(residual_ptr + k, mask=m_k, other=0.0).to(ACC)
         tl.store(total_ptr + k, s, mask=m_k & store_total)
+    gate = s
     if HAS_GATE:
         gate = _silu(tl.load(gate_ptr + k, mask=m_k, other=0.0).to(ACC))
         if not GATE_LAST:
@@ -217,9 +218,9 @@ def _launch(t: Tensor) -> dict[str, Any]:
 
 def block_rows(inputs: int, outputs: int) -> tuple[int, int]:
     """Rows of weights a program holds, and its warps."""
-    width = triton.next_power_of_2(inputs)
+    width = int(triton.next_power_of_2(inputs))
     warps = 4 if width <= TILE else 8
-    return min(max(1, TILE // width), triton.next_power_of_2(outputs)), warps
+    return min(max(1, TILE // width), int(triton.next_power_of_2(outputs))), warps
 
 
 def project(

@@ -95,13 +95,10 @@ def test_smoke_recipe_leaves_a_model(tmp_path: Path, capsys: pytest.CaptureFixtu
     nats = tokens = 0
     for i in range(len(data.windows["test"])):
         window = data.windows["test"][i]
-        logits = model(window[None, :-1].clamp(min=0))[0, :, :257]
         wanted = window[1:]
-        nats += F.cross_entropy(
-            model(window[None, :-1].clamp(min=0))[0], wanted, ignore_index=-1, reduction="sum"
-        ).item()
+        logits = model(window[None, :-1].clamp(min=0))[0]
+        nats += F.cross_entropy(logits, wanted, ignore_index=-1, reduction="sum").item()
         tokens += int((wanted != -1).sum())
-        assert logits.shape == (32, 257)
     assert figures["test/loss"] == pytest.approx(nats / tokens, rel=1e-4)
     assert figures["test/bits_per_byte"] == pytest.approx(nats / math.log(2) / data.bytes["test"], rel=1e-4)
     assert "A sample" in (run / "report.html").read_text()
@@ -111,13 +108,17 @@ def test_smoke_recipe_leaves_a_model(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.slow
 def test_resumed_training_is_unbroken_training(tmp_path: Path) -> None:
-    options = ["--data.root", str(corpus(tmp_path / "text")), *TINY, "--model.layer", "Mamba2",
-               "--model.ssm_cfg", '{"d_state": 4, "headdim": 8}', "--trainer.limit_train_batches", "6",
-               "--model.schedule.name", "constant"]  # fmt: skip
-    pretrain("smoke", "--run_dir", str(tmp_path / "whole"), *options, "--trainer.max_epochs", "2")
-    half = [*options, "--run_dir", str(tmp_path / "half")]
-    pretrain("smoke", *half, "--trainer.max_epochs", "2", "--trainer.max_steps", "6")
-    last = tmp_path / "half" / "checkpoints" / "last.ckpt"
-    pretrain("smoke", *half, "--trainer.max_epochs", "2", "--ckpt_path", str(last))
-    losses = [json.loads((tmp_path / run / "metrics.json").read_text())["test/loss"] for run in ("whole", "half")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    options = [
+        "--data.root", str(corpus(tmp_path / "text")), *TINY, "--model.layer", "Mamba2", "--trainer.max_epochs", "2",
+        "--model.ssm_cfg", '{"d_state": 4, "headdim": 8}', "--trainer.limit_train_batches", "6",
+        "--checkpoint.save_top_k", "-1",
+    ]  # fmt: skip
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    pretrain("smoke", "--run_dir", str(whole), *options)
+    middle = whole / "checkpoints" / "epoch0-step6.ckpt"
+    pretrain("smoke", "--run_dir", str(half), *options, "--ckpt_path", str(middle))
+    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (whole, half)]
+    start = torch.load(middle, weights_only=True)["state_dict"]
+    for name, tensor in ends[0].items():
+        assert torch.equal(tensor, ends[1][name]), name
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in ends[0].items())
