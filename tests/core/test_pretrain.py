@@ -110,12 +110,11 @@ def test_smoke_recipe_leaves_a_model(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_resumed_training_is_unbroken_training(tmp_path: Path) -> None:
     options = [
         "--data.root", str(corpus(tmp_path / "text")), *TINY, "--model.layer", "Mamba2", "--trainer.max_epochs", "2",
-        "--model.ssm_cfg", '{"d_state": 4, "headdim": 8}', "--trainer.limit_train_batches", "6",
-        "--checkpoint.save_top_k", "-1",
+        "--model.ssm_cfg", '{"d_state": 4, "headdim": 8}', "--checkpoint.save_top_k", "-1",
     ]  # fmt: skip
     whole, half = tmp_path / "whole", tmp_path / "half"
     pretrain("smoke", "--run_dir", str(whole), *options)
-    middle = whole / "checkpoints" / "epoch0-step6.ckpt"
+    (middle,) = (whole / "checkpoints").glob("epoch0-*.ckpt")
     pretrain("smoke", "--run_dir", str(half), *options, "--ckpt_path", str(middle))
     ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (whole, half)]
     start = torch.load(middle, weights_only=True)["state_dict"]
