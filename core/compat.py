@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from core import checkpoints, generate, lm
+from core.compat_mixers import MHA, Mamba2, Mamba2Simple, Mamba3
 from core.lm import MambaConfig
 from core.mixers import Mixer, mamba
 from kernels.backend import warn_once
 
-__all__ = ["Mamba", "MambaConfig", "MambaLMHeadModel"]
+__all__ = ["MHA", "Mamba", "Mamba2", "Mamba2Simple", "Mamba3", "MambaConfig", "MambaLMHeadModel"]
 
 
 class InferenceParams(Protocol):
