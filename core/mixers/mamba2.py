@@ -155,12 +155,11 @@ class Mamba2(nn.Module):
                 raise ValueError("seq_idx: the initial states would reach the first sequence only; use cu_seqlens")
             rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             initial = self.init_states.expand(rows, -1, -1, -1)
-        if not torch.jit.is_scripting():
-            if type(self.out_proj) is not nn.Linear:  # an adapter or a quantised layer, more than a weight
-                mlp, z, xbc, dt = self._project(x)
-                xbc, _ = self._conv(xbc, None, cu_seqlens, seq_idx, False)
-                y, _ = self._scan(xbc, z, dt, initial, cu_seqlens, seq_idx, False)
-                return self._output(mlp, y, z)
+        if not isinstance(self.out_proj, nn.Linear):  # an adapter or a quantised layer, more than a weight
+            mlp, z, xbc, dt = self._project(x)
+            xbc, _ = self._conv(xbc, None, cu_seqlens, seq_idx, False)
+            y, _ = self._scan(xbc, z, dt, initial, cu_seqlens, seq_idx, False)
+            return self._output(mlp, y, z)
         norm = self.norm
         weight, eps, first = (None, 0.0, False) if norm is None else (norm.weight, norm.eps, norm.norm_before_gate)
         y, _, _, _, _ = torch.ops.triscan.mamba2_inner(  # keeps less for the backward than the parts would
