@@ -1,4 +1,5 @@
-"""``MambaLMHeadModel`` with the signature of mamba_ssm, and beside it the layers of ``core.compat_layers``.
+"""``MambaLMHeadModel`` with the signature of mamba_ssm, and beside it the layers of ``core.compat_layers`` and
+``core.compat_mixers``.
 
 Existing code switches by an import; parameters, checkpoints and results are the same. Beyond the original, a cache
 accepts several tokens at a time, and a decoding step has gradients.
@@ -8,21 +9,30 @@ Legend: B batch, L length, V vocabulary, T generated length.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from core import generate, lm, published
-from core.compat_layers import Cached, InferenceParams, Mamba, Mamba2, Params
+from core.compat_layers import InferenceParams, Mamba, Params
+from core.compat_mixers import MHA, Mamba2, Mamba2Simple, Mamba3
 from core.lm import MambaConfig
-from core.mixers import Mamba3, Mixer
+from core.mixers import Mixer
 from kernels.backend import warn_once
 
-__all__ = ["InferenceParams", "Mamba", "Mamba2", "MambaConfig", "MambaLMHeadModel"]
+__all__ = [
+    "MHA",
+    "InferenceParams",
+    "Mamba",
+    "Mamba2",
+    "Mamba2Simple",
+    "Mamba3",
+    "MambaConfig",
+    "MambaLMHeadModel",
+]
 
 
 class CausalLMOutput(NamedTuple):
@@ -49,6 +59,7 @@ class MambaLMHeadModel(lm.MambaLM):
     """
 
     mixers: ClassVar[dict[str, Callable[..., Mixer]]] = {"Mamba1": Mamba, "Mamba2": Mamba2, "Mamba3": Mamba3}
+    attention: ClassVar[Callable[..., Mixer]] = MHA
 
     def __init__(
         self,
@@ -59,8 +70,7 @@ class MambaLMHeadModel(lm.MambaLM):
     ) -> None:
         super().__init__(config, device=device, dtype=dtype, **(initializer_cfg or {}))
         for index, layer in enumerate(self.backbone.layers):
-            if isinstance(layer.mixer, Cached):
-                layer.mixer.layer_idx = index
+            layer.mixer.layer_idx = index
 
     def forward(
         self,
@@ -85,40 +95,31 @@ class MambaLMHeadModel(lm.MambaLM):
         """
         if inference_params is None:
             hidden = self.backbone(input_ids, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
-        elif cu_seqlens is not None:
-            rows, lengths = _unpacked(input_ids, cu_seqlens)
-            hidden = self._forward_cached(rows, inference_params, lengths)
-            hidden = torch.cat([row[:length] for row, length in zip(hidden, lengths.tolist(), strict=True)])[None]
-        elif seq_idx is not None:
-            raise ValueError(
-                "seq_idx: got it with inference_params, wanted cu_seqlens too, which says where rows begin"
-            )
+        elif seq_idx is not None and cu_seqlens is None:
+            raise ValueError("seq_idx: got it with inference_params, wanted cu_seqlens too: where the rows begin")
         else:
-            hidden = self._forward_cached(input_ids, inference_params)
+            hidden = self._forward_cached(input_ids, inference_params, cu_seqlens)
         return CausalLMOutput(self.lm_head(hidden[:, -num_last_tokens:]))
 
-    def _forward_cached(self, input_ids: Tensor, params: Params, lengths: Tensor | None = None) -> Tensor:
-        x, residual, caches = self.backbone.embedding(input_ids), None, params.key_value_memory_dict
-        room = getattr(params, "max_seqlen", None)
-        for index, layer in enumerate(self.backbone.layers):
+    def _forward_cached(self, input_ids: Tensor, params: Params, cu_seqlens: Tensor | None) -> Tensor:
+        x, residual = self.backbone.embedding(input_ids), None
+        for layer in self.backbone.layers:
+            mixer = cast(Any, layer.mixer)
+            if cu_seqlens is not None and not isinstance(mixer, Mamba | Mamba2):
+                raise ValueError(
+                    f"cu_seqlens: got packed prompts for the cache of {type(mixer).__name__}, wanted a row each"
+                )
             x, stream = layer.norm(x, residual)
-            if isinstance(layer.mixer, Cached):
-                x = layer.mixer.read(x, params, lengths)
-            else:  # a state of our own kind
-                if index not in caches or params.seqlen_offset == 0:
-                    caches[index] = layer.mixer.init_state(len(x), max_length=room)
-                x, caches[index] = layer.mixer.forward_state(x, caches[index], lengths)
-            x, residual = layer.apply_mlp(x, stream)
+            packed = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens}
+            x, residual = layer.apply_mlp(mixer(x, inference_params=params, **packed), stream)
         return self.backbone.norm_f(x, residual)[0]
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
     ) -> dict[int, Any]:
-        """One cache a layer; see ``Mamba.allocate_inference_cache``. Attention and Mamba-3 have states of our own."""
+        """One cache a layer; see ``Mamba.allocate_inference_cache``."""
         return {
-            index: layer.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype)
-            if isinstance(layer.mixer, Cached)
-            else layer.mixer.init_state(batch_size, dtype=dtype, max_length=max_seqlen)
+            index: cast(Any, layer.mixer).allocate_inference_cache(batch_size, max_seqlen, dtype=dtype)
             for index, layer in enumerate(self.backbone.layers)
         }
 
@@ -222,10 +223,3 @@ class MambaLMHeadModel(lm.MambaLM):
     def save_pretrained(self, save_directory: str | Path, *, overwrite: bool = True) -> None:
         """Writes ``config.json`` and ``model.safetensors`` to a folder, as mamba_ssm does over what was there."""
         published.save_lm(self, save_directory, overwrite=overwrite)
-
-
-def _unpacked(input_ids: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Sequences laid end to end (1, L) as right-padded rows, and their lengths."""
-    bounds = cu_seqlens.tolist()
-    rows = [input_ids[0, start:end] for start, end in itertools.pairwise(bounds)]
-    return generate.pad_prompts(rows, input_ids.device)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels  # noqa: F401  registers torch.ops.triscan
+import kernels.mamba2_inner  # noqa: F401  registers torch.ops.triscan
 from core import hippo
 from core.mixers.gated_norm import GatedRMSNorm
 from core.mixers.mamba import decay_rates, last_inputs
@@ -155,10 +155,19 @@ class Mamba2(nn.Module):
                 raise ValueError("seq_idx: the initial states would reach the first sequence only; use cu_seqlens")
             rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             initial = self.init_states.expand(rows, -1, -1, -1)
-        mlp, z, xbc, dt = self._project(x)
-        xbc, _ = self._conv(xbc, None, cu_seqlens, seq_idx, False)
-        y, _ = self._scan(xbc, z, dt, initial, cu_seqlens, seq_idx, False)
-        return self._output(mlp, y, z)
+        if not isinstance(self.out_proj, nn.Linear):  # an adapter or a quantised layer, more than a weight
+            mlp, z, xbc, dt = self._project(x)
+            xbc, _ = self._conv(xbc, None, cu_seqlens, seq_idx, False)
+            y, _ = self._scan(xbc, z, dt, initial, cu_seqlens, seq_idx, False)
+            return self._output(mlp, y, z)
+        norm = self.norm
+        weight, eps, first = (None, 0.0, False) if norm is None else (norm.weight, norm.eps, norm.norm_before_gate)
+        y, _, _, _, _ = torch.ops.triscan.mamba2_inner(  # keeps less for the backward than the parts would
+            self.in_proj(x), self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, decay_rates(self.A_log),
+            self._skip(), weight, self.out_proj.weight, self.out_proj.bias, initial, cu_seqlens, seq_idx,
+            self.headdim, self.ngroups, eps, first, self.dt_min, self.dt_max, self.reverse, False, "auto",
+        )  # fmt: skip
+        return y
 
     def forward_state(self, x: Tensor, state: Mamba2State, lengths: Tensor | None = None) -> tuple[Tensor, Mamba2State]:
         """Continues sequences from ``state``.

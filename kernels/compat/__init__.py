@@ -10,7 +10,7 @@ neighbours directly.
 from kernels.compat.causal_conv1d import causal_conv1d_fn, causal_conv1d_update, causal_conv1d_varlen_states
 from kernels.compat.norm import layer_norm_fn, layernorm_fn, rms_norm_fn, rmsnorm_fn
 from kernels.compat.selective_scan import mamba_inner_fn, selective_scan_fn
-from kernels.compat.ssd import mamba_chunk_scan_combined
+from kernels.compat.ssd import mamba_chunk_scan_combined, mamba_split_conv1d_scan_combined
 from kernels.compat.state_update import selective_state_update
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "layernorm_fn",
     "mamba_chunk_scan_combined",
     "mamba_inner_fn",
+    "mamba_split_conv1d_scan_combined",
     "rms_norm_fn",
     "rmsnorm_fn",
     "selective_scan_fn",

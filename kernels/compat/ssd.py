@@ -1,6 +1,7 @@
-"""``mamba_chunk_scan_combined`` of ``mamba_ssm.ops.triton.ssd_combined``.
+"""``mamba_chunk_scan_combined`` and ``mamba_split_conv1d_scan_combined`` of ``mamba_ssm.ops.triton.ssd_combined``.
 
-B batch, L length, H heads, P head dim, N state, G groups, S packed sequences.
+B batch, L length, H heads, P head dim, N state, G groups, W conv width, M channels of an MLP beside the heads, D output
+width, S packed sequences.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from kernels.mamba2_inner import mamba2_inner
 from kernels.ssd import ssd
 
 
@@ -62,11 +64,7 @@ def mamba_chunk_scan_combined(
     Raises:
         ValueError: For a chunk size below 1, a narrower ``state_dtype``, or sequences' states without bounds.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: got {chunk_size}, wanted at least 1; it doesn't change the result")
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if state_dtype not in (None, wide):
-        raise ValueError(f"state_dtype: got {state_dtype}, wanted None or {wide}: states are not rounded here")
+    _check_chunks(chunk_size, state_dtype, x.dtype)
 
     def run(initial: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
         found = ssd(
@@ -84,3 +82,80 @@ def mamba_chunk_scan_combined(
         raise ValueError("initial_states: got them together with return_varlen_states, wanted None; call kernels.ssd")
     y, states = run(None, None, cu_seqlens)
     return (y, states[-1:], states) if return_final_states else (y, states)
+
+
+def mamba_split_conv1d_scan_combined(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    return_final_states: bool = False,
+    activation: str = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+    state_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Everything of a Mamba-2 layer behind its input projection; see ``kernels.mamba2_inner``.
+
+    Args:
+        zxbcdt: ``(B, L, 2 M + 2 H P + 2 G N + H)``: MLP gate and input, gate, x, B, C, dt.
+        conv1d_weight: ``(H P + 2 G N, W)``, any W.
+        conv1d_bias: ``(H P + 2 G N,)`` or None.
+        dt_bias: ``(H,)``.
+        A: ``(H,)``, negative.
+        D: ``(H, P)``, or ``(H,)`` together with ``headdim``.
+        chunk_size: Positive; changes nothing in the result.
+        initial_states: ``(B, H, P, N)`` or None.
+        seq_idx: ``(B, L)``; convolution and state restart where it changes.
+        dt_limit: dt is clamped between these two.
+        return_final_states: Whether to return the state after the last position, ``(B, H, P, N)``.
+        activation: "silu" or "swish", the same.
+        rmsnorm_weight: ``(H P,)``, or None for a gate without norm.
+        rmsnorm_eps: Of the norm.
+        outproj_weight: ``(D, M + H P)``, or None for no projection.
+        outproj_bias: ``(D,)`` or None.
+        headdim: P, wanted where D doesn't tell.
+        ngroups: G.
+        norm_before_gate: norm(y) silu(z), else norm(y silu(z)).
+        state_dtype: As in ``mamba_chunk_scan_combined``.
+
+    Returns:
+        ``(B, L, D)``, without a projection ``(B, L, M + H P)``; and the final states, if asked for.
+
+    Raises:
+        ValueError: For a chunk size below 1, another activation, no way to know P, or a narrower ``state_dtype``.
+    """
+    _check_chunks(chunk_size, state_dtype, zxbcdt.dtype)
+    if activation not in ("silu", "swish"):
+        raise ValueError(f"activation: got {activation!r}, wanted 'silu' or 'swish'")
+    if headdim is None and D.ndim != 2:
+        raise ValueError(f"headdim: got None with D of shape {tuple(D.shape)}, wanted it, or D (H, P)")
+    width = D.shape[1] if headdim is None else headdim
+    if outproj_weight is None:
+        inner = (zxbcdt.shape[-1] - A.shape[0] - conv1d_weight.shape[0] + A.shape[0] * width) // 2
+        outproj_weight = torch.eye(inner, device=zxbcdt.device, dtype=zxbcdt.dtype)
+    return mamba2_inner(
+        zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight, outproj_weight, outproj_bias,
+        initial_states, headdim=width, ngroups=ngroups, eps=rmsnorm_eps, norm_before_gate=norm_before_gate,
+        dt_limit=dt_limit, return_final_state=return_final_states, seq_idx=seq_idx,
+    )  # fmt: skip
+
+
+def _check_chunks(chunk_size: int, state_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
+    """Raises for chunks and states between them that the ops here do not have."""
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: got {chunk_size}, wanted at least 1; it doesn't change the result")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if state_dtype not in (None, wide):
+        raise ValueError(f"state_dtype: got {state_dtype}, wanted None or {wide}: states are not rounded here")

@@ -219,7 +219,7 @@ def test_caches_and_teacher(options: dict):
     torch.testing.assert_close(torch.cat(found, dim=1), whole)
 
 
-@pytest.mark.parametrize("options", [{}, MAMBA2, HYBRID])
+@pytest.mark.parametrize("options", [{}, MAMBA2])
 def test_packed_prompts_become_rows(options: dict):
     model, lengths = language_model(**options), [6, 1, 4]
     rows = [fill_input(f"ids{i}", (1, length + 2), 21) for i, length in enumerate(lengths)]
@@ -236,22 +236,13 @@ def test_packed_prompts_become_rows(options: dict):
         torch.testing.assert_close(last[:, 0], torch.cat([row[:, step] for row in want]))
 
 
-def test_golden_mamba2_step():
-    for case in golden_cases("mamba2_a").values():
-        if "y_step" not in case["outputs"]:
-            continue
-        layer = compat.Mamba2(**case["config"], layer_idx=0)
-        layer.load_state_dict(golden_state_dict(case, layer))
-        x, want = golden_inputs(case)["x"], case["outputs"]
-        states = layer.allocate_inference_cache(x.shape[0], 1)
-        outputs = [layer.step(x[:, t : t + 1], *states)[0] for t in range(x.shape[1])]
-        check(torch.cat(outputs, dim=1), want["y_step"])
-        check(states[0], want["conv_state"])
-        check(states[1], want["ssm_state"])
-        params = InferenceParams()
-        check(layer(x, inference_params=params), want["y"])
-        check(params.key_value_memory_dict[0][0], want["conv_state"])
-        torch.testing.assert_close(layer(x.flatten(0, 1), seqlen=x.shape[1]), layer(x).flatten(0, 1))
+def test_packed_prompts_are_refused_where_they_have_no_cache():
+    model = language_model(**HYBRID)
+    params, bounds = compat.InferenceParams(max_seqlen=8, max_batch_size=2), torch.tensor([0, 3, 5], dtype=torch.int32)
+    with pytest.raises(ValueError, match="cu_seqlens: got packed prompts for the cache of MHA"):
+        model(fill_input("ids", (1, 5), 21), inference_params=params, cu_seqlens=bounds)
+    with pytest.raises(ValueError, match="wanted cu_seqlens too"):
+        model(fill_input("ids", (1, 5), 21), inference_params=params, seq_idx=torch.zeros(1, 5, dtype=torch.int32))
 
 
 def test_save_and_load(tmp_path: Path):

@@ -174,6 +174,21 @@ def test_autocast():
     torch.testing.assert_close(stepped, y, rtol=2e-2, atol=2e-2)
 
 
+def test_an_adapter_around_the_output_projection_counts():
+    class Adapter(torch.nn.Module):
+        def __init__(self, base: torch.nn.Linear) -> None:
+            super().__init__()
+            self.base, self.weight, self.bias = base, base.weight, base.bias
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * self.base(x)
+
+    mixer, x = layer(d_ssm=8), inputs(2, 9, 8)
+    want = 2 * mixer(x)
+    mixer.out_proj = Adapter(mixer.out_proj)  # type: ignore[assignment]
+    torch.testing.assert_close(mixer(x), want)
+
+
 def test_initialisation():
     mixer = Mamba2(d_model=64, headdim=1, A_init_range=(2, 3), conv_init=0.25, dtype=torch.bfloat16)
     assert mixer.A_log.dtype == mixer.D.dtype == mixer.dt_bias.dtype == torch.float32
