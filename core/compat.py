@@ -70,7 +70,7 @@ class MambaLMHeadModel(lm.MambaLM):
     ) -> None:
         super().__init__(config, device=device, dtype=dtype, **(initializer_cfg or {}))
         for index, layer in enumerate(self.backbone.layers):
-            layer.mixer.layer_idx = index
+            cast(Any, layer.mixer).layer_idx = index
 
     def forward(
         self,

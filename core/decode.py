@@ -21,7 +21,8 @@ from core.lm import MambaLM
 from core.mixers import Mamba, Mamba2
 from core.mixers.mamba import decay_rates
 from core.sampling import Sampling, penalize_repetition, sample
-from kernels.decode import Conv, conv_step, project, scan_step
+from kernels import conv_update
+from kernels.decode import Conv, project, scan_step
 from kernels.state_update import state_update
 
 FEW_ROWS = 4  # up to here a projection with everything fused into it beats a matrix product between other kernels
@@ -59,26 +60,27 @@ class FusedStep(PlainStep):
 
     def project_in(
         self, x: Tensor, residual: Tensor | None, first: int, following: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """in_proj of the normalised sum with the convolution's step on its outputs from ``first`` on.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """in_proj of the normalised sum, and the convolution's step on its outputs from ``first`` on.
 
         Returns:
-            The outputs, the residual stream, and parts of the projection ``following`` the convolution.
+            The outputs; the convolved ones; the residual stream; and parts of the projection ``following`` them.
         """
         norm, m = self.layer.norm, self.layer.mixer
         assert isinstance(m, Mamba | Mamba2)
         conv = Conv(m.conv1d.weight.squeeze(1), m.conv1d.bias, self.state.conv, first)
+        channels = slice(first, first + conv.weight.shape[0])
         if self.few:
             both, stream, low = project(
                 x, m.in_proj.weight, m.in_proj.bias, residual=residual, norm_weight=norm.weight, eps=norm.eps,
                 conv=conv, following=following,
             )  # fmt: skip
-            return both, start_stream(x, norm.residual_in_fp32) if stream is None else stream, low
+            stream = start_stream(x, norm.residual_in_fp32) if stream is None else stream
+            return both, both[:, channels], stream, low
         x, stream = norm(x, residual)
         both = m.in_proj(x)
-        mixed = both[:, first : first + conv.weight.shape[0]]
-        conv_step(mixed, conv.weight, conv.bias, conv.state, out=mixed)
-        return both, stream, None if following is None else F.linear(mixed, following).unsqueeze(1)
+        convolved = conv_update(both[:, None, channels], conv.state, conv.weight, conv.bias, activation="silu")[:, 0]
+        return both, convolved, stream, None if following is None else F.linear(convolved, following).unsqueeze(1)
 
 
 class MambaStep(FusedStep):
@@ -92,9 +94,9 @@ class MambaStep(FusedStep):
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         m = self.layer.mixer
         assert isinstance(m, Mamba)
-        both, stream, low = self.project_in(x, residual, 0, m.x_proj.weight)
+        both, u, stream, low = self.project_in(x, residual, 0, m.x_proj.weight)
         assert low is not None
-        u, z = both.chunk(2, dim=-1)
+        z = both[:, m.d_inner :]
         y = scan_step(low, u, z, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, self.state.ssm)
         x = project(y, m.out_proj.weight, m.out_proj.bias)[0] if self.few else m.out_proj(y)
         return self.layer.apply_mlp(x, stream)
@@ -122,9 +124,10 @@ class Mamba2Step(FusedStep):
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         m = self.layer.mixer
         assert isinstance(m, Mamba2)
-        both, stream, _ = self.project_in(x, residual, m.d_ssm, None)
+        both, convolved, stream, _ = self.project_in(x, residual, m.d_ssm, None)
         size = m.ngroups * m.d_state
-        z, u, B, C, dt = both.split([m.d_ssm, m.d_ssm, size, size, m.nheads], dim=-1)
+        z, dt = both[:, : m.d_ssm], both[:, -m.nheads :]
+        u, B, C = convolved.split([m.d_ssm, size, size], dim=-1)
         heads, groups = (1, m.nheads, m.headdim), (1, m.ngroups, m.d_state)
         D = m.D.unflatten(0, (m.nheads, m.headdim)) if m.D_has_hdim else m.D
         y = state_update(

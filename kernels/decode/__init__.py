@@ -21,7 +21,7 @@ from kernels.backend import choose
 from kernels.checks import check_float, check_shape
 from kernels.decode import reference
 
-__all__ = ["Conv", "conv_step", "project", "scan_step"]
+__all__ = ["Conv", "project", "scan_step"]
 
 
 class Conv(NamedTuple):
@@ -106,40 +106,6 @@ def project(
         mixed.copy_(reference.conv_step(mixed, conv.weight, conv.bias, conv.state))
         part = None if following is None else F.linear(mixed, following).unsqueeze(1)
     return y, None if residual is None else total.to(residual.dtype), part
-
-
-def conv_step(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    state: Tensor,
-    *,
-    out: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
-    """One token of a causal depthwise convolution with SiLU, (B, C) -> (B, C).
-
-    Args:
-        x: (B, C); rows may be strided.
-        weight: (C, W).
-        bias: (C,) or None.
-        state: (B, W - 1, C) the last inputs, oldest first; updated in place.
-        out: (B, C), where to write; x itself will do.
-        backend: See ``project``.
-    """
-    (batch, channels), width = x.shape, weight.shape[1]
-    check_float(x, weight=weight, bias=bias, state=state)
-    check_shape("weight", weight, (channels, width), "(C, W)")
-    check_shape("bias", bias, (channels,), "(C,)")
-    check_shape("state", state, (batch, width - 1, channels), "(B, W - 1, C)")
-    check_shape("out", out, (batch, channels), "(B, C)")
-    out = torch.empty(batch, channels, dtype=x.dtype, device=x.device) if out is None else out
-    if _name(backend, x) == "triton":
-        from kernels.decode import triton
-
-        triton.conv_step(x, weight, bias, state, out)
-        return out
-    return out.copy_(reference.conv_step(x, weight, bias, state))
 
 
 def scan_step(

@@ -140,28 +140,6 @@ def _project_kernel(
 
 
 @triton.jit
-def _conv_kernel(
-    x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr, C, sx, sy, W: tl.constexpr, HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m_c = c < C
-    if PDL:
-        gdc_launch_dependents()
-    taps = _slots(weight_ptr, 1, c * W, m_c, W)
-    bias = tl.zeros((BLOCK,), ACC)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + c, mask=m_c, other=0.0).to(ACC)
-    if PDL:
-        gdc_wait()
-    b = tl.program_id(1).to(tl.int64)
-    state_at = state_ptr + b * (W - 1) * C
-    x = tl.load(x_ptr + b * sx + c, mask=m_c, other=0.0).to(ACC)
-    y = _conv(x, bias, taps, _slots(state_at, C, c, m_c, W - 1), state_at, c, m_c, C, W, ACC)
-    tl.store(y_ptr + b * sy + c, y, mask=m_c)
-
-
-@triton.jit
 def _scan_kernel(
     part_ptr, x_ptr, z_ptr, dt_weight_ptr, bias_ptr, A_ptr, D_ptr, state_ptr, y_ptr, E, parts, sx, sz,
     R: tl.constexpr, N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_PARTS: tl.constexpr,
@@ -261,15 +239,6 @@ def project(
         ACC=_accumulator(x), num_warps=warps, **_launch(x),
     )  # fmt: skip
     return y, total, part
-
-
-def conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, y: Tensor) -> None:
-    """Writes silu(conv) of one token (B, C) to y; the state (B, W - 1, C) takes it in."""
-    (batch, channels), width = x.shape, weight.shape[1]
-    _conv_kernel[(-(-channels // 128), batch)](
-        x, weight, x if bias is None else bias, state, y, channels, x.stride(0), y.stride(0), W=width,
-        HAS_BIAS=bias is not None, BLOCK=128, ACC=_accumulator(x), num_warps=4, **_launch(x),
-    )  # fmt: skip
 
 
 def scan_step(

@@ -8,7 +8,7 @@ from accuracy import assert_as_accurate
 from contract import triton_device
 from torch import Tensor
 
-from kernels.decode import Conv, conv_step, project, scan_step
+from kernels.decode import Conv, project, scan_step
 
 DEVICE = triton_device()
 DTYPES = [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
@@ -118,29 +118,6 @@ def test_scan_step(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     reference = scan_step(**plain, backend="reference")
     compare("y", scan_step(**made, backend="triton"), reference, truth)
     compare("state", made["state"], plain["state"], want["state"])
-
-
-@pytest.mark.parametrize(("batch", "channels", "width", "bias"), [(1, 5, 4, True), (3, 131, 2, False), (2, 4, 1, True)])
-def test_conv_step(batch: int, channels: int, width: int, bias: bool) -> None:
-    x = draw("x", batch, 2 * channels).to(DEVICE)[:, channels:]
-    weight, shift = draw("w", channels, width).to(DEVICE), draw("b", channels).to(DEVICE) if bias else None
-    states = [draw("s", batch, width - 1, channels).to(DEVICE) for _ in range(2)]
-    for _ in range(3):  # a state that has been through the op
-        got, want = (
-            conv_step(x, weight, shift, state, backend=name)
-            for state, name in zip(states, ("triton", "reference"), strict=True)
-        )
-        torch.testing.assert_close(got, want)
-    torch.testing.assert_close(*states)
-
-
-def test_conv_step_is_the_convolution() -> None:
-    from kernels import causal_conv1d
-
-    x, weight, bias = draw("x", 2, 6, 5), draw("w", 5, 4), draw("b", 5)
-    state = torch.zeros(2, 3, 5, dtype=torch.float64)
-    steps = [conv_step(x[:, t], weight, bias, state) for t in range(6)]
-    torch.testing.assert_close(torch.stack(steps, 1), causal_conv1d(x, weight, bias, activation="silu"))
 
 
 @pytest.mark.parametrize(
