@@ -285,7 +285,8 @@ class Decoder:
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
+        if self.sampling.draws:  # each replay sets the generator's place
+            graph.register_generator_state(self.generator)
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         return graph

@@ -45,6 +45,11 @@ class Sampling:
             if not fits:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted {wanted}")
 
+    @property
+    def draws(self) -> bool:
+        """Whether there is anything to draw: else the most likely token is taken."""
+        return self.temperature != 0 and self.top_k != 1
+
 
 PLAIN = Sampling()  # from the model's own distribution
 
@@ -87,7 +92,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
     Returns:
         (B,) int64.
     """
-    if sampling.temperature == 0 or sampling.top_k == 1:
+    if not sampling.draws:
         return logits.argmax(dim=-1)
     probability = filter_logits(logits, sampling).softmax(dim=-1)
     # The largest of p / Exp(1) falls on a token with probability p; multinomial would wait for the device.

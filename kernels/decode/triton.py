@@ -21,6 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.backend import interpreting
+from kernels.selective_scan.triton_steps import softplus
 
 TILE = 8192  # weights that a program of 4 warps holds: 64 a thread
 
@@ -175,7 +176,7 @@ def _scan_kernel(
         B += tl.sum(tl.load(at + R + n[None, :], mask=m_p & m_n[None, :], other=0.0).to(ACC), 0)
         C += tl.sum(tl.load(at + R + N + n[None, :], mask=m_p & m_n[None, :], other=0.0).to(ACC), 0)
     dt = tl.sum(weight.to(ACC) * low[None, :], 1) + bias
-    dt = tl.where(dt > 20, dt, tl.log(1 + tl.exp(tl.minimum(dt, 20.0))))
+    dt = softplus(dt)
     h = tl.exp(dt[:, None] * A) * h + (dt * x)[:, None] * B[None, :]
     tl.debug_barrier()  # see _conv
     tl.store(state_at, h, mask=m_en)
