@@ -118,10 +118,10 @@ class Shape(NamedTuple):
 
 
 def shape_of(p: Problem) -> Shape:
-    """A rule on the sizes: tiles of 4096 states, smaller ones where there would be few programs."""
+    """A rule on the sizes: tiles of 8192 states, smaller ones where there would be few programs."""
     batch, _, heads, width = p.x.shape
     columns = triton.next_power_of_2(p.state.shape[3])
-    rows = max(1, min(triton.next_power_of_2(width), 4096 // columns))
+    rows = max(1, min(triton.next_power_of_2(width), 8192 // columns))
     while rows > 4 and batch * heads * triton.cdiv(width, rows) < 512:
         rows //= 2
     return Shape(rows, columns, max(1, min(4, rows * columns // 512)))

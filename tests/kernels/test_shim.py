@@ -21,7 +21,7 @@ PATHS = {
     "causal_conv1d": ("causal_conv1d_fn", "causal_conv1d_update"),
     "causal_conv1d.causal_conv1d_interface": ("causal_conv1d_fn", "causal_conv1d_update"),
     "causal_conv1d.causal_conv1d_varlen": ("causal_conv1d_varlen_states",),
-    "mamba_ssm": ("selective_scan_fn", "mamba_inner_fn", "Mamba", "MambaLMHeadModel"),
+    "mamba_ssm": ("selective_scan_fn", "mamba_inner_fn", "Mamba", "Mamba2", "Mamba3", "MambaLMHeadModel"),
     "mamba_ssm.models.config_mamba": ("MambaConfig",),
     "mamba_ssm.models.mixer_seq_simple": ("MambaLMHeadModel",),
     "mamba_ssm.modules.mamba2": ("Mamba2",),
@@ -30,6 +30,8 @@ PATHS = {
     "mamba_ssm.ops.selective_scan_interface": ("selective_scan_fn", "mamba_inner_fn"),
     "mamba_ssm.ops.triton.layer_norm": ("layer_norm_fn", "rms_norm_fn"),
     "mamba_ssm.ops.triton.layernorm_gated": ("layernorm_fn", "rmsnorm_fn"),
+    "mamba_ssm.ops.triton.selective_state_update": ("selective_state_update",),
+    "mamba_ssm.ops.triton.ssd_combined": ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"),
 }
 
 
@@ -124,3 +126,16 @@ def test_gated_norm() -> None:
     found = module("mamba_ssm.ops.triton.layernorm_gated")
     arguments = (draw(3, 6), draw(6), draw(6), draw(3, 6), 1e-3, 2, False)
     torch.testing.assert_close(found.rmsnorm_fn(*arguments), found.rms_norm_ref(*arguments))
+
+
+@pytest.mark.parametrize("inner", [(6,), (3, 2)])
+def test_state_update(inner: tuple[int, ...]) -> None:
+    found = module("mamba_ssm.ops.triton.selective_state_update")
+    state = draw(2, *inner, 5)
+    states = state.clone(), state.clone()
+    arguments = (draw(2, *inner), draw(2, *inner), -draw(*inner, 5).abs(), draw(2, 5), draw(2, 5))
+    options = {"D": draw(*inner), "z": draw(2, *inner), "dt_bias": draw(*inner), "dt_softplus": True}
+    functions = (found.selective_state_update, found.selective_state_update_ref)
+    torch.testing.assert_close(*(f(s, *arguments, **options) for f, s in zip(functions, states, strict=True)))
+    torch.testing.assert_close(*states)
+    assert not torch.equal(states[0], state)

@@ -7,8 +7,8 @@ See ``causal_conv1d.py`` beside this file. What we have no counterpart of is mis
 
 from pathlib import Path
 
-from core.compat import Mamba, Mamba2, MambaLMHeadModel
+from core.compat import Mamba, Mamba2, Mamba3, MambaLMHeadModel
 from kernels.compat import mamba_inner_fn, selective_scan_fn
 
-__all__ = ["Mamba", "Mamba2", "MambaLMHeadModel", "mamba_inner_fn", "selective_scan_fn"]
+__all__ = ["Mamba", "Mamba2", "Mamba3", "MambaLMHeadModel", "mamba_inner_fn", "selective_scan_fn"]
 __path__ = [str(Path(__file__).with_suffix(""))]
