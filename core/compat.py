@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from core import checkpoints, generate, lm
-from core.compat_mixers import MHA, Mamba2, Mamba2Simple, Mamba3
+from core.compat_mamba3 import Mamba3
+from core.compat_mha import MHA
+from core.compat_mixers import Mamba2, Mamba2Simple
 from core.lm import MambaConfig
 from core.mixers import Mixer, mamba
 from kernels.backend import warn_once
