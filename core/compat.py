@@ -1,5 +1,4 @@
-"""``MambaLMHeadModel`` with the signature of mamba_ssm, and beside it the layers of ``core.compat_layers`` and
-``core.compat_mixers``.
+"""``MambaLMHeadModel`` with the signature of mamba_ssm, and beside it the layers of ``core.compat_*``.
 
 Existing code switches by an import; parameters, checkpoints and results are the same. Beyond the original, a cache
 accepts several tokens at a time, and a decoding step has gradients.
@@ -18,7 +17,9 @@ from torch import Tensor
 
 from core import generate, lm, published
 from core.compat_layers import InferenceParams, Mamba, Params
-from core.compat_mixers import MHA, Mamba2, Mamba2Simple, Mamba3
+from core.compat_mamba3 import Mamba3
+from core.compat_mha import MHA
+from core.compat_mixers import Mamba2, Mamba2Simple
 from core.lm import MambaConfig
 from core.mixers import Mixer
 from kernels.backend import warn_once

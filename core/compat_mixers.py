@@ -1,23 +1,23 @@
-"""``Mamba2``, ``Mamba2Simple``, ``Mamba3`` and ``MHA`` with the signatures and caches of ``mamba_ssm.modules``.
+"""``Mamba2`` and ``Mamba2Simple`` with the signatures and caches of ``mamba_ssm.modules``.
 
 Parameters, checkpoints and results are the same. Beyond the originals a cache accepts several tokens at a time, and a
 step has gradients. What only tells the original's kernels how to run (``chunk_size``, ``use_mem_eff_path``) is accepted
 and changes nothing.
 
-Legend: B batch, L length, D model width, C channels of the convolution, H heads, P head dim, N state, R rank, S rotated
-pairs, K heads of keys, E head width, W convolution width, M room in the cache.
+Legend: B batch, L length, D model width, C channels of the convolution, H heads, P head dim, N state, W convolution
+width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from core.mixers import attention, mamba2, mamba3
+from core.mixers import mamba2
 from kernels.compat import causal_conv1d_varlen_states
 
 FEW = 4  # tokens that a cache takes one after the other; more go through the scan
@@ -30,7 +30,7 @@ class InferenceParams(Protocol):
     key_value_memory_dict: dict[Any, Any]
 
 
-def _cache(params: InferenceParams, layer_idx: int | None, allocate: Callable[[], Any]) -> Any:
+def cache_of(params: InferenceParams, layer_idx: int | None, allocate: Callable[[], Any]) -> Any:
     """This layer's cache, made if it is not there."""
     if layer_idx is None:
         raise ValueError("layer_idx: got None, wanted the key of this layer's cache; pass it to the constructor")
@@ -46,7 +46,7 @@ def _refuse(**options: Any) -> None:
             raise ValueError(f"{name}: got a value, wanted None; layers are not split over processes here, use DDP")
 
 
-def _column_before(conv_state: Tensor, project: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def column_before(conv_state: Tensor, project: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The input of the convolution W tokens back once x has passed: column 0 of a cache, which no layer reads."""
     width, length = conv_state.shape[2], x.shape[1]
     if length < width:
@@ -120,7 +120,7 @@ class Mamba2(mamba2.Mamba2):
 
     def _forward_cached(self, x: Tensor, cu_seqlens: Tensor | None, params: InferenceParams) -> Tensor:
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        conv_state, ssm_state = _cache(params, self.layer_idx, lambda: self.allocate_inference_cache(rows, 0))
+        conv_state, ssm_state = cache_of(params, self.layer_idx, lambda: self.allocate_inference_cache(rows, 0))
         if params.seqlen_offset == 0:
             conv_state.zero_()
             ssm_state.zero_()
@@ -170,7 +170,7 @@ class Mamba2(mamba2.Mamba2):
     def _continue(self, x: Tensor, conv_state: Tensor, ssm_state: Tensor) -> Tensor:
         """Runs x (B, L, D) from the two states and updates them in place."""
         with torch.no_grad():
-            oldest = _column_before(conv_state, lambda x: self._project(x)[2], x)
+            oldest = column_before(conv_state, lambda x: self._project(x)[2], x)
         if x.shape[1] <= FEW and not torch.is_grad_enabled():
             y = self.decode(x, mamba2.Mamba2State(conv_state[:, :, 1:].mT, ssm_state))
         else:  # copies: the backward pass needs the states as they were
@@ -224,190 +224,3 @@ class Mamba2Simple(mamba2.Mamba2):
             device=device, dtype=dtype,
         )  # fmt: skip
         self.layer_idx = layer_idx
-
-
-class Mamba3(mamba3.Mamba3):
-    """The Mamba-3 block with mamba_ssm's arguments and caches; see ``core.mixers.mamba3.Mamba3``.
-
-    Args:
-        layer_idx: Key of this layer's cache in ``inference_params``.
-        chunk_size, dropout, n_layer: Accepted.
-        a_activation: By default what mamba_ssm 2.3.2 computes. Weights trained before June 2026 want "softplus".
-    """
-
-    def __init__(
-        self,
-        d_model: int,
-        d_state: int = 128,
-        expand: float = 2,
-        headdim: int = 64,
-        ngroups: int = 1,
-        rope_fraction: float = 0.5,
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        dt_init_floor: float = 1e-4,
-        A_floor: float = 1e-4,
-        is_outproj_norm: bool = False,
-        is_mimo: bool = False,
-        mimo_rank: int = 4,
-        chunk_size: int = 64,
-        dropout: float = 0.0,
-        layer_idx: int | None = None,
-        n_layer: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        a_activation: Literal["heavy_tail", "softplus"] = "heavy_tail",
-    ) -> None:
-        super().__init__(
-            d_model, d_state, expand, headdim, ngroups, rope_fraction, dt_min, dt_max, dt_init_floor, A_floor,
-            is_outproj_norm, is_mimo, mimo_rank, a_activation=a_activation, device=device, dtype=dtype,
-        )  # fmt: skip
-        self.layer_idx = layer_idx
-
-    def forward(
-        self,
-        u: Tensor,
-        seq_idx: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        inference_params: InferenceParams | None = None,
-    ) -> Tensor:
-        """Mixes (B, L, D); with ``inference_params`` it continues from this layer's cache and updates it in place.
-
-        At ``seqlen_offset`` 0 the cache is started afresh. After that any number of tokens may follow.
-        """
-        if inference_params is None:
-            return super().forward(u, seq_idx, cu_seqlens)
-        if seq_idx is not None or cu_seqlens is not None:
-            raise ValueError("inference_params: got seq_idx or cu_seqlens too, wanted one sequence a row in a cache")
-        states = _cache(inference_params, self.layer_idx, lambda: self.allocate_inference_cache(u.shape[0], 0))
-        if inference_params.seqlen_offset == 0:
-            for state in states:
-                state.zero_()
-        return self._continue(u, *states)
-
-    def step(
-        self, u: Tensor, angle_state: Tensor, ssm_state: Tensor, k_state: Tensor, v_state: Tensor, **kwargs: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Decodes one token; the states are updated in place.
-
-        Args:
-            u: (B, D) or (B, 1, D).
-            angle_state: (B, H, S).
-            ssm_state: (B, H, P, N).
-            k_state: (B, R, H, N).
-            v_state: (B, H, P).
-            kwargs: Accepted, as in the original.
-
-        Returns:
-            The output in the shape of u and the four states.
-        """
-        if u.ndim == 3 and u.shape[1] != 1:
-            raise ValueError(f"step: got {u.shape[1]} tokens, wanted 1; forward takes any number")
-        x = u if u.ndim == 3 else u.unsqueeze(1)
-        y = self._continue(x, angle_state, ssm_state, k_state, v_state)
-        return y.view(u.shape), angle_state, ssm_state, k_state, v_state
-
-    def allocate_inference_cache(
-        self,
-        batch_size: int,
-        max_seqlen: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """A cache of zeros in the order of ``step``'s arguments; ``max_seqlen`` and ``kwargs`` are accepted."""
-        state = self.init_state(batch_size, device, dtype)
-        return state.angle, state.ssm, state.k, state.v
-
-    def _continue(self, x: Tensor, *states: Tensor) -> Tensor:
-        """Runs x (B, L, D) from the four states and updates them in place."""
-        if x.shape[1] <= FEW and not torch.is_grad_enabled():
-            return self.decode(x, mamba3.Mamba3State(*states))
-        before = mamba3.Mamba3State(*(t.clone() for t in states))  # the backward pass needs them as they were
-        y, after = self.forward_state(x, before)
-        for old, new in zip(states, after, strict=True):
-            old.copy_(new.detach())
-        return y
-
-
-class MHA(attention.Attention):
-    """Attention with mamba_ssm's arguments and caches; see ``core.mixers.attention.Attention``.
-
-    Args:
-        layer_idx: Key of this layer's cache in ``inference_params``.
-    """
-
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        num_heads_kv: int | None = None,
-        head_dim: int | None = None,
-        mlp_dim: int = 0,
-        qkv_proj_bias: bool = True,
-        out_proj_bias: bool = True,
-        softmax_scale: float | None = None,
-        causal: bool = False,
-        layer_idx: int | None = None,
-        d_conv: int = 0,
-        rotary_emb_dim: int = 0,
-        rotary_emb_base: float = 10000.0,
-        rotary_emb_interleaved: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            embed_dim, num_heads, num_heads_kv, head_dim, mlp_dim, qkv_proj_bias, out_proj_bias, softmax_scale, causal,
-            d_conv, rotary_emb_dim, rotary_emb_base, rotary_emb_interleaved, device=device, dtype=dtype,
-        )  # fmt: skip
-        self.layer_idx = layer_idx
-
-    def forward(
-        self,
-        x: Tensor,
-        inference_params: Any = None,
-        *,
-        seq_idx: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        """Mixes (B, L, D); with ``inference_params`` it continues from this layer's cache and updates it in place.
-
-        The fields that are read: ``max_seqlen``, ``seqlen_offset``, ``key_value_memory_dict`` and, where there is one
-        that is not None, ``lengths_per_sample`` (B,). A cache has no gradients.
-        """
-        if inference_params is None:
-            return super().forward(x, seq_idx, cu_seqlens)
-        room, offset = inference_params.max_seqlen, inference_params.seqlen_offset
-        kv_cache, conv_state = _cache(
-            inference_params, self.layer_idx, lambda: self.allocate_inference_cache(x.shape[0], room, x.dtype)
-        )
-        lengths = getattr(inference_params, "lengths_per_sample", None)
-        end = kv_cache.shape[1]
-        if lengths is None:
-            if offset + x.shape[1] > end:
-                raise ValueError(f"max_seqlen: got room for {end} tokens, wanted {offset + x.shape[1]}")
-            end, lengths = offset + x.shape[1], torch.full((x.shape[0],), offset, device=x.device)
-        keys, values = kv_cache[: x.shape[0], :end].unbind(2)
-        if conv_state is None:
-            conv = x.new_zeros(x.shape[0], 0, self.qkv_dim)
-            return self.decode(x, attention.AttentionCache(conv, keys, values, lengths.long().clone()))
-        if offset == 0:
-            conv_state.zero_()
-        with torch.no_grad():
-            oldest = _column_before(conv_state, lambda x: self._project(x)[0], x)
-        conv = conv_state[:, :, 1:].mT
-        y = self.decode(x, attention.AttentionCache(conv, keys, values, lengths.long().clone()))
-        conv_state[:, :, 0] = oldest
-        return y
-
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """kv_cache (B, M, 2, K, E) and conv_state (B, C, W), None without a convolution; zeros."""
-        weight = self.out_proj.weight
-        shape = (batch_size, max_seqlen, 2, self.num_heads_kv, self.head_dim)
-        conv_state = None
-        if self.d_conv > 0:
-            conv_state = weight.new_zeros(batch_size, self.qkv_dim, self.d_conv, dtype=dtype)
-        return weight.new_zeros(shape, dtype=dtype), conv_state

@@ -253,43 +253,28 @@ def _mamba2_inner_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first ten arguments of ``mamba2_inner``; empty for absent ones."""
     parts, flat = _split(zxbcdt, conv_weight, A, headdim), y.flatten(2)
-    # the output projection: its input again, the gradient of that, and of the weight
+    dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
+    grads = _split(dzxbcdt, conv_weight, A, headdim)
+    norm_flags = ("rms", eps, flat.shape[-1] // ngroups, norm_before_gate, True, backend)
     inner = flat
     if norm_weight is not None:
         inner, _, _ = _normed(flat, parts.z, norm_weight, ngroups, eps, norm_before_gate, backend)
-    inner = _with_mlp(parts.mlp, inner)
-    rows = dout.flatten(0, 1)
-    dweight = (rows.mT @ inner.flatten(0, 1).to(rows.dtype)).to(out_weight.dtype)
-    dbias = zxbcdt.new_empty(0) if out_bias is None else rows.sum(0).to(out_bias.dtype)
+    dy, dweight, dbias = _project_backward(dout, _with_mlp(parts.mlp, inner), out_weight, out_bias)
     del inner
-    dinner = (rows @ out_weight.to(rows.dtype)).view(*dout.shape[:2], -1)
-
-    dzxbcdt = torch.empty(zxbcdt.shape, dtype=zxbcdt.dtype, device=zxbcdt.device)
-    grads = _split(dzxbcdt, conv_weight, A, headdim)
-    hidden = parts.mlp.shape[-1] // 2
-    if hidden:
-        gate, value = parts.mlp.chunk(2, dim=-1)
-        dmlp, sigmoid = dinner[..., :hidden], torch.sigmoid(gate)
-        grads.mlp[..., :hidden] = dmlp * value * sigmoid * (1 + gate * (1 - sigmoid))
-        grads.mlp[..., hidden:] = dmlp * gate * sigmoid
-        dinner = dinner[..., hidden:]
-    dnorm, dy = zxbcdt.new_empty(0), dinner
+    dy = _mlp_backward(dy, parts.mlp, grads.mlp)
+    dnorm, gate = zxbcdt.new_empty(0), parts.z.unflatten(-1, (-1, headdim))
     if norm_weight is not None:
-        flags = ("rms", eps, flat.shape[-1] // ngroups, norm_before_gate, True, backend)
         dy, dnorm, _, _, dz = torch.ops.triscan.norm_backward(
-            dinner.contiguous(), None, mean, rstd, flat, norm_weight, None, None, parts.z, None, *flags
+            dy.contiguous(), None, mean, rstd, flat, norm_weight, None, None, parts.z, None, *norm_flags
         )
         grads.z.copy_(dz)
-    del dinner
-    # the scan, over the convolution's outputs again
     xbc = _convolve(parts.xbc, conv_weight, conv_bias, cu_seqlens, seq_idx, reverse, backend)
     x, B, C = _heads(xbc, A, headdim, ngroups)
-    gate = parts.z.unflatten(-1, (-1, headdim)) if norm_weight is None else None
     dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial = torch.ops.triscan.ssd_backward(
-        dy.unflatten(-1, (-1, headdim)), dstate, x, parts.dt, A, B, C, D, gate, dt_bias, None, initial_state,
-        cu_seqlens, seq_idx, True, dt_min, dt_max, "sum", reverse, backend,
+        dy.unflatten(-1, (-1, headdim)), dstate, x, parts.dt, A, B, C, D, gate if norm_weight is None else None,
+        dt_bias, None, initial_state, cu_seqlens, seq_idx, True, dt_min, dt_max, "sum", reverse, backend,
     )  # fmt: skip
-    if gate is not None:
+    if norm_weight is None:
         grads.z.copy_(dz.flatten(2))
     grads.dt.copy_(ddt)
     del dy, xbc, x, B, C
@@ -300,6 +285,28 @@ def _mamba2_inner_backward(
     )
     grads.xbc.copy_(dconv_in)
     return dzxbcdt, dconv, dconv_bias, ddt_bias, dA, dD, dnorm, dweight, dbias, dinitial
+
+
+def _project_backward(
+    dout: Tensor, inner: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the output projection's input, weight and bias (empty without one)."""
+    rows = dout.flatten(0, 1)
+    dweight = (rows.mT @ inner.flatten(0, 1).to(rows.dtype)).to(weight.dtype)
+    dbias = rows.new_empty(0) if bias is None else rows.sum(0).to(bias.dtype)
+    return (rows @ weight.to(rows.dtype)).view(*dout.shape[:2], -1), dweight, dbias
+
+
+def _mlp_backward(dinner: Tensor, mlp: Tensor, dmlp: Tensor) -> Tensor:
+    """Writes the gradient of ``mlp`` into ``dmlp`` and returns that of what stands beside silu(gate) value."""
+    hidden = mlp.shape[-1] // 2
+    if hidden == 0:
+        return dinner
+    gate, value = mlp.chunk(2, dim=-1)
+    grad, sigmoid = dinner[..., :hidden], torch.sigmoid(gate)
+    dmlp[..., :hidden] = grad * value * sigmoid * (1 + gate * (1 - sigmoid))
+    dmlp[..., hidden:] = grad * gate * sigmoid
+    return dinner[..., hidden:]
 
 
 @_mamba2_inner_backward.register_fake

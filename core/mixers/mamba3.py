@@ -19,8 +19,6 @@ from core.mixers import mamba3_scan as scan
 from core.mixers.gated_norm import GatedRMSNorm
 from core.mixers.rotary import sequence_numbers
 
-A_ACTIVATIONS = ("heavy_tail", "softplus")
-
 
 class Mamba3State(NamedTuple):
     """What a Mamba-3 layer remembers of the sequence so far."""
@@ -224,7 +222,7 @@ class Mamba3(nn.Module):
         z, x = z.unflatten(-1, heads), x.unflatten(-1, heads)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         dt = F.softplus(dd_dt.to(wide) + self.dt_bias)
-        rate = activate(dd_A.to(wide), self.a_activation).clamp(min=self.A_floor)
+        rate = scan.activate(dd_A.to(wide), self.a_activation).clamp(min=self.A_floor)
         trap = torch.sigmoid(trap.to(wide))
         terms = scan.Terms(dt, rate * dt, trap, scan.next_weights(dt, trap, last))
         angles = scan.cumulative_angles(angle, dt, None if state is None else state.angle)
@@ -310,13 +308,6 @@ class _Inner(NamedTuple):
     positions: scan.Positions
 
 
-def activate(x: Tensor, kind: str) -> Tensor:
-    """The decay rate before its floor: softplus(x), or 1 + x for x >= 0 and 1 / (1 - x) below ("heavy_tail")."""
-    if kind == "softplus":
-        return F.softplus(x)
-    return torch.where(x >= 0, 1 + x, 1 / (1 - x.clamp(max=0)))
-
-
 def _check_sizes(layer: Mamba3, expand: float, rope_fraction: float) -> None:
     for name in ("d_model", "d_state", "headdim", "ngroups", "rank"):
         if getattr(layer, name) < 1:
@@ -336,5 +327,5 @@ def _check_sizes(layer: Mamba3, expand: float, rope_fraction: float) -> None:
         raise ValueError(f"d_state: got {layer.d_state} with is_mimo, wanted an even number: halves rotate together")
     if not layer.is_mimo <= layer.rank <= 16:
         raise ValueError(f"mimo_rank: got {layer.rank}, wanted 1 to 16")
-    if layer.a_activation not in A_ACTIVATIONS:
-        raise ValueError(f"a_activation: got {layer.a_activation!r}, wanted one of {', '.join(A_ACTIVATIONS)}")
+    if layer.a_activation not in scan.A_ACTIVATIONS:
+        raise ValueError(f"a_activation: got {layer.a_activation!r}, wanted one of {', '.join(scan.A_ACTIVATIONS)}")

@@ -21,10 +21,12 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from core.mixers.rotary import rotate
 
+A_ACTIVATIONS = ("heavy_tail", "softplus")
 SLIVER = 1 / 32  # of a step's decay, for each position but the first
 SMALLEST = 1e-30  # decay exponents below it are raised to it: keys are divided by them
 
@@ -38,9 +40,16 @@ class Terms(NamedTuple):
     next: Tensor  # (B, L, H): (1 - l) dt of the step after, zero where a sequence ends
 
 
+def activate(x: Tensor, kind: str) -> Tensor:
+    """The decay rate before its floor: softplus(x), or 1 + x for x >= 0 and 1 / (1 - x) below ("heavy_tail")."""
+    if kind == "softplus":
+        return F.softplus(x)
+    return torch.where(x >= 0, 1 + x, 1 / (1 - x.clamp(max=0)))
+
+
 def next_weights(dt: Tensor, trap: Tensor, last: Tensor | None) -> Tensor:
     """(1 - l) dt of the next token (B, L, H), zero where there is none: at the end, and where ``last`` (B, L) says."""
-    weights = torch.nn.functional.pad(((1 - trap) * dt)[:, 1:], (0, 0, 0, 1))
+    weights = F.pad(((1 - trap) * dt)[:, 1:], (0, 0, 0, 1))
     return weights if last is None else torch.where(last[..., None], 0, weights)
 
 
@@ -92,7 +101,7 @@ def turn_heads(t: Tensor, bias: Tensor, angles: Tensor, interleaved: bool) -> Te
     cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
     if not interleaved:  # pairs span all of N; those beyond S stay as they are
         rest = (0, t.shape[4] // 2 - angles.shape[3])
-        cos, sin = torch.nn.functional.pad(cos, rest, value=1.0), torch.nn.functional.pad(sin, rest)
+        cos, sin = F.pad(cos, rest, value=1.0), F.pad(sin, rest)
     return rotate(wide, cos, sin, interleaved)
 
 
