@@ -53,7 +53,8 @@ bench: $(INSTALLED)
 	$(PY) -m benchmarks.cpu_ops
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 		$(PY) -m benchmarks.selective_scan $(if $(PEERS),--peers) && \
-		$(PY) -m benchmarks.causal_conv1d $(if $(PEERS),--peers) && $(PY) -m benchmarks.norm; \
+		$(PY) -m benchmarks.causal_conv1d $(if $(PEERS),--peers) && $(PY) -m benchmarks.norm && \
+		$(PY) -m benchmarks.host $(if $(PEERS),--peers) && $(PY) -m benchmarks.train_lm $(if $(PEERS),--peers) --case target/mamba_130m; \
 	else echo "no GPU here: its benchmarks are left out"; fi
 
 clean:

@@ -67,6 +67,7 @@ class Op:
         def backward_(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             return (None, *backward(ctx, *grads))
 
+        _leave_to_python(backward_)
         self._autograd = _function(self.name, forward, backward_)
 
     def _kernel(self) -> Callable[..., Any]:

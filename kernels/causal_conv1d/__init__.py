@@ -8,6 +8,7 @@ B batch, L tokens, D channels, K routes, P scan positions, W conv width, S seque
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -98,6 +99,7 @@ def _implementation(name: str) -> Any:
 
 
 _plans, _backward_plans = Plans(), Plans()
+_loaded = functools.cache(_implementation)  # an import statement takes microseconds; inside an op nothing is traced
 
 
 def _resolve(plan: Plan, backend: str, device: torch.device) -> str:
@@ -129,7 +131,7 @@ def _causal_conv1d(
     if name in ("cpu", "triton"):
         y, state = _by_kernels(name, p, return_final_state)
     else:
-        y, state = _implementation(name).conv(p)
+        y, state = _loaded(name).conv(p)
     y = owned(y, p.y_shape)
     if state is None or not return_final_state:
         return y, x.new_empty(0)
@@ -145,7 +147,7 @@ def _by_kernels(name: str, p: Problem, return_final_state: bool) -> tuple[Tensor
         y = triton_walk.forward(p)
     else:
         order = scan_order(p)
-        y = _implementation(name).forward(p, order)
+        y = _loaded(name).forward(p, order)
     if not return_final_state:
         return y, None
     return y, last_inputs(p) if p.in_order else final_state(p, order or scan_order(p))
@@ -189,7 +191,7 @@ def _causal_conv1d_backward(
     p = make_problem(*tensors, activation, reverse, plan)
     name = _resolve(plan, backend, x.device)
     if name not in ("cpu", "triton"):
-        conv = _implementation(name).conv
+        conv = _loaded(name).conv
 
         def run(x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
             return conv(make_problem(x, weight, bias, route, initial_state, cu_seqlens, seq_idx, activation, reverse))
@@ -215,7 +217,7 @@ def _backward_by_kernels(
         dx, dweight, dbias, g = triton_walk.backward(p, dy)
     else:
         order = scan_order(p)
-        dx, dweight, dbias, g = _implementation(name).backward(p, order, dy.contiguous())
+        dx, dweight, dbias, g = _loaded(name).backward(p, order, dy.contiguous())
     if p.initial_state is None and dstate is None:
         return dx, dweight, dbias, None
     order, dinitial = order or scan_order(p), None

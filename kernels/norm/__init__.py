@@ -8,6 +8,7 @@ D channels, G groups.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -87,6 +88,7 @@ def _implementation(name: str) -> Any:
 
 
 _plans, _backward_plans = Plans(), Plans()
+_loaded = functools.cache(_implementation)  # an import statement takes microseconds; inside an op nothing is traced
 
 
 def _resolve(plan: Plan, backend: str, device: torch.device) -> str:
@@ -116,9 +118,9 @@ def _norm(
     p = make_problem(x, weight, bias, residual, z, *flags, plan)
     name = _resolve(plan, backend, x.device)
     if name in ("cpu", "triton"):
-        y, s, mean, rstd = _implementation(name).forward(p)
+        y, s, mean, rstd = _loaded(name).forward(p)
     else:
-        y, s, mean, rstd = _implementation(name).norm(p)
+        y, s, mean, rstd = _loaded(name).norm(p)
     return y.contiguous(), s.contiguous(), mean.contiguous(), rstd.contiguous()
 
 
@@ -158,14 +160,14 @@ def _norm_backward(
     p = make_problem(x, weight, bias, residual, z, *flags, plan)
     name = _resolve(plan, backend, x.device)
     if name == "triton":
-        dx, dweight, dbias, dresidual, dz = _implementation(name).backward(p, dy, ds, mean, rstd, residual_dtype)
+        dx, dweight, dbias, dresidual, dz = _loaded(name).backward(p, dy, ds, mean, rstd, residual_dtype)
     elif name == "cpu":
-        dsum, dweight, dbias, dz = _implementation(name).backward(p, dy, ds, mean, rstd)
+        dsum, dweight, dbias, dz = _loaded(name).backward(p, dy, ds, mean, rstd)
         dx, dresidual = _two_gradients(dsum, dy.dtype, residual_dtype)
     else:
 
         def run(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-            y, s, _, _ = _implementation(name).norm(make_problem(x, *tensors, *flags))  # type: ignore[arg-type]
+            y, s, _, _ = _loaded(name).norm(make_problem(x, *tensors, *flags))  # type: ignore[arg-type]
             return y, x if residual is None else s
 
         dx, dweight, dbias, dresidual, dz = gradients(run, (x, weight, bias, residual, z), (dy, ds))

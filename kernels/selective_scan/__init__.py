@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -143,6 +144,7 @@ def _implementation(name: str) -> Any:
 
 
 _plans, _backward_plans = Plans(), Plans()
+_loaded = functools.cache(_implementation)  # an import statement takes microseconds; inside an op nothing is traced
 
 
 @op
@@ -173,11 +175,11 @@ def _selective_scan(
     p = make_problem(*tensors, *flags, _plans.find(tensors, (*flags, return_final_state, backend)))
     name = _resolve(p, backend)
     if name in KERNELS:
-        kernel = _implementation(name)
+        kernel = _loaded(name)
         y, state, saved = kernel.forward(p, return_final_state) if name == "cuda" else kernel.forward(p)
     else:
         # An op's outputs are tensors of their own: no views, no aliases of its inputs.
-        y, state = (t.clone(memory_format=torch.contiguous_format) for t in _implementation(name).scan(p))
+        y, state = (t.clone(memory_format=torch.contiguous_format) for t in _loaded(name).scan(p))
         saved = x.new_zeros((p.slots, p.routes, p.state, p.channels), dtype=p.state_dtype)
     if not return_final_state:
         return y, x.new_empty(0, dtype=p.state_dtype), saved
@@ -231,12 +233,12 @@ def _selective_scan_backward(
     p = make_problem(*inputs, *flags, _backward_plans.find((dy, dstate, saved, *inputs), (*flags, backend)))
     name = _resolve(p, backend)
     if name not in KERNELS:
-        scan = _implementation(name).scan
+        scan = _loaded(name).scan
         grads = recompute.gradients(lambda *t: scan(make_problem(*t, *flags)), inputs, (dy, dstate))  # type: ignore
         return tuple(grads[TENSORS.index(n)] for n in DIFFERENTIABLE)  # type: ignore[return-value]
     if dstate is not None and route is None:
         dstate = dstate.unsqueeze(1)
-    g = _implementation(name).backward(p, dy, dstate, saved)
+    g = _loaded(name).backward(p, dy, dstate, saved)
     ddt, ddt_weight = _unproject(g.dt, dt, dt_weight, routed=route is not None)
     by_name = g._asdict() | {"dt": ddt, "dt_weight": ddt_weight}
     return tuple(_like(by_name[n], inputs[TENSORS.index(n)], x) for n in DIFFERENTIABLE)  # type: ignore[return-value]

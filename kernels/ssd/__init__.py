@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -162,6 +163,7 @@ def _implementation(name: str) -> Any:
 
 
 _plans, _backward_plans = Plans(), Plans()
+_loaded = functools.cache(_implementation)  # an import statement takes microseconds; inside an op nothing is traced
 
 
 @op
@@ -192,9 +194,9 @@ def _ssd(
     p = make_problem(*tensors, *flags, _plans.find(tensors, (*flags, return_final_state, backend)))
     name = _resolve(p, backend)
     if name in KERNELS:
-        y, state = _implementation(name).forward(p)
+        y, state = _loaded(name).forward(p)
     else:  # an op's outputs are tensors of their own: no views, no aliases of its inputs
-        y, state = (t.clone(memory_format=torch.contiguous_format) for t in _implementation(name).scan(p))
+        y, state = (t.clone(memory_format=torch.contiguous_format) for t in _loaded(name).scan(p))
     if not return_final_state:
         return y, x.new_empty(0, dtype=p.dtype)
     return y, (state if route is not None else owned(state, (p.sequences, p.heads, p.head_dim, p.state)))
@@ -245,12 +247,12 @@ def _ssd_backward(
     p = make_problem(*inputs, *flags, _backward_plans.find((dy, dstate, *inputs), (*flags, backend)))
     name = _resolve(p, backend)
     if name not in KERNELS:
-        scan = _implementation(name).scan
+        scan = _loaded(name).scan
         grads = recompute.gradients(lambda *t: scan(make_problem(*t, *flags)), inputs, (dy, dstate))  # type: ignore
         return tuple(grads[TENSORS.index(n)] for n in DIFFERENTIABLE)  # type: ignore[return-value]
     if dstate is not None and route is None:
         dstate = dstate.unsqueeze(1)
-    g = _implementation(name).backward(p, dy, dstate)._asdict()
+    g = _loaded(name).backward(p, dy, dstate)._asdict()
     return tuple(_like(g[n], inputs[TENSORS.index(n)], x) for n in DIFFERENTIABLE)  # type: ignore[return-value]
 
 
