@@ -21,7 +21,7 @@ from core import hippo
 from core.mixers.mamba import decay_rates
 from vision.routes import check_routes
 
-__all__ = ["SS2D", "SSD2D", "ChannelAttention", "Conv2d", "LayerNorm", "MapMixer", "PatchMerging"]
+__all__ = ["SS2D", "SSD2D", "ChannelAttention", "Conv2d", "DepthwiseConv2d", "LayerNorm", "MapMixer", "PatchMerging"]
 
 torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in this module too
 
@@ -31,6 +31,25 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution of maps (B, H, W, C) with its activation, ``silu`` or ``gelu``, in one kernel."""
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        activation: str,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, channels, kernel_size, groups=channels, bias=bias, device=device, dtype=dtype)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.triscan.depthwise_conv2d(x, self.weight, self.bias, self.activation, "auto")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -138,8 +157,7 @@ class MapMixer(nn.Module):
         self.routes, self.gated = ",".join(routes), gated
         self.K, self.R, self.N = len(routes), rank, d_state
         self.in_proj = nn.Linear(dim, 2 * inner if gated else inner, bias=False, **dd)
-        self.conv2d = Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias, **dd)
-        self.act = nn.SiLU() if act == "silu" else nn.GELU()
+        self.conv2d = DepthwiseConv2d(inner, 3, act, conv_bias, **dd)
         self.x_proj_weight = nn.Parameter(torch.empty(self.K, rank + 2 * d_state, inner, **dd))
         self.out_norm = LayerNorm(inner, **dd)
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
@@ -170,7 +188,7 @@ class MapMixer(nn.Module):
         if self.gated:
             x, z = x.chunk(2, dim=-1)
             gate = z.flatten(1, 2)
-        x = self.act(self.conv2d(x)).flatten(1, 2)
+        x = self.conv2d(x).flatten(1, 2)
         route = torch.ops.triscan.scan_routes(x, self.routes, height, width, False)
         y = self.out_norm(self.scan(x, route), gate)
         return self.out_proj(y).unflatten(1, (height, width))
