@@ -12,7 +12,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import vision  # noqa: F401  registers the models
 from vision.models.staged import StagedBackbone
 
-MODELS = timm.list_models("test_*", module=["vmamba"])
+MODELS = timm.list_models("test_*", module=["efficient_vmamba", "local_vmamba", "vmamba"])
 SIZE = 64
 every_model = pytest.mark.parametrize("name", MODELS)
 

@@ -1,6 +1,8 @@
 """Backbones, one family a file; importing the file registers its models in timm."""
 
+from vision.models.efficient_vmamba import EfficientVMamba
+from vision.models.local_vmamba import LocalVMamba
 from vision.models.vim import Vim
 from vision.models.vmamba import VMamba
 
-__all__ = ["VMamba", "Vim"]
+__all__ = ["EfficientVMamba", "LocalVMamba", "VMamba", "Vim"]
