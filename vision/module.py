@@ -10,7 +10,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from core.errors import UserError
 from core.training.module import OptimizerOptions, ScheduleOptions, TrainingModule
 from core.training.report import Report
 from vision.data import ImageData
-from vision.models.loading import unwrap
+from vision.models.loading import read, unwrap
 from vision.routes import draw_route
 
 SHOWN = 24  # images in each gallery of the report
@@ -206,11 +205,7 @@ def _overlay(name: str, file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"--model.weights {file}: no such file, wanted a .pth, .ckpt or .safetensors file of {name}")
     try:
-        raw = (
-            safetensors.torch.load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, "cpu", weights_only=True)
-        )
+        raw = read(file)
     except Exception as error:  # whatever a foreign file makes the unpickler raise
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"--model.weights {file}: not a file of weights ({reason}), wanted one of {name}") from error
