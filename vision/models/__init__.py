@@ -1,6 +1,7 @@
 """Backbones, one family a file; importing the file registers its models in timm."""
 
+from vision.models.mamba_nd import MambaND, MambaNDVideo
 from vision.models.plain_mamba import PlainMamba
 from vision.models.vim import Vim
 
-__all__ = ["PlainMamba", "Vim"]
+__all__ = ["MambaND", "MambaNDVideo", "PlainMamba", "Vim"]

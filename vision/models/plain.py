@@ -309,7 +309,10 @@ class PlainBackbone(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools a map and classifies it; ``pre_logits`` stops before the classifier."""
-        x = self.head_drop(self.fc_norm(self.pool(x)))
+        x = self.pool(x)
+        if self.global_pool != "":
+            x = self.fc_norm(x)
+        x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
