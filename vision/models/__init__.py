@@ -1,7 +1,8 @@
 """Backbones, one family a file; importing the file registers its models in timm."""
 
+from vision.models.local_vim import LocalVim
 from vision.models.mamba_nd import MambaND, MambaNDVideo
 from vision.models.plain_mamba import PlainMamba
 from vision.models.vim import Vim
 
-__all__ = ["MambaND", "MambaNDVideo", "PlainMamba", "Vim"]
+__all__ = ["LocalVim", "MambaND", "MambaNDVideo", "PlainMamba", "Vim"]

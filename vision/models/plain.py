@@ -164,6 +164,10 @@ class PlainBackbone(nn.Module):
         grid = [x.shape[1], x.shape[2]]
         return x.flatten(1, 2) + resample_grid(self.pos_embed, self.grid_size, grid), grid
 
+    def prepare(self, hidden: Tensor, residual: Tensor, grid: list[int]) -> tuple[Tensor, Tensor]:
+        """What is done to both streams before each block."""
+        return hidden, residual
+
     def as_map(self, tokens: Tensor, grid: list[int], image: Tensor) -> Tensor:
         """Tokens (B, L, D) as what ``forward_features`` returns for ``image``."""
         return tokens.unflatten(1, grid)
@@ -262,6 +266,7 @@ class PlainBackbone(nn.Module):
         residual = torch.zeros_like(hidden, dtype=torch.float32)
         intermediates = []
         for i, layer in enumerate(self.layers[: last + 1] if stop_early else self.layers):
+            hidden, residual = self.prepare(hidden, residual, grid)
             if self.grad_checkpointing:
                 hidden, residual, grid = checkpoint(layer, hidden, residual, grid)
             else:
@@ -296,6 +301,7 @@ class PlainBackbone(nn.Module):
         hidden, grid = self.embed(x)
         residual = torch.zeros_like(hidden, dtype=torch.float32)
         for layer in self.layers:
+            hidden, residual = self.prepare(hidden, residual, grid)
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 hidden, residual, grid = checkpoint(layer, hidden, residual, grid)
             else:
