@@ -4,5 +4,6 @@ from vision.models.local_vim import LocalVim
 from vision.models.mamba_nd import MambaND, MambaNDVideo
 from vision.models.plain_mamba import PlainMamba
 from vision.models.vim import Vim
+from vision.models.vmamba import VMamba
 
-__all__ = ["LocalVim", "MambaND", "MambaNDVideo", "PlainMamba", "Vim"]
+__all__ = ["LocalVim", "MambaND", "MambaNDVideo", "PlainMamba", "VMamba", "Vim"]
