@@ -16,16 +16,13 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision.models.loading import fit_to_model, unwrap
+from vision.models.local_vim import directions
 from vision.models.ss2d import SS2D, ChannelAttention, PatchMerging
 from vision.models.staged import MixerBlock, Stage, StagedBackbone, build, default_cfg
 from vision.models.vmamba import patch_stem
 
 __all__ = ["LocalVMamba"]
 
-LETTERS = {  # of the tables below; a small letter's route and its reverse
-    "h": "raster", "H": "raster_reversed", "v": "columns", "V": "columns_reversed",
-    "2": "windows2", "@": "windows2_reversed", "7": "windows7", "&": "windows7_reversed",
-}  # fmt: skip
 TINY = "hH7& HV2@ HV@7 HvV2 hHV@ HV2@ h@7& hHvV hV7& Hv2& vV2& hHV@ V@7& HV@& Hv7&"
 SMALL = (
     "hvV& hHv7 HvV7 Hv@7 Hv@7 HV2& HvV7 hvV7 hvV7 hvV& hHvV hvV2 vV@7 hHv2 HvV& hHvV hvV& hvV& hHV7 HV@7 HvV& "
@@ -34,8 +31,8 @@ SMALL = (
 
 
 def searched(table: str) -> list[tuple[str, ...]]:
-    """Names of the routes of each block, from a table with a group of letters a block."""
-    return [tuple(LETTERS[letter] for letter in group) for group in table.split()]
+    """Names of the routes of each block, from a table with a group of letters (see ``directions``) a block."""
+    return [tuple(directions(group)) for group in table.split()]
 
 
 class LocalSS2D(SS2D):
