@@ -35,10 +35,10 @@ class AtrousSS2D(SS2D):
     """``SS2D`` for routes that share the tokens among them: a token needs the time steps of its own route alone."""
 
     def time_steps(self, dt: Tensor, route: Tensor) -> Tensor:
-        """Time steps of low-rank ones (B, L, K R), the same for every route: (B, L, K, E), not copied."""
+        """Time steps of low-rank ones (B, L, K, R), the same for every route: (B, L, K, E), not copied."""
         length = dt.shape[1]
         visited = dt.new_zeros(self.K, length + 1).scatter(1, (route % (length + 1)).long(), 1.0)  # padding counts last
-        own = dt.unflatten(-1, (self.K, self.R)) * visited[:, :length].t().unsqueeze(-1)
+        own = dt * visited[:, :length].t().unsqueeze(-1)
         steps = F.linear(own.flatten(2), self.dt_projs_weight.transpose(0, 1).flatten(1))
         return steps.unsqueeze(2).expand(-1, -1, self.K, -1)
 
