@@ -123,7 +123,10 @@ def measure(name: str, case: Case, compiled: bool, profile: bool) -> list[Row]:
         key = f"target/{name}" if not case.peer else name
         found.append(row("vision", key, provider, mode, torch.bfloat16, timing, 0.0))
         speed = 1000 * case.batch / timing.ms_p50
-        print(f"    {speed:.0f} img/s, {timing.peak_mib / 1024:.2f} GiB, {time.time() - started:.1f} s with warm-up", flush=True)
+        print(
+            f"    {speed:.0f} img/s, {timing.peak_mib / 1024:.2f} GiB, {time.time() - started:.1f} s with warm-up",
+            flush=True,
+        )
         if profile:
             print_profile(step)
     return found

@@ -104,7 +104,7 @@ def _depthwise_conv2d_backward(
         from kernels.depthwise_conv2d import triton
 
         return triton.backward(dy, x, weight, bias, activation)
-    found = recompute.gradients(lambda *t: (conv(*t, activation),), (x, weight, bias), (dy,))
+    found = recompute.gradients(lambda *t: (conv(t[0], t[1], t[2], activation),), (x, weight, bias), (dy,))
     return found[0], found[1], found[2] if bias is not None else x.new_empty(0)
 
 

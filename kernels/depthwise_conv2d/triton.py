@@ -11,6 +11,7 @@ B batch, H W map, D channels, U V height and width of the kernel.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportIndexIssue=false
+# pyright: reportAttributeAccessIssue=false
 # ruff: noqa: RUF005
 # (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing; Triton knows no
 # starred expressions.)

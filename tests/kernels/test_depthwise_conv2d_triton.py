@@ -35,7 +35,7 @@ def results(x, weight, bias, dy, activation, backend, dtype):
         ((1, 1, 1, 1), (3, 3), True, False),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_as_accurate_as_the_definition(shape, kernel, bias, cut, activation, dtype):
     x, weight, b, dy = problem(*shape, kernel, bias, dtype, cut)
     given = [x, weight, b, dy, activation]
