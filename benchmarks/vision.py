@@ -1,16 +1,18 @@
 """Times image models on a GPU, beside timm's on request: images a second, memory, and where the time goes.
 
-    python -m benchmarks.vision [--peers] [--write] [--case NAME ...] [--compile] [--profile]
+    python -m benchmarks.vision [--peers] [--write] [--case NAME ...] [--how eager|graph|compile ...] [--profile]
 
 ``inference`` is a forward without gradients, ``training`` forward, cross-entropy and backward with the gradients
 cleared before; autocast to bfloat16, float32 weights and images on the GPU. Steps run back to back, so that the host's
-time counts where the GPU waits for it. Memory is the peak of everything, weights included. ``--compile`` times the
-compiled model too (provider ``NAME+compile``), ``--profile`` prints the kernels that take most of a step's time.
+time counts where the GPU waits for it. Memory is the peak of everything, weights included. A provider ``NAME+graph``
+replays the eager step as a CUDA graph, ``NAME+compile`` runs the model compiled; ``--profile`` prints the kernels that
+take most of an eager step's time.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ import vision  # noqa: F401  registers the models
 from benchmarks.common import Row, Timing, require_gpu, row, write
 
 MODES = ("inference", "training")
+HOW = ("eager", "graph", "compile")
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def timed(step: Callable[[], object], runs: int = 15) -> Timing:
         step()
         event.record()
     torch.cuda.synchronize()
-    times = torch.tensor([a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)])
+    times = torch.tensor([a.elapsed_time(b) for a, b in itertools.pairwise(events)])
     return Timing(*times.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist(), torch.cuda.max_memory_allocated() / 2**20)
 
 
@@ -109,25 +112,38 @@ def print_profile(step: Callable[[], object], rows: int = 22) -> None:
         print(f"    {e.self_device_time_total / 3000:8.3f} ms {e.count // 3:5d} x  {e.key[:150]}")
 
 
-def measure(name: str, case: Case, compiled: bool, profile: bool) -> list[Row]:
+def graphed(step: Callable[[], object]) -> Callable[[], object]:
+    """The step as a CUDA graph, which leaves the host's time out."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def measure(name: str, case: Case, how: str, profile: bool) -> list[Row]:
     """Rows of one case."""
     found = []
     torch.manual_seed(0)
     model = create(case)
     for mode in case.modes:
         torch._dynamo.reset()
-        step = step_of(model, torch.compile(model, fullgraph=True) if compiled else model, case, mode)
         started = time.time()
+        step = step_of(model, torch.compile(model, fullgraph=True) if how == "compile" else model, case, mode)
+        if how == "graph":
+            step = graphed(step)
         timing = timed(step)
-        provider = ("timm" if case.peer else "triscan") + ("+compile" if compiled else "")
-        key = f"target/{name}" if not case.peer else name
+        provider = ("timm" if case.peer else "triscan") + ("" if how == "eager" else f"+{how}")
+        key = name if case.peer else f"target/{name}"
         found.append(row("vision", key, provider, mode, torch.bfloat16, timing, 0.0))
-        speed = 1000 * case.batch / timing.ms_p50
-        print(
-            f"    {speed:.0f} img/s, {timing.peak_mib / 1024:.2f} GiB, {time.time() - started:.1f} s with warm-up",
-            flush=True,
-        )
-        if profile:
+        speed, seconds = 1000 * case.batch / timing.ms_p50, time.time() - started
+        print(f"    {speed:.0f} img/s, {timing.peak_mib / 1024:.2f} GiB, {seconds:.1f} s in all", flush=True)
+        if profile and how == "eager":
             print_profile(step)
     return found
 
@@ -137,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="*", default=list(CASES), choices=CASES, help="cases to time; all by default")
     parser.add_argument("--peers", action="store_true", help="time timm's models too")
-    parser.add_argument("--compile", action="store_true", help="time the compiled models too")
+    parser.add_argument("--how", nargs="*", default=["eager"], choices=HOW, help="ways to run each model")
     parser.add_argument("--profile", action="store_true", help="print the kernels that take most time")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/vision.csv")
     args = parser.parse_args()
@@ -145,13 +161,11 @@ def main() -> None:
     rows: list[Row] = []
     for name in args.case:
         case = CASES[name]
-        for compiled in (False, True) if args.compile else (False,):
-            if case.peer and not args.peers:
-                continue
+        for how in args.how if args.peers or not case.peer else ():
             try:
-                rows += measure(name, case, compiled, args.profile)
+                rows += measure(name, case, how, args.profile)
             except Exception as error:  # one model that fails leaves the others their rows
-                print(f"{name}: {type(error).__name__}: {str(error)[:600]}", flush=True)
+                print(f"{name} {how}: {type(error).__name__}: {str(error)[:600]}", flush=True)
             torch.cuda.empty_cache()
     if args.write:
         print(write("vision", rows))
