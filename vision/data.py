@@ -53,15 +53,24 @@ class ImageData(LightningDataModule):
         """Number of classes."""
         return len(self.class_names)
 
+    def preprocessing(self) -> dict[str, Any]:
+        """What a picture goes through before the model: ``img_size``, and arguments of timm's ``create_transform``."""
+        raise NotImplementedError
+
     def to_pixels(self, image: Tensor) -> np.ndarray:
         """A normalised image (C, H, W) as uint8 pixels, (H, W) or (H, W, 3)."""
-        mean, std = torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
-        pixels = (image.float().cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
-        return pixels.permute(1, 2, 0).squeeze(2).numpy()
+        return to_pixels(image, self.mean, self.std)
 
     def baselines(self) -> dict[str, float]:
         """Test accuracies of simple methods on the same data, by name; for comparison in the run's figures."""
         return {}
+
+
+def to_pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """An image (C, H, W) that was normalised by ``mean`` and ``std`` as uint8 pixels, (H, W) or (H, W, 3)."""
+    scale, shift = torch.tensor(tuple(std)).view(-1, 1, 1), torch.tensor(tuple(mean)).view(-1, 1, 1)
+    pixels = (image.float().cpu() * scale + shift).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return pixels.permute(1, 2, 0).squeeze(2).numpy()
 
 
 class Digits(ImageData):
@@ -80,6 +89,10 @@ class Digits(ImageData):
         self.batch_size, self.max_shift, self.max_rotation = batch_size, max_shift, max_rotation
         self.class_names = [str(digit) for digit in range(10)]
         self.mean, self.std = (0.305,), (0.376,)  # of the training part, pixels from 0 to 1
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Digits are 8 x 8 pixels."""
+        return {"img_size": 8, "crop_pct": 1.0, "interpolation": "bilinear", "mean": self.mean, "std": self.std}
 
     def setup(self, stage: str) -> None:
         """Splits the digits."""
@@ -202,6 +215,13 @@ class ImageFolder(ImageData):
         self.crop_pct, self.interpolation, self.skip_unreadable = crop_pct, interpolation, skip_unreadable
         self.mean, self.std = mean, std
         self.images: dict[str, list] = {}
+
+    def preprocessing(self) -> dict[str, Any]:
+        """That of the validation images."""
+        return {
+            "img_size": self.img_size, "crop_pct": self.crop_pct, "interpolation": self.interpolation,
+            "mean": tuple(self.mean), "std": tuple(self.std),
+        }  # fmt: skip
 
     # The folder is looked at when it is first asked for, not in the constructor: the command line's library would take
     # an error there for an option of the wrong type.
