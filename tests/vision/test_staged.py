@@ -12,9 +12,14 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import vision  # noqa: F401  registers the models
 from vision.models.staged import StagedBackbone
 
-MODELS = timm.list_models("test_*", module=["vmamba"])
+MODELS = timm.list_models("test_*", module=["efficient_vmamba", "local_vmamba", "vmamba"])
 SIZE = 64
+FAMILIES = ("test_vmamba", "test_local_vmamba", "test_efficient_vmamba")
 every_model = pytest.mark.parametrize("name", MODELS)
+# Tracing takes seconds: one model of a family on each run, its flavours with the slow tests.
+every_family = pytest.mark.parametrize(
+    "name", [name if name in FAMILIES else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 
 
 def create(name: str, **kwargs) -> torch.nn.Module:
@@ -134,7 +139,7 @@ def test_drop_path_leaves_branches_out(name):
     assert len(ys.round(decimals=4).unique(dim=0)) > 1
 
 
-@every_model
+@every_family
 def test_fx_traces_forward_and_backward(name):
     model = create(name)
     leaves = {
@@ -148,7 +153,7 @@ def test_fx_traces_forward_and_backward(name):
     assert not [n for n, p in traced.named_parameters() if p.grad is None]
 
 
-@every_model
+@every_family
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_torchscript_also_from_a_file(name, tmp_path):
     model = create(name)
@@ -169,7 +174,7 @@ def test_compiles_whole(name):
     assert not [n for n, p in model.named_parameters() if p.grad is None]
 
 
-@every_model
+@every_family
 def test_exports(name):
     model = create(name)
     exported = torch.export.export(model, (image(),)).module()

@@ -49,7 +49,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
             break
     weights = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
     for prefix in ("module.", "net."):
-        if weights and all(name.startswith(prefix) for name in weights):
+        while weights and all(name.startswith(prefix) for name in weights):  # an average of a wrapped model has two
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     return weights
 

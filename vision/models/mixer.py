@@ -8,14 +8,20 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import hippo
 from core.mixers.mamba import decay_rates
 
-__all__ = ["RouteMixer"]
+__all__ = ["RouteMixer", "block_diagonal"]
 
 torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in this module too
+
+
+def block_diagonal(weights: Tensor) -> Tensor:
+    """K matrices (K, O, I) as one, (K O, K I): K thin products of strided rows become one that GPUs are good at."""
+    return torch.diag_embed(weights.permute(1, 2, 0)).permute(2, 0, 3, 1).flatten(2).flatten(0, 1)
 
 
 class RouteMixer(nn.Module):
@@ -124,9 +130,11 @@ class RouteMixer(nn.Module):
         x, _ = torch.ops.triscan.causal_conv1d(
             x, conv_weight, conv_bias, route, None, None, None, "silu", False, False, "auto"
         )
-        dt, B, C = torch.einsum("blke,kce->blkc", x, x_weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        K, R, N = self.routes, self.dt_rank, self.d_state
+        dt, B, C = F.linear(x.flatten(2), block_diagonal(x_weight)).unflatten(-1, (K, -1)).split([R, N, N], dim=-1)
+        dt = F.linear(dt.flatten(2), block_diagonal(dt_weight)).unflatten(-1, (K, -1))
         y, _, _ = torch.ops.triscan.selective_scan(
-            x, dt, decay_rates(A_log), B.unsqueeze(3), C.unsqueeze(3), D, z, dt_bias, dt_weight, route,
+            x, dt, decay_rates(A_log), B.unsqueeze(3), C.unsqueeze(3), D, z, dt_bias, None, route,
             None, None, None, True, True, "sum", False, False, "auto",
         )  # fmt: skip
         return self.out_proj(y) / self.routes

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from core import hippo
 from core.mixers.mamba import decay_rates
+from vision.models.mixer import block_diagonal
 from vision.routes import check_routes
 
-__all__ = ["SS2D", "SSD2D", "ChannelAttention", "Conv2d", "LayerNorm", "MapMixer", "PatchMerging"]
+__all__ = ["SS2D", "SSD2D", "ChannelAttention", "Conv2d", "DepthwiseConv2d", "LayerNorm", "MapMixer", "PatchMerging"]
 
 torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in this module too
 
@@ -31,6 +32,25 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution of maps (B, H, W, C) with its activation, ``silu`` or ``gelu``, in one kernel."""
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        activation: str,
+        bias: bool,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(channels, channels, kernel_size, groups=channels, bias=bias, device=device, dtype=dtype)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.triscan.depthwise_conv2d(x, self.weight, self.bias, self.activation, "auto")
 
 
 class LayerNorm(nn.LayerNorm):
@@ -138,8 +158,7 @@ class MapMixer(nn.Module):
         self.routes, self.gated = ",".join(routes), gated
         self.K, self.R, self.N = len(routes), rank, d_state
         self.in_proj = nn.Linear(dim, 2 * inner if gated else inner, bias=False, **dd)
-        self.conv2d = Conv2d(inner, inner, 3, padding=1, groups=inner, bias=conv_bias, **dd)
-        self.act = nn.SiLU() if act == "silu" else nn.GELU()
+        self.conv2d = DepthwiseConv2d(inner, 3, act, conv_bias, **dd)
         self.x_proj_weight = nn.Parameter(torch.empty(self.K, rank + 2 * d_state, inner, **dd))
         self.out_norm = LayerNorm(inner, **dd)
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
@@ -151,12 +170,10 @@ class MapMixer(nn.Module):
         nn.init.uniform_(self.x_proj_weight, -bound, bound)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What x_proj gives for tokens (B, L, E): (B, L, K R) for the time steps, B and C (B, L, K, 1, N)."""
-        K, R, N = self.K, self.R, self.N
-        low, B, C = self.x_proj_weight.split([R, N, N], dim=1)
-        weight = torch.cat((low.flatten(0, 1), B.flatten(0, 1), C.flatten(0, 1)))
-        dt, B, C = F.linear(x, weight).split([K * R, K * N, K * N], dim=-1)
-        return dt, B.unflatten(-1, (K, 1, N)), C.unflatten(-1, (K, 1, N))
+        """What x_proj gives for tokens (B, L, E): (B, L, K, R) for the time steps, B and C (B, L, K, 1, N)."""
+        low = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (self.K, -1))
+        dt, B, C = low.split([self.R, self.N, self.N], dim=-1)
+        return dt, B.unsqueeze(3), C.unsqueeze(3)
 
     def scan(self, x: Tensor, route: Tensor) -> Tensor:
         """Mixes tokens (B, L, E) along ``route`` (K, positions); returns (B, L, E)."""
@@ -170,7 +187,7 @@ class MapMixer(nn.Module):
         if self.gated:
             x, z = x.chunk(2, dim=-1)
             gate = z.flatten(1, 2)
-        x = self.act(self.conv2d(x)).flatten(1, 2)
+        x = self.conv2d(x).flatten(1, 2)
         route = torch.ops.triscan.scan_routes(x, self.routes, height, width, False)
         y = self.out_norm(self.scan(x, route), gate)
         return self.out_proj(y).unflatten(1, (height, width))
@@ -224,12 +241,8 @@ class SS2D(MapMixer):
         nn.init.ones_(self.Ds)
 
     def time_steps(self, dt: Tensor, route: Tensor) -> Tensor:
-        """Time steps (B, L, K, E), before bias and softplus, of low-rank ones (B, L, K R).
-
-        One product with a block-diagonal matrix: K thin ones would each read and write strided rows.
-        """
-        weight = torch.diag_embed(self.dt_projs_weight.permute(1, 2, 0))  # (E, R, K, K)
-        return F.linear(dt, weight.permute(2, 0, 3, 1).flatten(2).flatten(0, 1)).unflatten(-1, (self.K, -1))
+        """Time steps (B, L, K, E), before bias and softplus, of low-rank ones (B, L, K, R)."""
+        return F.linear(dt.flatten(2), block_diagonal(self.dt_projs_weight)).unflatten(-1, (self.K, -1))
 
     def scan_routes(self, x: Tensor, route: Tensor, merge: str) -> Tensor:
         """The scans of tokens (B, L, E): their sum (B, L, E), or one by one (B, L, K, E) with ``merge`` "keep"."""
@@ -298,7 +311,7 @@ class SSD2D(MapMixer):
     def scan(self, x: Tensor, route: Tensor) -> Tensor:
         dt, B, C = self.project(x)
         y, _ = torch.ops.triscan.ssd(
-            x.unflatten(-1, (self.R, -1)), dt.unflatten(-1, (self.K, self.R)), decay_rates(self.A_logs), B, C, self.Ds,
+            x.unflatten(-1, (self.R, -1)), dt, decay_rates(self.A_logs), B, C, self.Ds,
             None, self.dt_projs_bias, route, None, None, None, True, 0.0, math.inf, "sum", False, False, "auto",
         )  # fmt: skip
         return y.flatten(2)
