@@ -92,14 +92,14 @@ class TimmImages(ImageData):
             try:
                 self.sets[part] = create_dataset(
                     self.name, root=self.root, split=split, is_training=part == "train", batch_size=self.batch_size,
-                    download=self.download, num_classes=len(self.class_names),
+                    download=self.download,
                     **{key: value for key, value in self.keys.items() if value is not None},
                 )  # fmt: skip
             except Exception as error:  # each reader has exceptions of its own
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise UserError(
                     f"--data.name {self.name!r} --data.root {self.root}: timm cannot read the part {split!r} "
-                    f"({reason}); see timm.data.create_dataset for the names, and install webdataset or datasets for wds/ or hfds/"
+                    f"({reason}); see timm.data.create_dataset for names; wds/ needs webdataset, hfds/ datasets"
                 ) from error
 
     def train_dataloader(self) -> DataLoader:
