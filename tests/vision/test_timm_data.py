@@ -13,7 +13,7 @@ from core.errors import UserError
 from vision.data import Augmentation
 from vision.timm_data import TimmImages
 
-PLAIN = Augmentation(policy=None, random_erasing=0.0, repeats=1)
+PLAIN = Augmentation(policy=None, color_jitter=0.0, random_erasing=0.0, repeats=1)
 
 
 def folder(root, count=6):
@@ -28,7 +28,7 @@ def folder(root, count=6):
 
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_folder(tmp_path, repeats):
-    augmentation = Augmentation(policy=None, random_erasing=0.0, repeats=repeats)
+    augmentation = Augmentation(policy=None, color_jitter=0.0, random_erasing=0.0, repeats=repeats)
     data = TimmImages(
         "", str(folder(tmp_path)), num_classes=2, img_size=16, batch_size=4, num_workers=0, augmentation=augmentation
     )
@@ -53,10 +53,9 @@ def test_webdataset_shards(tmp_path):
                     archive.add(tmp_path / "files" / part / name / f"{i}.png", f"{stem}.png")
                     (tmp_path / "label.cls").write_text(str(number))
                     archive.add(tmp_path / "label.cls", f"{stem}.cls")
-        splits[part] = {"filenames": [f"x-{part}-0000.tar"], "shard_lengths": [12], "num_samples": 12}
+        splits[part] = {"name": part, "filenames": [f"x-{part}-0000.tar"], "shard_lengths": [12], "num_samples": 12}
     (tmp_path / "_info.json").write_text(json.dumps({"splits": splits}))
-    data = TimmImages("wds/x", str(tmp_path), 2, img_size=16, batch_size=4, num_workers=0, augmentation=PLAIN,
-                      input_key="png")  # fmt: skip
+    data = TimmImages("wds/x", str(tmp_path), 2, img_size=16, batch_size=4, num_workers=0, augmentation=PLAIN)
     data.setup("fit")
     assert isinstance(data.sets["train"], IterableDataset)
     images, labels = next(iter(data.train_dataloader()))
