@@ -5,8 +5,9 @@ Importing this package registers ``torch.ops.triscan.*``. It needs torch; Triton
 
 from kernels.causal_conv1d import causal_conv1d
 from kernels.depthwise_conv2d import depthwise_conv2d
+from kernels.gelu_mlp import gelu_mlp
 from kernels.norm import norm
 from kernels.selective_scan import selective_scan
 from kernels.ssd import ssd
 
-__all__ = ["causal_conv1d", "depthwise_conv2d", "norm", "selective_scan", "ssd"]
+__all__ = ["causal_conv1d", "depthwise_conv2d", "gelu_mlp", "norm", "selective_scan", "ssd"]

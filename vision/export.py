@@ -15,6 +15,7 @@ from core.cli import run
 from core.errors import UserError
 from core.training.report import Report, write_atomically
 from kernels.depthwise_conv2d.reference import conv
+from kernels.gelu_mlp import plain as perceptron
 from vision.command import output_folder
 from vision.models import local_vim, mamba_nd, plain_mamba
 from vision.routes import scan_routes
@@ -102,6 +103,7 @@ def plain_operators() -> dict[Any, Callable[..., Any]]:
         ops.selective_scan.default: _scan,
         ops.causal_conv1d.default: _conv,
         ops.norm.default: _norm,
+        ops.gelu_mlp.default: perceptron,
         ops.depthwise_conv2d.default: lambda x, weight, bias, act, _: conv(x, weight, bias, act),
         ops.ssd.default: _ssd,
         ops.scan_routes.default: lambda x, names, h, w, token: scan_routes(names.split(","), h, w, token),

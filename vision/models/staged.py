@@ -17,7 +17,25 @@ from core.block import AddNorm
 from vision.models.loading import configurations
 from vision.models.ss2d import LayerNorm, MapMixer
 
-__all__ = ["MixerBlock", "Stage", "StagedBackbone", "build", "default_cfg"]
+__all__ = ["MixerBlock", "Mlp", "Stage", "StagedBackbone", "build", "default_cfg"]
+
+
+class Mlp(nn.Module):
+    """fc2(gelu(fc1(x))) of maps (B, H, W, C); the hidden layer is not kept for the backward."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(hidden, dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.triscan.gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class MixerBlock(nn.Module):

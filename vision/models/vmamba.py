@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from timm.layers import Mlp, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision.models.loading import fit_to_model, unwrap
 from vision.models.ss2d import SS2D, SSD2D, Conv2d, LayerNorm, PatchMerging
-from vision.models.staged import MixerBlock, Stage, StagedBackbone, build, default_cfg
+from vision.models.staged import MixerBlock, Mlp, Stage, StagedBackbone, build, default_cfg
 
 __all__ = ["VMamba"]
 
