@@ -174,6 +174,9 @@ def test_figures_draw():
     assert len(draw_confusion(counts, ["a", "b", "c"]).axes[0].texts) == 2
     model = timm.create_model("test_vim", routes=("snake", "columns"), **SMALL)
     assert [axes.get_title() for axes in draw_routes(model).axes] == ["snake", "columns"]
+    titles = [axes.get_title() for axes in draw_routes(timm.create_model("test_mamba_nd_2d")).axes]
+    assert titles == ["raster", "raster_reversed", "columns", "columns_reversed"]
+    assert draw_routes(timm.create_model("test_mamba_nd_3d")) is None
 
 
 @pytest.mark.slow

@@ -81,6 +81,8 @@ class OrderedMamba(Mamba):
         super().__init__(dim, d_state, reverse=reverse, device=device, dtype=dtype)
         self.order = list(order)
         self.in_order = self.order == sorted(self.order)
+        name = {(0, 1): "raster", (1, 0): "columns"}.get(tuple(order), "")  # of a route, for pictures
+        self.routes = f"{name}_reversed" if name and reverse else name
 
     @torch.jit.ignore
     def init_weights(self, depth: int) -> None:
@@ -450,13 +452,13 @@ def _create_mamba_nd(cls: type[PlainBackbone], variant: str, pretrained: bool, *
 
 @register_model
 def mamba_nd_2d_small(pretrained: bool = False, **kwargs: Any) -> MambaND:
-    """Mamba-2D-S/8, 24 M parameters, 81.7 % on ImageNet-1k as published."""
+    """Mamba-2D-S/8, 24.5 M parameters, 81.7 % on ImageNet-1k as published."""
     return _create_mamba_nd(MambaND, "mamba_nd_2d_small", pretrained, **{"embed_dim": 384, **kwargs})
 
 
 @register_model
 def mamba_nd_2d_base(pretrained: bool = False, **kwargs: Any) -> MambaND:
-    """Mamba-2D-B/8, 92 M parameters, 83.0 % as published."""
+    """Mamba-2D-B/8, 94 M parameters, 83.0 % as published."""
     return _create_mamba_nd(MambaND, "mamba_nd_2d_base", pretrained, **{"embed_dim": 768, **kwargs})
 
 
