@@ -43,12 +43,12 @@ def directions(code: str) -> list[str]:
     return [LETTERS[c] if c in LETTERS else FLIPPED[c] + "_reversed" for c in code]
 
 
-def rotation_angles(height: int, width: int, dim: int, length: int) -> Tensor:
+def rotation_angles(height: int, width: int, dim: int, length: int, device: torch.device | str = "cpu") -> Tensor:
     """Angles (H W, dim) of a rotary embedding: the first half of the channels turns with the row, the second with the
     column. Channels 2i and 2i + 1 of a half turn by position * 10000^(-2i / half), positions run from 0 to ``length``.
     """
     half = dim // 2
-    with torch.device("cpu"):
+    with torch.device(device):
         rates = (10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float64) / half)).repeat_interleave(2)
         rows, columns = ((torch.arange(n, dtype=torch.float64) / n * length)[:, None] * rates for n in (height, width))
         size = (height, width, half)
@@ -57,8 +57,8 @@ def rotation_angles(height: int, width: int, dim: int, length: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _rotation(height: int, width: int, dim: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    angles = rotation_angles(height, width, dim, length)
-    return torch.stack((angles.cos(), angles.sin())).to(device, dtype)
+    angles = rotation_angles(height, width, dim, length, device)
+    return torch.stack((angles.cos(), angles.sin())).to(dtype)
 
 
 @torch.library.custom_op("triscan::rotation", mutates_args=())

@@ -39,9 +39,8 @@ VIDEO_ORDERS = ((0, 1, 2), (0, 2, 1), (2, 1, 0))  # rows of each frame, its colu
 @functools.lru_cache(maxsize=64)
 def axis_order(grid: tuple[int, ...], order: tuple[int, ...], device: torch.device) -> Tensor:
     """The tokens of a grid with its axes nested in another order, (1, P) int32; the last axis runs fastest."""
-    with torch.device("cpu"):
-        numbers = torch.arange(math.prod(grid), dtype=torch.int32).view(grid)
-        return numbers.permute(order).reshape(1, -1).to(device)
+    numbers = torch.arange(math.prod(grid), dtype=torch.int32, device=device).view(grid)
+    return numbers.permute(order).reshape(1, -1)
 
 
 @torch.library.custom_op("triscan::axis_order", mutates_args=())
