@@ -194,6 +194,7 @@ def test_convert_finds_the_model_and_timm_loads_the_file(name, tmp_path, capsys)
     assert "exists; name another" in refused(capsys, convert, str(tmp_path / "weights.pth"))
 
 
+@pytest.mark.slow
 def test_convert_refuses_foreign_files(tmp_path, capsys):
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "resnet.pth")
     assert "no model has its names and shapes" in refused(capsys, convert, str(tmp_path / "resnet.pth"))
@@ -244,11 +245,11 @@ def test_contributions_are_the_gradient_of_the_middle():
     assert area(uniform, 0.1) == 9 / 64
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("test_vim", "test_mamba_nd_2d", "test_mamba_nd_3d",
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("test_vim", "test_plain_mamba", "test_mamba_nd_2d", "test_mamba_nd_3d",
         "test_vmamba", "test_vmamba_m2", "test_local_vmamba", "test_efficient_vmamba")]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["test_plain_mamba", "test_local_vim_cls", *SLOW])
+@pytest.mark.parametrize("name", ["test_local_vim_cls", *SLOW])
 def test_export_leaves_plain_operators_alone(name):
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=3).eval()
@@ -260,7 +261,8 @@ def test_export_leaves_plain_operators_alone(name):
 
 
 def test_export_writes_a_program_that_needs_nothing_of_ours(tmp_path, capsys):
-    run(export, ["test_vim", "--random", "true", "--img_size", "32", "--format", "torch", "--out", str(tmp_path / "o")])
+    run(export, ["test_plain_mamba", "--random", "true", "--img_size", "32", "--format", "torch",
+                 "--out", str(tmp_path / "o")])  # fmt: skip
     program = torch.export.load(tmp_path / "o" / "model.pt2")
     assert program.module()(torch.rand(1, 3, 32, 32)).shape == (1, 1000)
     assert json.loads((tmp_path / "o" / "metrics.json").read_text())["torch/difference"] < 1e-5
