@@ -245,8 +245,13 @@ def test_contributions_are_the_gradient_of_the_middle():
     assert area(uniform, 0.1) == 9 / 64
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("test_vim", "test_plain_mamba", "test_mamba_nd_2d", "test_mamba_nd_3d",
-        "test_vmamba", "test_vmamba_m2", "test_local_vmamba", "test_efficient_vmamba")]  # fmt: skip
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in (
+        "test_vim", "test_plain_mamba", "test_mamba_nd_2d", "test_mamba_nd_3d", "test_vmamba", "test_vmamba_m2",
+        "test_local_vmamba", "test_efficient_vmamba",
+    )
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["test_local_vim_cls", *SLOW])
