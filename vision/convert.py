@@ -1,5 +1,6 @@
 """Turns a published checkpoint into safetensors for timm: ``python -m vision.convert FILE``."""
 
+import difflib
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,8 @@ def find_model(weights: dict[str, Tensor], file: Path, model: str | None) -> tup
         raise UserError(f"--model {model}: unknown, wanted one of {', '.join(our_models())}")
     fits: list[tuple[int, str, dict[str, Tensor]]] = []
     reason = ""
-    for name in our_models() if model is None else [model]:
+    likely = sorted(our_models(), key=lambda name: -difflib.SequenceMatcher(None, name, file.stem).ratio())
+    for name in likely if model is None else [model]:
         net = timm.create_model(name, num_classes=classes, device="meta")
         try:
             state = converted(weights, name, net)
@@ -74,6 +76,8 @@ def find_model(weights: dict[str, Tensor], file: Path, model: str | None) -> tup
             reason = " ".join(str(error).split())
             continue
         fits.append((_resampled(weights, net), name, state))
+        if fits[-1][0] == 0:
+            break
     if not fits:
         if model is not None:
             raise UserError(f"{file}: --model {model}: {reason[:400]}")

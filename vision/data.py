@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -257,16 +257,16 @@ class ImageFolder(ImageData):
         images = self.images["train"]
         repeats = self.augmentation.repeats
         order = {"sampler": RepeatedAugmentation(len(images), repeats)} if repeats > 1 else {"shuffle": True}
-        return self._loader(ImageFiles(images, self._transform(training=True)), drop_last=True, **order)
+        return self._loader(ImageFiles(images, training_transform(self)), drop_last=True, **order)
 
     def val_dataloader(self) -> DataLoader:
         """In order, centre crops."""
-        return self._loader(ImageFiles(self.images["val"], self._transform(training=False)))
+        return self._loader(ImageFiles(self.images["val"], evaluation_transform(self)))
 
     def test_dataloader(self) -> DataLoader:
         """In order, centre crops; of val/ if there is no test/."""
         images = self.images.get("test", self.images["val"])
-        return self._loader(ImageFiles(images, self._transform(training=False)))
+        return self._loader(ImageFiles(images, evaluation_transform(self)))
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Takes note of files that a worker could not read; raised here, the error comes without the worker's."""
@@ -290,19 +290,37 @@ class ImageFolder(ImageData):
             **options,
         )
 
-    def _transform(self, training: bool) -> Callable[[Any], Tensor]:
-        common = {"interpolation": self.interpolation, "mean": self.mean, "std": self.std}
-        if not training:
-            return create_transform(self.img_size, crop_pct=self.crop_pct, **common)
-        options = self.augmentation
-        return create_transform(
-            self.img_size,
-            is_training=True,
-            scale=options.scale,
-            hflip=options.horizontal_flip,
-            color_jitter=options.color_jitter,
-            auto_augment=options.policy,
-            re_prob=options.random_erasing,
-            re_mode="pixel",
-            **common,
-        )
+
+class Preprocessed(Protocol):
+    """What the two transforms below read of a data module."""
+
+    img_size: int
+    crop_pct: float
+    interpolation: str
+    mean: Any
+    std: Any
+    augmentation: Augmentation
+
+
+def evaluation_transform(data: Preprocessed) -> Callable[[Any], Tensor]:
+    """From a picture to the normalised centre crop (C, H, W)."""
+    common = {"interpolation": data.interpolation, "mean": data.mean, "std": data.std}
+    return create_transform(data.img_size, crop_pct=data.crop_pct, **common)
+
+
+def training_transform(data: Preprocessed) -> Callable[[Any], Tensor]:
+    """From a picture to an augmented, normalised crop (C, H, W)."""
+    options = data.augmentation
+    return create_transform(
+        data.img_size,
+        is_training=True,
+        scale=options.scale,
+        hflip=options.horizontal_flip,
+        color_jitter=options.color_jitter,
+        auto_augment=options.policy,
+        re_prob=options.random_erasing,
+        re_mode="pixel",
+        interpolation=data.interpolation,
+        mean=data.mean,
+        std=data.std,
+    )

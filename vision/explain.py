@@ -13,8 +13,8 @@ from core.errors import UserError
 from core.training.report import Report, write_atomically
 from vision.command import device_name, find_device, output_folder, steps
 from vision.files import read_image
+from vision.module import draw_routes
 from vision.predict import find_images
-from vision.routes import draw_route
 from vision.trained import load_trained
 
 SHARES = (0.2, 0.3, 0.5, 0.99)
@@ -73,7 +73,7 @@ def explain(
         figure.savefig(folder / "receptive_field.png", dpi=144)
         report.figure("Effective receptive field", figure, f"Mean over {total} images, scaled by its fourth root.")
         report.facts("Smallest square around the middle", {k: f"{v:.2%} of the image" for k, v in shares.items()})
-        if (routes := draw_routes(net, trained.size)) is not None:
+        if (routes := draw_routes(net)) is not None:
             routes.savefig(folder / "routes.png", dpi=144)
             report.figure("Scan routes", routes, "From dark to bright; the star is the class token.")
         report.facts("Model", {"model": trained.label, "pixels": trained.size, "device": device_name(place)})
@@ -128,23 +128,6 @@ def draw_field(field: Tensor) -> Figure:
     axes.set_xticks([])
     axes.set_yticks([])
     figure.colorbar(shown)
-    return figure
-
-
-def draw_routes(net: nn.Module, size: int) -> Figure | None:
-    """All routes of a backbone side by side, on a grid of 8 patches a side at most; None if it has none."""
-    found = [routes for m in net.modules() if isinstance(routes := getattr(m, "routes", None), str)]
-    names = list(dict.fromkeys(name for routes in found for name in routes.split(",")))
-    if not names:
-        return None
-    columns = min(4, len(names))
-    figure = Figure(figsize=(2.8 * columns, 2.8 * -(-len(names) // columns)), layout="constrained")
-    places = figure.subplots(-(-len(names) // columns), columns, squeeze=False).ravel()
-    grid = min(8, max(2, size // 4))
-    for name, axes in zip(names, places, strict=False):
-        draw_route(name, grid, grid, axes, class_token=hasattr(net, "cls_token"))
-    for axes in places[len(names) :]:
-        axes.set_visible(False)
     return figure
 
 

@@ -17,11 +17,12 @@ from core.training.report import Report, write_atomically
 from kernels.depthwise_conv2d.reference import conv
 from kernels.gelu_mlp import plain as perceptron
 from vision.command import output_folder
-from vision.models import local_vim, mamba_nd, plain_mamba
+from vision.models import local_mixer, nd_block, plain_mamba
 from vision.routes import scan_routes
 from vision.trained import count_parameters, load_trained
 
 PACKAGES = {"onnx": "onnx", "onnxscript": "onnxscript", "onnxruntime": "onnxruntime"}
+CHUNK = 1 << 14  # scan positions that are written out at once: few operators, and memory that kernels/ bounds
 TOLERANCE = 1e-3  # of the largest output: float32 in another order of operations
 
 
@@ -91,7 +92,7 @@ def plain_program(net: nn.Module, image: Tensor) -> torch.export.ExportedProgram
     """A model as an exported program of ATen operators alone, for images of one size."""
     table = torch.export.default_decompositions()
     table.update(plain_operators())  # type: ignore[arg-type]
-    with warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(net.eval(), (image,)).run_decompositions(table)
 
@@ -107,11 +108,11 @@ def plain_operators() -> dict[Any, Callable[..., Any]]:
         ops.depthwise_conv2d.default: lambda x, weight, bias, act, _: conv(x, weight, bias, act),
         ops.ssd.default: _ssd,
         ops.scan_routes.default: lambda x, names, h, w, token: scan_routes(names.split(","), h, w, token),
-        ops.axis_order.default: lambda x, grid, order: mamba_nd.axis_order.__wrapped__(
+        ops.axis_order.default: lambda x, grid, order: nd_block.axis_order.__wrapped__(
             tuple(grid), tuple(order), torch.device("cpu")
         ),
         ops.snake_tables.default: lambda x, h, w: plain_mamba.snake_tables.__wrapped__(h, w, torch.device("cpu")),
-        ops.rotation.default: lambda x, h, w, dim, length: local_vim._rotation.__wrapped__(
+        ops.rotation.default: lambda x, h, w, dim, length: local_mixer.rotation_table.__wrapped__(
             h, w, dim, length, x.dtype, torch.device("cpu")
         ),
     }
@@ -122,7 +123,7 @@ def _scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from kernels.selective_scan.problem import make_problem
 
     *problem, keep, _ = arguments
-    y, state = aten.scan(make_problem(*problem))
+    y, state = aten.scan(make_problem(*problem), chunk=CHUNK)
     return y, state if keep else y.new_empty(0), y.new_empty(0)
 
 

@@ -144,10 +144,10 @@ class Classifier(TrainingModule):
             report.figure("Confusion matrix", draw_confusion(counts, names), "Test images; rows are the true classes.")
             report.images("Mistakes", self.samples["wrong"], "The first ones of the test, with the true class.")
             report.images("Right", self.samples["right"], "The first ones of the test.")
-        if isinstance(getattr(self.net, "routes", None), str):
+        if (routes := draw_routes(self.net)) is not None:
             report.figure(
-                "Scan routes", draw_routes(self.net),
-                "The order in which each block scans the patches, from dark to bright; the star is the class token.",
+                "Scan routes", routes,
+                "The orders in which blocks scan the patches, from dark to bright; the star is the class token.",
             )  # fmt: skip
         if left_out := self._data.left_out:
             rows = [{"file": path, "reason": reason} for path, reason in sorted(left_out.items())]
@@ -258,16 +258,25 @@ def draw_confusion(counts: np.ndarray, names: list[str]) -> Figure:
     return figure
 
 
-def draw_routes(net: nn.Module) -> Figure:
-    """The scan routes of a model on its own patch grid, side by side.
+def draw_routes(net: nn.Module, size: int = 8) -> Figure | None:
+    """The scan routes of a backbone, each once, side by side; None if it has none.
 
     Args:
-        net: A model with ``routes``, names separated by commas, and a ``patch_embed`` that knows its ``grid_size``.
+        net: A model some of whose modules have ``routes``, names separated by commas.
+        size: Sides of the grid, where the model has no patch grid of its own or a larger one.
     """
-    names = net.routes.split(",")  # type: ignore[union-attr]
-    height, width = net.patch_embed.grid_size  # type: ignore[union-attr]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.6), squeeze=False)
-    for name, place in zip(names, axes[0], strict=True):
+    found = [routes for m in net.modules() if isinstance(routes := getattr(m, "routes", None), str)]
+    names = list(dict.fromkeys(name for routes in found for name in routes.split(",") if name))
+    if not names:
+        return None
+    own = getattr(getattr(net, "patch_embed", None), "grid_size", (size, size))
+    height, width = (min(side, max(size, 2)) for side in own[-2:])
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3.2 * lines), layout="constrained")
+    places = figure.subplots(lines, columns, squeeze=False).ravel()
+    for name, place in zip(names, places, strict=False):
         draw_route(name, height, width, place, class_token=hasattr(net, "cls_token"))
-    plt.close(figure)
+    for place in places[len(names) :]:
+        place.remove()
     return figure

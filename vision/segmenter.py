@@ -43,6 +43,11 @@ class Pyramid(nn.Module):
         self.smooth = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.GroupNorm(1, dim), nn.GELU())
         self.head = nn.Conv2d(dim, num_classes, 1)
 
+    def no_weight_decay(self) -> set[str]:
+        """Positions, tokens and decay rates of the backbone; timm's wrappers of features do not hand their names on."""
+        special = ("A_log", "pos_embed", "cls_token", "direction_Bs")
+        return {name for name, _ in self.named_parameters() if any(part in name for part in special)}
+
     def forward(self, image: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes, H, W)."""
         maps = [lateral(level) for lateral, level in zip(self.lateral, self.backbone(image), strict=True)]

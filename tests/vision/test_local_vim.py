@@ -7,7 +7,8 @@ from cases import golden_inputs, golden_state_dict, load_golden
 from fill import check, fill_input
 
 import vision  # noqa: F401  registers the models
-from vision.models.local_vim import SEARCHED, LocalVim, checkpoint_filter_fn, directions, rotation_angles
+from vision.models.local_mixer import rotation_angles
+from vision.models.local_vim import SEARCHED, LocalVim, checkpoint_filter_fn, directions
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "d_state": 4, "num_classes": 5,
          "routes": (directions("hV7&"), directions("H@v2"))}  # fmt: skip

@@ -8,7 +8,8 @@ from cases import golden_inputs, golden_state_dict, load_golden
 from fill import check, fill_input
 
 import vision  # noqa: F401  registers the models
-from vision.models.mamba_nd import MambaND, MambaNDVideo, PatchMerging, axis_order, checkpoint_filter_fn
+from vision.models.mamba_nd import MambaND, MambaNDVideo, checkpoint_filter_fn
+from vision.models.nd_block import PatchMerging, axis_order
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "d_state": 4, "num_classes": 5}
 

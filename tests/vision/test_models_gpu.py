@@ -9,7 +9,7 @@ from accuracy import relative_rms
 
 import vision  # noqa: F401  registers the models
 
-MODULES = ["efficient_vmamba", "local_vmamba", "vmamba", "vim"]
+MODULES = ["efficient_vmamba", "local_vim", "local_vmamba", "mamba_nd", "plain_mamba", "vmamba", "vim"]
 every_model = pytest.mark.parametrize("name", timm.list_models("test_*", module=MODULES))
 pytestmark = pytest.mark.gpu
 

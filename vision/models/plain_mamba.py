@@ -44,12 +44,12 @@ def snake_tables(height: int, width: int, device: torch.device) -> Tensor:
     Returns:
         (2, K, L) int32: token, and direction of the step into it: 0 start, 1 right, 2 left, 3 up, 4 down.
     """
-    with torch.device("cpu"):
+    with torch.device(device):
         tokens = scan_routes(SNAKES, height, width)
         rows, columns = tokens // width, tokens % width
         down, right = (F.pad(t.diff(dim=1), (1, 0)) for t in (rows, columns))
         steps = (right == 1) * 1 + (right == -1) * 2 + (down == -1) * 3 + (down == 1) * 4
-        return torch.stack((tokens, steps.to(torch.int32))).to(device)
+        return torch.stack((tokens, steps.to(torch.int32)))
 
 
 @torch.library.custom_op("triscan::snake_tables", mutates_args=())
