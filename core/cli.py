@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 import core
 from core.errors import UserError
@@ -37,6 +37,7 @@ def main(
     links: Mapping[str, str] | None = None,
     argv: Sequence[str] | None = None,
     configs: Path = CONFIGS,
+    folder: str | None = None,
 ) -> None:
     """Run ``python -m DOMAIN.COMMAND [RECIPE] [STAGE] [options]``.
 
@@ -54,6 +55,7 @@ def main(
             ``{"data.num_classes": "model.num_classes"}``.
         argv: Arguments instead of the process's own.
         configs: Folder that holds ``<domain>/<recipe>.yaml``.
+        folder: Folder of the recipes in ``configs`` instead of ``<domain>``, for a domain's second training command.
 
     Raises:
         SystemExit: With code 2 after a user's mistake, 130 after Ctrl-C.
@@ -61,7 +63,7 @@ def main(
     arguments = list(sys.argv[1:] if argv is None else argv)
     program = f"python -m {domain}.{command}"
     with exit_codes():
-        recipes = {path.stem: path for path in sorted((configs / domain).glob("*.yaml"))}
+        recipes = {path.stem: path for path in sorted((configs / (folder or domain)).glob("*.yaml"))}
         if arguments[:1] in (["-h"], ["--help"]) or (not arguments and default_recipe is None):
             print(_overview(program, recipes, default_recipe))
             return
@@ -73,7 +75,7 @@ def main(
             cli = RecipeCLI(
                 title=f"{domain} {recipe}",
                 recipe=recipes[recipe],
-                root=RUNS / domain / recipe,
+                root=RUNS / (folder or domain) / recipe,
                 stage=stage,
                 options=options,
                 command=shlex.join([*program.split(), *arguments]),
@@ -89,6 +91,8 @@ def main(
 def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     """Run one typed function as a command: parameters without default are positionals, the others options.
 
+    A positional ``list[T]`` takes one or more arguments.
+
     Args:
         function: The function; its signature and docstring make the help. What it returns is dropped.
         argv: Arguments instead of the process's own.
@@ -101,9 +105,19 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None
     with exit_codes():
         parser = ArgumentParser(prog=_program(function), exit_on_error=False)
         parser.add_function_arguments(function, as_positional=True, fail_untyped=True)
+        for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+            if parameter.default is parameter.empty and get_origin(parameter.annotation) is list:
+                _take_several(parser, name, get_args(parameter.annotation)[0])
         arguments = list(sys.argv[1:] if argv is None else argv)
         config = parse(parser, arguments)
         function(**parser.instantiate(config).as_dict())
+
+
+def _take_several(parser: Any, name: str, kind: type) -> None:
+    """Let a positional take one or more arguments, each of type ``kind``."""
+    action = next(action for action in parser._actions if action.dest == name)
+    action.container._remove_action(action)
+    parser.add_argument(name, nargs="+", type=kind, help=action.help)
 
 
 @contextmanager

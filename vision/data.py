@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -53,15 +53,24 @@ class ImageData(LightningDataModule):
         """Number of classes."""
         return len(self.class_names)
 
+    def preprocessing(self) -> dict[str, Any]:
+        """What a picture goes through before the model: ``img_size``, and arguments of timm's ``create_transform``."""
+        raise NotImplementedError
+
     def to_pixels(self, image: Tensor) -> np.ndarray:
         """A normalised image (C, H, W) as uint8 pixels, (H, W) or (H, W, 3)."""
-        mean, std = torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
-        pixels = (image.float().cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
-        return pixels.permute(1, 2, 0).squeeze(2).numpy()
+        return to_pixels(image, self.mean, self.std)
 
     def baselines(self) -> dict[str, float]:
         """Test accuracies of simple methods on the same data, by name; for comparison in the run's figures."""
         return {}
+
+
+def to_pixels(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """An image (C, H, W) that was normalised by ``mean`` and ``std`` as uint8 pixels, (H, W) or (H, W, 3)."""
+    scale, shift = torch.tensor(tuple(std)).view(-1, 1, 1), torch.tensor(tuple(mean)).view(-1, 1, 1)
+    pixels = (image.float().cpu() * scale + shift).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return pixels.permute(1, 2, 0).squeeze(2).numpy()
 
 
 class Digits(ImageData):
@@ -80,6 +89,10 @@ class Digits(ImageData):
         self.batch_size, self.max_shift, self.max_rotation = batch_size, max_shift, max_rotation
         self.class_names = [str(digit) for digit in range(10)]
         self.mean, self.std = (0.305,), (0.376,)  # of the training part, pixels from 0 to 1
+
+    def preprocessing(self) -> dict[str, Any]:
+        """Digits are 8 x 8 pixels."""
+        return {"img_size": 8, "crop_pct": 1.0, "interpolation": "bilinear", "mean": self.mean, "std": self.std}
 
     def setup(self, stage: str) -> None:
         """Splits the digits."""
@@ -203,6 +216,13 @@ class ImageFolder(ImageData):
         self.mean, self.std = mean, std
         self.images: dict[str, list] = {}
 
+    def preprocessing(self) -> dict[str, Any]:
+        """That of the validation images."""
+        return {
+            "img_size": self.img_size, "crop_pct": self.crop_pct, "interpolation": self.interpolation,
+            "mean": tuple(self.mean), "std": tuple(self.std),
+        }  # fmt: skip
+
     # The folder is looked at when it is first asked for, not in the constructor: the command line's library would take
     # an error there for an option of the wrong type.
 
@@ -237,16 +257,16 @@ class ImageFolder(ImageData):
         images = self.images["train"]
         repeats = self.augmentation.repeats
         order = {"sampler": RepeatedAugmentation(len(images), repeats)} if repeats > 1 else {"shuffle": True}
-        return self._loader(ImageFiles(images, self._transform(training=True)), drop_last=True, **order)
+        return self._loader(ImageFiles(images, training_transform(self)), drop_last=True, **order)
 
     def val_dataloader(self) -> DataLoader:
         """In order, centre crops."""
-        return self._loader(ImageFiles(self.images["val"], self._transform(training=False)))
+        return self._loader(ImageFiles(self.images["val"], evaluation_transform(self)))
 
     def test_dataloader(self) -> DataLoader:
         """In order, centre crops; of val/ if there is no test/."""
         images = self.images.get("test", self.images["val"])
-        return self._loader(ImageFiles(images, self._transform(training=False)))
+        return self._loader(ImageFiles(images, evaluation_transform(self)))
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Takes note of files that a worker could not read; raised here, the error comes without the worker's."""
@@ -270,19 +290,37 @@ class ImageFolder(ImageData):
             **options,
         )
 
-    def _transform(self, training: bool) -> Callable[[Any], Tensor]:
-        common = {"interpolation": self.interpolation, "mean": self.mean, "std": self.std}
-        if not training:
-            return create_transform(self.img_size, crop_pct=self.crop_pct, **common)
-        options = self.augmentation
-        return create_transform(
-            self.img_size,
-            is_training=True,
-            scale=options.scale,
-            hflip=options.horizontal_flip,
-            color_jitter=options.color_jitter,
-            auto_augment=options.policy,
-            re_prob=options.random_erasing,
-            re_mode="pixel",
-            **common,
-        )
+
+class Preprocessed(Protocol):
+    """What the two transforms below read of a data module."""
+
+    img_size: int
+    crop_pct: float
+    interpolation: str
+    mean: Any
+    std: Any
+    augmentation: Augmentation
+
+
+def evaluation_transform(data: Preprocessed) -> Callable[[Any], Tensor]:
+    """From a picture to the normalised centre crop (C, H, W)."""
+    common = {"interpolation": data.interpolation, "mean": data.mean, "std": data.std}
+    return create_transform(data.img_size, crop_pct=data.crop_pct, **common)
+
+
+def training_transform(data: Preprocessed) -> Callable[[Any], Tensor]:
+    """From a picture to an augmented, normalised crop (C, H, W)."""
+    options = data.augmentation
+    return create_transform(
+        data.img_size,
+        is_training=True,
+        scale=options.scale,
+        hflip=options.horizontal_flip,
+        color_jitter=options.color_jitter,
+        auto_augment=options.policy,
+        re_prob=options.random_erasing,
+        re_mode="pixel",
+        interpolation=data.interpolation,
+        mean=data.mean,
+        std=data.std,
+    )

@@ -138,14 +138,14 @@ def check_headers(images: Sequence[tuple[Path, int]]) -> list[Unreadable]:
         return [fault for fault in pool.map(check, (path for path, _ in images)) if fault is not None]
 
 
-def refuse(faults: Sequence[Unreadable]) -> UserError:
-    """The error for files that cannot be read."""
+def refuse(faults: Sequence[Unreadable], option: str = "--data.skip_unreadable true") -> UserError:
+    """The error for files that cannot be read; ``option`` is the one that leaves them out."""
     first = faults[0]
     more = len({fault.path for fault in faults}) - 1
     others = f" ({more} more like it)" if more else ""
     return UserError(
         f"{first.path}: {first.reason}{others}, wanted a readable image; "
-        "replace or remove it, or leave such files out with --data.skip_unreadable true"
+        f"replace or remove it, or leave such files out with {option}"
     )
 
 
@@ -155,10 +155,13 @@ class ImageFiles(Dataset):
     Args:
         images: Paths and class numbers.
         transform: From a PIL image to a tensor (C, H, W).
+        mode: What images are read as, in PIL's words.
     """
 
-    def __init__(self, images: Sequence[tuple[Path, int]], transform: Callable[[Image.Image], Tensor]) -> None:
-        self.images, self.transform = images, transform
+    def __init__(
+        self, images: Sequence[tuple[Path, int]], transform: Callable[[Image.Image], Tensor], mode: str = "RGB"
+    ) -> None:
+        self.images, self.transform, self.mode = images, transform, mode
 
     def __len__(self) -> int:
         return len(self.images)
@@ -166,7 +169,7 @@ class ImageFiles(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int] | Unreadable:
         path, label = self.images[index]
         try:
-            image = read_image(path)
+            image = read_image(path, self.mode)
         except UserError as error:
             return Unreadable(str(path), str(error).removeprefix(f"{path}: "))
         return self.transform(image), label

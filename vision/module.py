@@ -10,7 +10,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
@@ -19,12 +18,12 @@ from timm.data import Mixup
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-import vision.models  # noqa: F401  registers the models
+import vision.models
 from core.errors import UserError
 from core.training.module import OptimizerOptions, ScheduleOptions, TrainingModule
 from core.training.report import Report
 from vision.data import ImageData
-from vision.models.loading import unwrap
+from vision.models.loading import read, unwrap
 from vision.routes import draw_route
 
 SHOWN = 24  # images in each gallery of the report
@@ -100,6 +99,11 @@ class Classifier(TrainingModule):
         self.confusion = MulticlassConfusionMatrix(num_classes)
         self.samples: dict[str, list[tuple[np.ndarray, str, bool]]] = {"right": [], "wrong": []}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what ``vision.predict`` and its kin need besides the weights: class names and preprocessing."""
+        checkpoint["classes"] = list(self._data.class_names)
+        checkpoint["preprocessing"] = self._data.preprocessing()
+
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean cross-entropy of images (B, C, H, W) and labels (B,), mixed first if so configured."""
         images, labels = batch
@@ -140,10 +144,10 @@ class Classifier(TrainingModule):
             report.figure("Confusion matrix", draw_confusion(counts, names), "Test images; rows are the true classes.")
             report.images("Mistakes", self.samples["wrong"], "The first ones of the test, with the true class.")
             report.images("Right", self.samples["right"], "The first ones of the test.")
-        if isinstance(getattr(self.net, "routes", None), str):
+        if (routes := draw_routes(self.net)) is not None:
             report.figure(
-                "Scan routes", draw_routes(self.net),
-                "The order in which each block scans the patches, from dark to bright; the star is the class token.",
+                "Scan routes", routes,
+                "The orders in which blocks scan the patches, from dark to bright; the star is the class token.",
             )  # fmt: skip
         if left_out := self._data.left_out:
             rows = [{"file": path, "reason": reason} for path, reason in sorted(left_out.items())]
@@ -173,14 +177,17 @@ def _metrics(num_classes: int) -> nn.ModuleDict:
     return nn.ModuleDict(metrics)
 
 
-def build(name: str, num_classes: int, kwargs: dict[str, Any], weights: str | None = None) -> nn.Module:
+def build(
+    name: str, num_classes: int | None, kwargs: dict[str, Any], weights: str | None = None, prefix: str = "--model."
+) -> nn.Module:
     """A model of timm's registry.
 
     Args:
         name: Its name.
-        num_classes: Number of classes.
+        num_classes: Number of classes; None is that of the weights, or the model's own.
         kwargs: Further arguments of its constructor.
         weights: File of weights to start from.
+        prefix: Of the options that messages name: ``<prefix>name`` and ``<prefix>weights``.
 
     Raises:
         UserError: For an unknown name or argument, and weights of another model.
@@ -189,34 +196,38 @@ def build(name: str, num_classes: int, kwargs: dict[str, Any], weights: str | No
         near = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise UserError(
             f"unknown model {name!r}" + (f", did you mean {' or '.join(near)}?" if near else ", wanted a name of timm.")
-            + " The models of this project: " + ", ".join(timm.list_models("vim_*"))
+            + " The models of this project: " + ", ".join(our_models())
         )  # fmt: skip
-    overlay = {} if weights is None else _overlay(name, Path(weights))
+    overlay = {} if weights is None else _overlay(name, Path(weights), f"{prefix}weights")
+    classes = overlay.get("num_classes") if num_classes is None else num_classes
+    if classes is not None:
+        kwargs = {**kwargs, "num_classes": classes}
     try:
-        return timm.create_model(
-            name, num_classes=num_classes, pretrained=weights is not None, pretrained_cfg_overlay=overlay, **kwargs
-        )
+        return timm.create_model(name, pretrained=weights is not None, pretrained_cfg_overlay=overlay, **kwargs)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        what = f"--model.weights {weights}" if weights and not isinstance(error, TypeError) else f"--model.name {name}"
+        of_weights = weights and not isinstance(error, TypeError)
+        what = f"{prefix}weights {weights}" if of_weights else f"{prefix}name {name}"
         raise UserError(f"{what}: {str(error).strip()[:600]}") from error
 
 
-def _overlay(name: str, file: Path) -> dict[str, Any]:
+def our_models(pattern: str = "") -> list[str]:
+    """Names of this project's models, the micro ones for tests left out; ``pattern`` as of ``timm.list_models``."""
+    modules = {getattr(vision.models, name).__module__.rpartition(".")[2] for name in vision.models.__all__}
+    return [name for name in timm.list_models(pattern, module=sorted(modules)) if not name.startswith("test_")]
+
+
+def _overlay(name: str, file: Path, option: str) -> dict[str, Any]:
     """What timm needs to start from the weights in a file, their number of classes included."""
     if not file.is_file():
-        raise UserError(f"--model.weights {file}: no such file, wanted a .pth, .ckpt or .safetensors file of {name}")
+        raise UserError(f"{option} {file}: no such file, wanted a .pth, .ckpt or .safetensors file of {name}")
     try:
-        raw = (
-            safetensors.torch.load_file(file)
-            if file.suffix == ".safetensors"
-            else torch.load(file, "cpu", weights_only=True)
-        )
+        raw = read(file)
     except Exception as error:  # whatever a foreign file makes the unpickler raise
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--model.weights {file}: not a file of weights ({reason}), wanted one of {name}") from error
+        raise UserError(f"{option} {file}: not a file of weights ({reason}), wanted one of {name}") from error
     weights = unwrap(raw) if isinstance(raw, dict) else {}
     if not weights:
-        raise UserError(f"--model.weights {file}: no tensors in it, wanted the weights of {name}")
+        raise UserError(f"{option} {file}: no tensors in it, wanted the weights of {name}")
     classifier = (timm.get_pretrained_cfg(name).to_dict() if timm.get_pretrained_cfg(name) else {}).get("classifier")
     overlay: dict[str, Any] = {"state_dict": weights}
     if isinstance(classifier, str) and f"{classifier}.weight" in weights:
@@ -247,16 +258,25 @@ def draw_confusion(counts: np.ndarray, names: list[str]) -> Figure:
     return figure
 
 
-def draw_routes(net: nn.Module) -> Figure:
-    """The scan routes of a model on its own patch grid, side by side.
+def draw_routes(net: nn.Module, size: int = 8) -> Figure | None:
+    """The scan routes of a backbone, each once, side by side; None if it has none.
 
     Args:
-        net: A model with ``routes``, names separated by commas, and a ``patch_embed`` that knows its ``grid_size``.
+        net: A model some of whose modules have ``routes``, names separated by commas.
+        size: Sides of the grid, where the model has no patch grid of its own or a larger one.
     """
-    names = net.routes.split(",")  # type: ignore[union-attr]
-    height, width = net.patch_embed.grid_size  # type: ignore[union-attr]
-    figure, axes = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3.6), squeeze=False)
-    for name, place in zip(names, axes[0], strict=True):
+    found = [routes for m in net.modules() if isinstance(routes := getattr(m, "routes", None), str)]
+    names = list(dict.fromkeys(name for routes in found for name in routes.split(",") if name))
+    if not names:
+        return None
+    own = getattr(getattr(net, "patch_embed", None), "grid_size", (size, size))
+    height, width = (min(side, max(size, 2)) for side in own[-2:])
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3.2 * lines), layout="constrained")
+    places = figure.subplots(lines, columns, squeeze=False).ravel()
+    for name, place in zip(names, places, strict=False):
         draw_route(name, height, width, place, class_token=hasattr(net, "cls_token"))
-    plt.close(figure)
+    for place in places[len(names) :]:
+        place.remove()
     return figure

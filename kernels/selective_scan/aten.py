@@ -21,17 +21,22 @@ from kernels.selective_scan.reference import finish, inputs_at_positions, packed
 ELEMENTS = 1 << 22  # of a (B, T, K, D, N) tensor
 
 
-def scan(p: Problem) -> tuple[Tensor, Tensor]:
-    """Returns ``y (B, L, D)`` or ``(B, L, K, D)`` in x's dtype, and the final state ``(S, K, D, N)``."""
+def scan(p: Problem, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
+    """Returns ``y (B, L, D)`` or ``(B, L, K, D)`` in x's dtype, and the final state ``(S, K, D, N)``.
+
+    Args:
+        p: The scan.
+        chunk: Positions of a chunk at most. Long ones make small graphs, which an export wants.
+    """
     if p.cu_seqlens is not None:
         return packed(p, p.cu_seqlens, scan)
-    step = max(1, min(CHUNK, ELEMENTS // max(1, p.batch * p.routes * p.channels * p.state)))
+    step = max(1, min(chunk, ELEMENTS // max(1, p.batch * p.routes * p.channels * p.state)))
     starts = range(0, p.positions, step)
     h = start_state(p)
     parts = []
     for start in reversed(starts) if p.reverse else starts:
-        chunk = _positions(p, start, min(start + step, p.positions))
-        y, h = _recomputed(chunk, h) if torch.is_grad_enabled() else _chunk(chunk, h)
+        part = _positions(p, start, min(start + step, p.positions))
+        y, h = _recomputed(part, h) if torch.is_grad_enabled() else _chunk(part, h)
         parts.append(y)
     if not parts:
         parts = [inputs_at_positions(p)[0]]

@@ -1,6 +1,6 @@
-"""What timm expects of a backbone, checked on the micro model of each family (``timm_suite.py`` runs timm's own tests).
+"""What timm expects of a backbone, checked on the micro model of each plain family.
 
-Each test runs for every registered ``test_*`` model of this project.
+``timm_suite.py`` runs timm's own tests. Each test runs for every registered ``test_*`` model of this project.
 """
 
 import copy
@@ -14,8 +14,13 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import vision  # noqa: F401  registers the models
 
-MODELS = timm.list_models("test_*", module=["vim"])
-pytestmark = pytest.mark.parametrize("name", MODELS)
+MODELS = timm.list_models("test_*", module=["local_vim", "mamba_nd", "plain_mamba", "vim"])
+every_model = pytest.mark.parametrize("name", MODELS)
+# What takes seconds a model: two, the others in `make test-all`.
+QUICK = ("test_local_vim_cls", "test_vim")
+some_models = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
+)
 SIZE = 64
 
 
@@ -45,6 +50,7 @@ def assert_same_distribution(name: str, drawn: torch.Tensor, again: torch.Tensor
         assert abs(a - b) <= 6 * variance.sqrt(), f"{name}: {a:.4g} and {b:.4g}"
 
 
+@every_model
 def test_backward_reaches_every_parameter(name):
     model = create(name, drop_path_rate=0.0).train()
     model(image(2)).mean().backward()
@@ -52,11 +58,13 @@ def test_backward_reaches_every_parameter(name):
     assert not [n for n, p in model.named_parameters() if not p.grad.any()]
 
 
+@every_model
 def test_unknown_arguments_raise(name):
     with pytest.raises(TypeError, match="not_an_argument"):
         create(name, not_an_argument=1)
 
 
+@every_model
 def test_features_head_and_reset(name):
     model = create(name)
     features = model.forward_features(image(2))
@@ -73,12 +81,14 @@ def test_features_head_and_reset(name):
     assert model.get_classifier().out_features == 4
 
 
+@every_model
 def test_meta_device_and_dtype(name):
     model = create(name, device="meta", dtype=torch.bfloat16)
     assert {t.device.type for t in (*model.parameters(), *model.buffers())} == {"meta"}
     assert model(torch.empty(1, 3, SIZE, SIZE, device="meta", dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+@every_model
 def test_initialises_again_after_to_empty(name):
     model = create(name, device="meta").to_empty(device="cpu")
     for p in model.parameters():
@@ -91,6 +101,7 @@ def test_initialises_again_after_to_empty(name):
         assert_same_distribution(n, p.detach().double(), wanted[n].detach().double())
 
 
+@some_models
 def test_intermediates_and_pruning(name):
     model = create(name)
     last = len(model.feature_info) - 1
@@ -100,8 +111,11 @@ def test_intermediates_and_pruning(name):
     flat = model.forward_intermediates(image(), output_fmt="NLC", intermediates_only=True)
     torch.testing.assert_close(flat[0], taps[0].flatten(2).transpose(1, 2))
     normed = model.forward_intermediates(image(), [last], norm=True, output_fmt="NLC", intermediates_only=True)[0]
-    middle = flat[0].shape[1] // 2
-    torch.testing.assert_close(normed, torch.cat((final[:, :middle], final[:, middle + 1 :]), 1))
+    patches = final.flatten(1, -2)
+    if hasattr(model, "cls_token"):
+        middle = flat[0].shape[1] // 2
+        patches = torch.cat((final[:, :middle], final[:, middle + 1 :]), 1)
+    torch.testing.assert_close(normed, patches)
     for i in range(last + 1):
         stopped = model.forward_intermediates(image(), [i], stop_early=True, intermediates_only=True)
         torch.testing.assert_close(stopped[0], taps[i])
@@ -115,6 +129,7 @@ def test_intermediates_and_pruning(name):
     torch.testing.assert_close(whole(image()), model(image()))
 
 
+@every_model
 def test_features_only(name):
     model = create(name, features_only=True, out_indices=(0, 2))
     maps = model(torch.rand(1, 3, 48, 96))
@@ -124,6 +139,7 @@ def test_features_only(name):
     ]
 
 
+@some_models
 def test_gradient_checkpointing_changes_nothing(name):
     results = []
     for enable in (False, True):
@@ -137,6 +153,7 @@ def test_gradient_checkpointing_changes_nothing(name):
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
+@every_model
 def test_fx_traces_forward_and_backward(name):
     model = create(name)
     functions = list(timm.models.get_notrace_functions())
@@ -152,11 +169,13 @@ def test_fx_traces_forward_and_backward(name):
     assert not [n for n, p in traced.named_parameters() if p.grad is None]
 
 
+@every_model
 def test_plain_symbolic_trace(name):
     model = create(name)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(image()), model(image()))
 
 
+@every_model
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_torchscript_also_from_a_file(name, tmp_path):
     model = create(name)
@@ -167,6 +186,7 @@ def test_torchscript_also_from_a_file(name, tmp_path):
         torch.testing.assert_close(loaded(x), model(x))
 
 
+@some_models
 def test_compiles_whole(name):
     model = create(name)
     keys = list(model.state_dict())
@@ -178,12 +198,14 @@ def test_compiles_whole(name):
     assert list(model.state_dict()) == keys
 
 
+@some_models
 def test_exports(name):
     model = create(name)
     exported = torch.export.export(model, (image(),)).module()
     torch.testing.assert_close(exported(image()), model(image()))
 
 
+@every_model
 def test_autocast(name, monkeypatch):
     model = create(name)
     with torch.autocast("cpu", torch.bfloat16):
@@ -197,6 +219,7 @@ def test_autocast(name, monkeypatch):
     assert relative_rms(features, truth) <= 2 * relative_rms(reference, truth)
 
 
+@every_model
 def test_weight_decay_and_layer_groups(name):
     model = create(name)
     optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.1)
@@ -204,6 +227,7 @@ def test_weight_decay_and_layer_groups(name):
     for n, p in model.named_parameters():
         free = p.ndim == 1 or n in model.no_weight_decay()
         assert (id(p) in decayed) != free, n
-    assert {"pos_embed", "cls_token", "layers.0.mixer.A_log", "layers.0.mixer.A_b_log"} <= model.no_weight_decay()
+    special = {n for n, _ in model.named_parameters() if n in ("pos_embed", "cls_token") or "A_" in n}
+    assert special <= model.no_weight_decay()
     scales = {group["lr_scale"] for group in param_groups_layer_decay(model, layer_decay=0.5)}
     assert len(scales) == len(model.layers) + 2  # stem, one a block, and norm with head

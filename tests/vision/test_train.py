@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 import vision  # noqa: F401  registers the models
@@ -39,10 +40,26 @@ def test_recipes_parse_and_say_what_they_are(recipe, capsys):
     with pytest.raises(SystemExit) as stop:
         command(recipe, "--print_config")
     assert not stop.value.code
-    assert "class_path: vision.data." in capsys.readouterr().out
+    assert "class_path: vision." in capsys.readouterr().out
     head = (CONFIGS / "vision" / f"{recipe}.yaml").read_text().split("seed_everything")[0]
     assert "# Run:     python -m vision.train " + recipe in head
     assert "# Expect:" in head
+
+
+def test_recipes_name_models_that_take_their_arguments():
+    for path in (CONFIGS / "vision").rglob("*.yaml"):
+        model = yaml.safe_load(path.read_text())["model"]
+        timm.create_model(model["name"], device="meta", **model.get("kwargs", {}))
+
+
+@pytest.mark.slow
+def test_segment_recipe_parses(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(
+            "vision", "vision.segmenter.Segmenter", "vision.masks.MaskFolder", command="segment",
+            links={"data.num_classes": "model.num_classes"}, folder="vision/segment", argv=["masks", "--print_config"],
+        )  # fmt: skip
+    assert not stop.value.code
 
 
 def test_a_short_run_leaves_figures_and_a_report(tmp_path, capsys):
@@ -157,6 +174,9 @@ def test_figures_draw():
     assert len(draw_confusion(counts, ["a", "b", "c"]).axes[0].texts) == 2
     model = timm.create_model("test_vim", routes=("snake", "columns"), **SMALL)
     assert [axes.get_title() for axes in draw_routes(model).axes] == ["snake", "columns"]
+    titles = [axes.get_title() for axes in draw_routes(timm.create_model("test_mamba_nd_2d")).axes]
+    assert titles == ["raster", "raster_reversed", "columns", "columns_reversed"]
+    assert draw_routes(timm.create_model("test_mamba_nd_3d")) is None
 
 
 @pytest.mark.slow

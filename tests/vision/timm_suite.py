@@ -14,7 +14,7 @@ import tarfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-TOKEN_MODELS = ["vim_*", "test_vim*"]  # models whose forward_features returns tokens, not a map
+TOKEN_MODELS = ["vim_*", "test_vim*", "local_vim_*cls*", "test_local_vim_cls"]  # whose forward_features returns tokens
 
 
 def download(version: str, folder: Path) -> Path:

@@ -1,14 +1,41 @@
 """Checkpoints of other programs: unwrapped, and refused in one message where they belong to another model."""
 
 import argparse
+from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 # Official files hold the options of their run beside the weights, as an argparse.Namespace: plain data.
 torch.serialization.add_safe_globals([argparse.Namespace])
+
+
+class _ConfigNode:
+    """What yacs' configurations become when they are read: dictionaries, so that yacs need not be there."""
+
+    def __new__(cls) -> OrderedDict[str, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+def configurations() -> AbstractContextManager[None]:
+    """Inside it ``torch.load(weights_only=True)`` takes files that hold a yacs configuration too, as VMamba's do.
+
+    Nothing of such a file is run: a configuration is read as a dictionary.
+    """
+    return torch.serialization.safe_globals([(_ConfigNode, "yacs.config.CfgNode")])
+
+
+def read(path: str | Path) -> Any:
+    """What is in a file of weights, ``.safetensors`` or one of ``torch.save``, on the CPU."""
+    if Path(path).suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    with configurations():
+        return torch.load(path, "cpu", weights_only=True)
 
 
 def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -22,7 +49,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
             break
     weights = {name: value for name, value in checkpoint.items() if isinstance(value, Tensor)}
     for prefix in ("module.", "net."):
-        if weights and all(name.startswith(prefix) for name in weights):
+        while weights and all(name.startswith(prefix) for name in weights):  # an average of a wrapped model has two
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}
     return weights
 

@@ -5,17 +5,24 @@ W convolution width.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import hippo
 from core.mixers.mamba import decay_rates
 
-__all__ = ["RouteMixer"]
+__all__ = ["RouteMixer", "block_diagonal"]
 
 torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in this module too
+
+
+def block_diagonal(weights: Tensor) -> Tensor:
+    """K matrices (K, O, I) as one, (K O, K I): K thin products of strided rows become one that GPUs are good at."""
+    return torch.diag_embed(weights.permute(1, 2, 0)).permute(2, 0, 3, 1).flatten(2).flatten(0, 1)
 
 
 class RouteMixer(nn.Module):
@@ -25,10 +32,14 @@ class RouteMixer(nn.Module):
     y = sum_k scan_k(x_k, softplus(dt_proj_k(dt)), A_k, B, C, D_k); out = out_proj(y * silu(z)) / K
     (Vim, algorithm 1; the division by K = 2 is that of the released models).
 
+    Routes that visit the tokens in order, or all of them backwards, run as such: no index is read and no route's output
+    is kept apart.
+
     Args:
         dim: D.
-        routes: K. The parameters of the first two routes have the published names (``A_log``, ``A_b_log``, ``D``,
-            ``D_b``, ``conv1d``, ``conv1d_b``, ...), those of further ones end in ``_2``, ``_3``, ...
+        routes: Names of the K routes, from ``vision.routes``. The parameters of the first two have the published names
+            (``A_log``, ``A_b_log``, ``D``, ``D_b``, ``conv1d``, ``conv1d_b``, ...), those of further ones end in
+            ``_2``, ``_3``, ...
         d_state: N.
         d_conv: Width W of the causal convolution along each route.
         expand: E / D.
@@ -39,7 +50,7 @@ class RouteMixer(nn.Module):
     def __init__(
         self,
         dim: int,
-        routes: int,
+        routes: Sequence[str],
         d_state: int,
         d_conv: int,
         expand: int,
@@ -50,14 +61,16 @@ class RouteMixer(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         wide = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
         inner = expand * dim
-        self.routes, self.d_state, self.dt_rank = routes, d_state, math.ceil(dim / 16)
-        suffixes = ["", "_b", *(f"_{k}" for k in range(2, routes))][:routes]
+        self.routes, self.d_state, self.dt_rank = len(routes), d_state, math.ceil(dim / 16)
+        self.in_order = all(name in ("raster", "raster_reversed") for name in routes)
+        self.backwards = [name == "raster_reversed" for name in routes]
+        suffixes = ["", "_b", *(f"_{k}" for k in range(2, len(routes)))][: len(routes)]
         self.A_names = [f"A{suffix}_log" for suffix in suffixes]
         self.D_names, self.conv_names, self.x_names, self.dt_names = (
             [name + suffix for suffix in suffixes] for name in ("D", "conv1d", "x_proj", "dt_proj")
         )
         self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
-        for k in range(routes):
+        for k in range(len(routes)):
             self.register_parameter(self.A_names[k], nn.Parameter(torch.empty(inner, d_state, **wide)))
             self.register_parameter(self.D_names[k], nn.Parameter(torch.empty(inner, **wide)))
             # Holds weight (E, 1, W) and bias (E,); the convolution itself is kernels.causal_conv1d.
@@ -117,16 +130,73 @@ class RouteMixer(nn.Module):
             torch.stack(xs), torch.stack(dts), torch.stack(dt_biases),
         )  # fmt: skip
 
-    def forward(self, x: Tensor, route: Tensor) -> Tensor:
-        """Mixes tokens (B, L, D) along ``route`` (K, P); returns (B, L, D)."""
+    def scan_in_order(self, x: Tensor, z: Tensor) -> Tensor:
+        """Convolves and scans tokens (B, L, E) forwards and backwards; the gated sum (B, L, E)."""
+        if torch.jit.is_scripting():
+            assert self.routes == 2, "TorchScript takes models of two routes; use torch.export or torch.compile"
+            bias, bias_b = self.conv1d.bias, self.conv1d_b.bias
+            assert bias is not None  # nn.Conv1d declares it optional
+            assert bias_b is not None
+            return self.scan_one_way(
+                x, z, self.A_log, self.D, self.conv1d.weight, bias, self.x_proj.weight, self.dt_proj.weight,
+                self.dt_proj.bias, self.backwards[0],
+            ) + self.scan_one_way(
+                x, z, self.A_b_log, self.D_b, self.conv1d_b.weight, bias_b, self.x_proj_b.weight, self.dt_proj_b.weight,
+                self.dt_proj_b.bias, self.backwards[1],
+            )  # fmt: skip
+        ys = []
+        for k in range(self.routes):
+            conv, dt_proj = getattr(self, self.conv_names[k]), getattr(self, self.dt_names[k])
+            A_log, D, x_proj = (getattr(self, names[k]) for names in (self.A_names, self.D_names, self.x_names))
+            ys.append(
+                self.scan_one_way(
+                    x, z, A_log, D, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias,
+                    self.backwards[k],
+                )
+            )  # fmt: skip
+        return sum(ys[1:], ys[0])
+
+    def scan_one_way(
+        self,
+        x: Tensor,
+        z: Tensor,
+        A_log: Tensor,
+        D: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Tensor,
+        x_weight: Tensor,
+        dt_weight: Tensor,
+        dt_bias: Tensor,
+        backwards: bool,
+    ) -> Tensor:
+        """One route's part of ``scan_in_order``."""
+        x, _ = torch.ops.triscan.causal_conv1d(
+            x, conv_weight.squeeze(1), conv_bias, None, None, None, None, "silu", backwards, False, "auto"
+        )
+        dt, B, C = F.linear(x, x_weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y, _, _ = torch.ops.triscan.selective_scan(
+            x, F.linear(dt, dt_weight), decay_rates(A_log), B.unsqueeze(2), C.unsqueeze(2), D, z, dt_bias, None, None,
+            None, None, None, True, True, "sum", backwards, False, "auto",
+        )  # fmt: skip
+        return y
+
+    def scan_along_routes(self, x: Tensor, z: Tensor, route: Tensor) -> Tensor:
+        """Convolves and scans tokens (B, L, E) along ``route`` (K, P); the gated sum (B, L, E)."""
         A_log, D, conv_weight, conv_bias, x_weight, dt_weight, dt_bias = self.stacked()
-        x, z = self.in_proj(x).chunk(2, dim=-1)
         x, _ = torch.ops.triscan.causal_conv1d(
             x, conv_weight, conv_bias, route, None, None, None, "silu", False, False, "auto"
         )
-        dt, B, C = torch.einsum("blke,kce->blkc", x, x_weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        K, R, N = self.routes, self.dt_rank, self.d_state
+        dt, B, C = F.linear(x.flatten(2), block_diagonal(x_weight)).unflatten(-1, (K, -1)).split([R, N, N], dim=-1)
+        dt = F.linear(dt.flatten(2), block_diagonal(dt_weight)).unflatten(-1, (K, -1))
         y, _, _ = torch.ops.triscan.selective_scan(
-            x, dt, decay_rates(A_log), B.unsqueeze(3), C.unsqueeze(3), D, z, dt_bias, dt_weight, route,
+            x, dt, decay_rates(A_log), B.unsqueeze(3), C.unsqueeze(3), D, z, dt_bias, None, route,
             None, None, None, True, True, "sum", False, False, "auto",
         )  # fmt: skip
+        return y
+
+    def forward(self, x: Tensor, route: Tensor) -> Tensor:
+        """Mixes tokens (B, L, D) along ``route`` (K, P); returns (B, L, D)."""
+        x, z = self.in_proj(x).chunk(2, dim=-1)
+        y = self.scan_in_order(x, z) if self.in_order else self.scan_along_routes(x, z, route)
         return self.out_proj(y) / self.routes

@@ -3,7 +3,7 @@
 Paper: "Vision Mamba: Efficient Visual Representation Learning with Bidirectional State Space Model", Zhu et al. 2024,
 https://arxiv.org/abs/2401.09417. Parameter names are the published ones, so official checkpoints load.
 
-Each block runs one convolution op and one scan op over all its routes (``vision.routes``): no flipped copies.
+Each block runs its convolutions and scans along routes (``vision.routes``), or backwards: no flipped copies.
 
 Dimension letters: B batch, H W grid of patches, M = H W patches, L = M + 1 tokens (the class token is row M // 2),
 D model width, E inner width, N state, K routes, P route positions.
@@ -116,7 +116,7 @@ class Vim(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
         self.pos_embed = nn.Parameter(torch.empty(1, self.patch_embed.num_patches + 1, embed_dim, **dd))
         self.layers = nn.ModuleList(
-            VimBlock(AddNorm(embed_dim, **dd), RouteMixer(embed_dim, len(routes), d_state, d_conv, expand, **dd), rate)
+            VimBlock(AddNorm(embed_dim, **dd), RouteMixer(embed_dim, routes, d_state, d_conv, expand, **dd), rate)
             for rate in calculate_drop_path_rates(drop_path_rate, depth)
         )
         self.norm_f: nn.Module = AddNorm(embed_dim, **dd)

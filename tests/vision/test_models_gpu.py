@@ -1,0 +1,70 @@
+"""The models on a GPU: what they compute there is what they compute on the CPU, eager, compiled and as CUDA graphs."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from accuracy import relative_rms
+
+import vision  # noqa: F401  registers the models
+
+MODULES = ["efficient_vmamba", "local_vim", "local_vmamba", "mamba_nd", "plain_mamba", "vmamba", "vim"]
+every_model = pytest.mark.parametrize("name", timm.list_models("test_*", module=MODULES))
+pytestmark = pytest.mark.gpu
+
+
+def pair(name: str) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:
+    """A model on the CPU, the same on the GPU, and images whose side windows don't tile."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7).eval()
+    return model, copy.deepcopy(model).cuda(), torch.rand(2, 3, 96, 64)
+
+
+def gradients(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    y = model(images)
+    y.square().sum().backward()
+    return {"y": y.detach().cpu()} | {n: p.grad.cpu() for n, p in model.named_parameters()}
+
+
+@every_model
+def test_numbers_and_gradients(name):
+    cpu, gpu, images = pair(name)
+    wanted, found = gradients(cpu, images), gradients(gpu, images.cuda())
+    off = {n: relative_rms(found[n], wanted[n]) for n in wanted}
+    assert max(off.values()) < 1e-3, sorted(off.items(), key=lambda item: -item[1])[:3]
+
+
+@every_model
+def test_autocast(name):
+    cpu, gpu, images = pair(name)
+    with torch.autocast("cuda", torch.bfloat16):
+        found = gradients(gpu, images.cuda())
+    wanted = gradients(cpu, images)
+    assert all(t.isfinite().all() for t in found.values())
+    assert relative_rms(found["y"].float(), wanted["y"]) < 0.05
+
+
+@every_model
+def test_cuda_graphs(name):
+    _, model, images = pair(name)
+    still = images.cuda()
+    with torch.no_grad():
+        wanted = model(still)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(still)
+        y.zero_()
+        graph.replay()
+    torch.testing.assert_close(y, wanted)
+
+
+@pytest.mark.parametrize("name", ["test_vmamba", "test_efficient_vmamba"])
+def test_compiled(name):
+    _, model, images = pair(name)
+    other = copy.deepcopy(model)
+    wanted = gradients(model, images.cuda())
+    compiled = torch.compile(other, fullgraph=True)
+    compiled(images.cuda()).square().sum().backward()
+    off = {n: relative_rms(p.grad.cpu(), wanted[n]) for n, p in other.named_parameters()}
+    assert max(off.values()) < 1e-3, sorted(off.items(), key=lambda item: -item[1])[:3]
