@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import recompute
 from kernels.backend import resolve
-from kernels.checks import check_float, check_shape
+from kernels.checks import check_float, check_shape, owned
 from kernels.depthwise_conv2d.reference import conv
 
 __all__ = ["depthwise_conv2d"]
@@ -86,7 +86,7 @@ def _depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, activation
         from kernels.depthwise_conv2d import triton
 
         return triton.forward(x, weight, bias, activation)
-    return conv(x, weight, bias, activation).clone(memory_format=torch.contiguous_format)
+    return owned(conv(x, weight, bias, activation), x.shape)
 
 
 @_depthwise_conv2d.register_fake
