@@ -169,7 +169,8 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        onnx = torch.onnx.export(program, dynamo=True, verbose=False)
+        # Its optimizer takes minutes over thousands of nodes; runtimes have their own.
+        onnx = torch.onnx.export(program, dynamo=True, verbose=False, optimize=False)
     assert onnx is not None
     onnx.save(file)
 

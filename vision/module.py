@@ -101,8 +101,9 @@ class Classifier(TrainingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what ``vision.predict`` and its kin need besides the weights: class names and preprocessing."""
-        checkpoint["classes"] = list(self._data.class_names)
-        checkpoint["preprocessing"] = self._data.preprocessing()
+        if isinstance(data := getattr(self.trainer, "datamodule", None), ImageData):
+            checkpoint["classes"] = list(data.class_names)
+            checkpoint["preprocessing"] = data.preprocessing()
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean cross-entropy of images (B, C, H, W) and labels (B,), mixed first if so configured."""

@@ -118,6 +118,8 @@ def _restored(path: Path) -> Trained:
         raise UserError(f"{path}: not a checkpoint of vision.train, {error} is missing in it") from error
     except Exception as error:  # whatever a foreign file makes the unpickler raise
         raise UserError(f"{path}: not a checkpoint of vision.train ({str(error).strip().splitlines()[0]})") from error
+    if not preprocessing:
+        raise UserError(f"{path}: says nothing of preprocessing, as its data module has no preprocessing() of its own")
     net = build(name, len(classes), kwargs)
     state = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
     try:

@@ -375,3 +375,22 @@ def test_two_processes_share_one_run(place: Path) -> None:
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert metrics["run/steps"] == 2 * 3  # 22 points each, in batches of 8
     assert "test/accuracy" in metrics
+
+
+def test_a_positional_list_takes_several_arguments(capsys):
+    def gather(sizes: list[int], name: str = "x") -> None:
+        """Gathers.
+
+        Args:
+            sizes: Some sizes.
+            name: A name.
+        """
+        print(sizes, name)
+
+    run(gather, ["1", "2", "--name", "y"])
+    assert capsys.readouterr().out == "[1, 2] y\n"
+    for argv, message in (([], "required: sizes"), (["1", "a"], "sizes")):
+        with pytest.raises(SystemExit) as stop:
+            run(gather, argv)
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err

@@ -52,7 +52,6 @@ def test_recipes_name_models_that_take_their_arguments():
         timm.create_model(model["name"], device="meta", **model.get("kwargs", {}))
 
 
-@pytest.mark.slow
 def test_segment_recipe_parses(capsys):
     with pytest.raises(SystemExit) as stop:
         main(
