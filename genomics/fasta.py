@@ -69,8 +69,8 @@ class Fasta:
         place = self._cached.starts[record]
         bases = self._cached.bases[place + start : place + end]
         if self.lower == "mask":
-            return np.where(bases & LOWER, np.uint8(N), bases).view(np.ndarray)
-        return np.bitwise_and(bases, np.uint8(~LOWER & 0xFF)).view(np.ndarray)
+            return np.where(bases & LOWER, np.uint8(N), bases)
+        return np.bitwise_and(bases, np.uint8(~LOWER & 0xFF))
 
     def read_padded(self, record: str, start: int, end: int) -> np.ndarray:
         """Return a window that may reach beyond its record, [PAD] there: (end - start,) uint8."""
