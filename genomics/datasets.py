@@ -3,7 +3,7 @@
 Legend: B batch, L bases of a window.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +149,8 @@ class GenomeData(LightningDataModule):
         self.windows, self.left_out = self._windows(window)
         for part, count in (("val", val_windows), ("test", test_windows)):
             self.windows[part] = choose(self.windows[part], count, seed)
-        self.stage: tuple[int, int] | None = None  # bases of a window and windows of a batch, while lengths warm up
+        # Bases of a window and windows of a batch in the epoch at hand, while lengths warm up (genomics.warmup).
+        self.stage_of: Callable[[], tuple[int, int]] | None = None
         if len(self.windows["train"]) < batch_size:
             raise UserError(
                 f"{self.fasta.path}: got {len(self.windows['train'])} windows of {window:,} bases to train on, wanted "
@@ -197,8 +198,8 @@ class GenomeData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, on either strand; the last, smaller batch is left out."""
-        if self.stage is not None:  # see genomics.warmup
-            length, size = self.stage
+        if self.stage_of is not None:
+            length, size = self.stage_of()
             windows = self._windows(length)[0]["train"]
             return self._loader(windows, length, size, self.reverse_complement, shuffle=True, drop_last=True)
         windows = self.windows["train"]

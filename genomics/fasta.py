@@ -106,7 +106,9 @@ class Genomes(Fasta):
         names = [file.path.name.split(".")[0] for file in self.files]
         if len(set(names)) < len(names):
             double = next(name for name in names if names.count(name) > 1)
-            raise UserError(f"two genome files are called {double!r}; rename one, so that records have names of their own")
+            raise UserError(
+                f"two genome files are called {double!r}; rename one, so that records have names of their own"
+            )
         prefixes = [f"{name}:" for name in names] if len(names) > 1 else [""]
         self.places = {
             prefix + record: (file, record)

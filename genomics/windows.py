@@ -36,7 +36,9 @@ def merge(intervals: Sequence[Interval]) -> list[Interval]:
     ]
 
 
-def make_windows(rows: Sequence[Interval], lengths: Mapping[str, int], length: int, strategy: Strategy) -> list[Interval]:
+def make_windows(
+    rows: Sequence[Interval], lengths: Mapping[str, int], length: int, strategy: Strategy
+) -> list[Interval]:
     """Cut or extend rows to windows.
 
     - ``tile``: rows that overlap are joined, and every base lies in exactly one window; the last of a row is shorter.
@@ -63,7 +65,9 @@ def make_windows(rows: Sequence[Interval], lengths: Mapping[str, int], length: i
     if strategy == "ends":
         return [window for row in rows for window in _from_ends(row, lengths[row.record], length)]
     if WIDE % length:
-        raise UserError(f"--data.strategy widen cuts rows of {WIDE:,} bases; --data.window {length:,} does not divide it")
+        raise UserError(
+            f"--data.strategy widen cuts rows of {WIDE:,} bases; --data.window {length:,} does not divide it"
+        )
     found = []
     for row in rows:
         width = min(WIDE, lengths[row.record] // length * length)
