@@ -93,7 +93,7 @@ def measure_training(model: nn.Module, ids: Tensor, runs: int) -> Timing:
         torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - start))
     quantiles = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return Timing(*quantiles, (torch.cuda.max_memory_allocated() - before) / 2**20)
+    return Timing(quantiles[0], quantiles[1], quantiles[2], (torch.cuda.max_memory_allocated() - before) / 2**20)
 
 
 def main() -> None:

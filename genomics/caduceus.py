@@ -213,7 +213,7 @@ class Caduceus(nn.Module):
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Trades compute for memory: blocks are recomputed in the backward pass. No parameter changes its name."""
         for layer in self.backbone.layers:
-            layer.gradient_checkpointing = enable
+            layer.gradient_checkpointing = enable  # type: ignore[assignment]
 
 
 def config_from_published(values: Mapping[str, Any]) -> CaduceusConfig:

@@ -140,7 +140,8 @@ class GenomeData(LightningDataModule):
             self.fasta: Fasta = Genomes(fasta, lower)
         else:
             self.fasta = Fasta(EXCERPT / "human.fa.gz" if fasta is None else fasta, lower)
-        self.bed, self.window, self.pad, self.strategy = bed, window, pad, strategy
+        self.bed, self.window, self.pad = bed, window, pad
+        self.strategy: Strategy = strategy
         self.val_records, self.test_records = list(val_records), list(test_records)
         self.val_share, self.test_share = val_share, test_share
         self.reverse_complement = reverse_complement

@@ -137,18 +137,18 @@ class HyenaBlock(nn.Module):
     def _forward(
         self, x: Tensor, residual: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        x, residual = self.norm1(self.dropout1(x), residual)
+        x, stream = self.norm1(self.dropout1(x), residual)
         x = _maybe(self.checkpoint_mixer, self.mixer, x, seq_idx, cu_seqlens)
-        x, residual = self.norm2(self.dropout2(x), residual)
-        return _maybe(self.checkpoint_mlp, self.mlp, x), residual
+        x, stream = self.norm2(self.dropout2(x), stream)
+        return _maybe(self.checkpoint_mlp, self.mlp, x), stream
 
     def forward_state(
         self, x: Tensor, residual: Tensor | None, state: HyenaState, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor, HyenaState]:
-        x, residual = self.norm1(self.dropout1(x), residual)
+        x, stream = self.norm1(self.dropout1(x), residual)
         x, state = self.mixer.forward_state(x, state, lengths)
-        x, residual = self.norm2(self.dropout2(x), residual)
-        return self.mlp(x), residual, state
+        x, stream = self.norm2(self.dropout2(x), stream)
+        return self.mlp(x), stream, state
 
 
 class HyenaBackbone(nn.Module):
@@ -253,7 +253,7 @@ class HyenaDNA(nn.Module):
     def set_gradient_checkpointing(self, enable: bool = True) -> None:
         """Trades compute for memory: blocks are recomputed in the backward pass. No parameter changes its name."""
         for layer in self.backbone.layers:
-            layer.gradient_checkpointing = enable
+            layer.gradient_checkpointing = enable  # type: ignore[assignment]
 
 
 def _hyena(width: int, arguments: dict[str, Any], factory: dict[str, Any]) -> Hyena:

@@ -50,11 +50,12 @@ def estimate(net: nn.Module, tokens: int, recompute: bool, narrow: bool) -> dict
     """
     plain = copy.deepcopy(net).cpu().float().train()
     plain.set_gradient_checkpointing(False)  # type: ignore[operator]
-    each = saved_bytes(plain)
+    sample = min(SAMPLE, getattr(plain, "l_max", SAMPLE))
+    each = saved_bytes(plain, sample)
     if recompute:
         plain.set_gradient_checkpointing(True)  # type: ignore[operator]
         layers = len(plain.backbone.layers)  # type: ignore[arg-type, union-attr]
-        kept = saved_bytes(plain)
+        kept = saved_bytes(plain, sample)
         each = kept + (each - kept) / max(layers, 1)
     parameters = sum(p.numel() for p in net.parameters())
     return {"weights": 16.0 * parameters, "activations": each * tokens * (0.5 if narrow else 1.0)}

@@ -106,7 +106,7 @@ class GenomeClassifier(nn.Module):
         ValueError: For sizes that do not fit.
     """
 
-    def __init__(self, num_classes: int, pooling: Pooling = "max", average_strands: bool = True, **sizes: int) -> None:
+    def __init__(self, num_classes: int, pooling: Pooling = "max", average_strands: bool = True, **sizes: Any) -> None:
         super().__init__()
         self.pooling: Pooling = pooling
         self.average_strands = average_strands
