@@ -1,8 +1,8 @@
 """Labelled sequences for fine-tuning, in the layouts that benchmarks come in, and splits that keep relatives together.
 
 Read are: a folder ``{train,test}/<class>/<id>.txt`` (Genomic Benchmarks); a folder of ``train.csv`` and ``test.csv``,
-or one CSV file, with columns ``sequence`` and ``label``; FASTA files ``train.fna`` and ``test.fna`` whose record names end
-in ``|label`` (Nucleotide Transformer).
+or one CSV file, with columns ``sequence`` and ``label``; FASTA files ``train.fna`` and ``test.fna`` whose record names
+end in ``|label`` (Nucleotide Transformer).
 
 Legend: B sequences, L bases, K classes.
 """

@@ -56,7 +56,7 @@ def test_relatives_stay_together() -> None:
     assigned = folds(found, ["a", "b"] * 6, 4, seed=1)
     assert assigned[0] == assigned[3] == assigned[5]
     assert set(assigned.tolist()) == {0, 1, 2, 3}
-    with pytest.raises(UserError, match="fewer folds"):
+    with pytest.raises(UserError, match="ask for fewer"):
         folds(found, ["a", "b"] * 6, 11, seed=1)
 
 
