@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from core.checkpoints import CONFIG, PUBLISHED_WEIGHTS, download, load_into, load_lm, read_weights
 from core.errors import UserError
 from core.lm import MambaLM
-from genomics import caduceus, hyenadna
+from genomics import caduceus, hyenadna_published
 from genomics.caduceus import Caduceus
 from genomics.fasta import Fasta
 from genomics.hyenadna import HyenaDNA
@@ -147,12 +147,12 @@ def _from_folder(folder: Path) -> Loaded:
         return Loaded(load_lm(folder), None)
     try:
         if is_hyena:
-            net: nn.Module = HyenaDNA(hyenadna.config_from_published(values))
+            net: nn.Module = HyenaDNA(hyenadna_published.config_from_published(values))
         else:
             net = Caduceus(caduceus.config_from_published(values))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{config}: {error}") from error
-    rename = hyenadna.rename_published if is_hyena else caduceus.rename_published
+    rename = hyenadna_published.rename_published if is_hyena else caduceus.rename_published
     state = rename(_weights(folder))
     if is_hyena:  # tables that follow from the configuration; some releases leave them out
         state = {**{k: v for k, v in net.state_dict().items() if ".pos_emb." in k or ".modulation." in k}, **state}

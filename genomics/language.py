@@ -176,6 +176,8 @@ class LanguageModel(TrainingModule):
                 part: f"{sum(map(len, intervals)):,} bases in {len(data.windows[part]):,} windows"
                 for part, intervals in data.parts.items()
             }
+            if lost := sum(data.left_out.values()):
+                facts["left out"] = f"{lost:,} windows that reach into another part"
             report.facts("Data", {"file": data.fasta.path.name, **facts})
 
 

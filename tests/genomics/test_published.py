@@ -5,7 +5,7 @@ import torch
 from cases import golden_cases, golden_inputs, golden_state_dict
 from fill import check, fill_input, fill_param
 
-from genomics import caduceus, hyenadna
+from genomics import caduceus, hyenadna_published
 from genomics.caduceus import Caduceus, CaduceusConfig
 from genomics.hyenadna import HyenaDNA, HyenaDNAConfig
 from genomics.vocabulary import COMPLEMENT
@@ -15,11 +15,11 @@ CADUCEUS = [(name, case) for name in ("caduceus_ph_a", "caduceus_ps_a") for case
 
 def test_golden_hyenadna() -> None:
     case = golden_cases("hyenadna_a")["main"]
-    model = HyenaDNA(hyenadna.config_from_published(case["config"])).eval()
+    model = HyenaDNA(hyenadna_published.config_from_published(case["config"])).eval()
     own = {name: list(t.shape) for name, t in model.state_dict().items() if name != "lm_head.weight"}
     assert own == case["params"]
     state = golden_state_dict(case, model)
-    model.load_state_dict(hyenadna.rename_published({f"model.{k}": v for k, v in state.items()}))
+    model.load_state_dict(hyenadna_published.rename_published({f"model.{k}": v for k, v in state.items()}))
     first = model.backbone.layers[0].mixer
     check(first.filter_fn.pos_emb.z, case["outputs"]["pos_emb_z"])
     check(first.filter_fn.pos_emb.t, case["outputs"]["pos_emb_t"])
@@ -145,5 +145,5 @@ def test_released_names_are_translated() -> None:
         if name != "lm_head.weight"
     }
     renamed |= {"torchmetrics.val": torch.zeros(1), "decoder.0.weight": torch.zeros(1)}
-    found = hyenadna.rename_published(renamed)
+    found = hyenadna_published.rename_published(renamed)
     assert set(found) == set(state)

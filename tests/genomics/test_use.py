@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from core.checkpoints import save_lm, save_weights
 from core.errors import UserError
-from genomics import caduceus, hyenadna
+from genomics import caduceus, hyenadna_published
 from genomics.caduceus import Caduceus, CaduceusConfig
 from genomics.embed import embed
 from genomics.fasta import Fasta
@@ -198,7 +198,7 @@ def test_released_folders(tmp_path: Path, genome: str) -> None:
     torch.manual_seed(0)
     hf = {"model_type": "hyenadna", "d_model": 8, "n_layer": 1, "d_inner": 32, "emb_dim": 5, "max_seq_len": 66,
           "activation_freq": 10, "filter_order": 8, "vocab_size": 12, "pad_vocab_size_multiple": 8}  # fmt: skip
-    net = HyenaDNA(hyenadna.config_from_published(hf)).eval()
+    net = HyenaDNA(hyenadna_published.config_from_published(hf)).eval()
     folders = {name: tmp_path / name for name in ("hf", "original", "ps", "mamba")}
     for folder in folders.values():
         folder.mkdir()
