@@ -52,7 +52,8 @@ def main() -> None:
             line = f"{dtype}: {bases / seconds / 1000:.1f} kb/s on {arguments.device}"
             if arguments.device == "cpu":
                 peaks = [processor.peak_mib(lambda n=n, m=model: read(m, fasta, n)) for n in (bases // 4, bases)]
-                line += f", {torch.get_num_threads()} threads; peak {peaks[0]:.0f} MiB, of four times as much {peaks[1]:.0f}"
+                threads = f"{torch.get_num_threads()} threads"
+                line += f", {threads}; peak {peaks[0]:.0f} MiB, of a contig four times as long {peaks[1]:.0f} MiB"
             print(line, flush=True)
 
 

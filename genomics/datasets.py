@@ -54,16 +54,26 @@ class Windows(Dataset):
         """Return (L + 1,) int64."""
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        """Return the windows of a batch: what does not depend on the window is done once for all."""
+    def __getitems__(self, indices: Sequence[int]) -> Tensor:
+        """Return the windows of a batch, (B, L + 1) int64; what does not depend on the window is done once for all."""
         ids = np.full((len(indices), self.length + 1), PAD, np.uint8)
         ids[:, 0] = BOS
-        turned = (torch.rand(len(indices)) < 0.5).tolist() if self.flip else [False] * len(indices)
-        for row, index, turn in zip(ids, indices, turned, strict=True):
+        for row, index in zip(ids, indices, strict=True):
             window = self.windows[index]
-            bases = self.fasta.read_padded(window.record, window.start, window.end)
-            row[1 : 1 + len(bases)] = reverse_complement(bases) if turn else bases
-        return list(torch.from_numpy(ids).long())
+            row[1 : 1 + len(window)] = self.fasta.read_padded(window.record, window.start, window.end)
+        if self.flip:
+            turned = (torch.rand(len(indices)) < 0.5).numpy()
+            whole = np.array([len(self.windows[index]) == self.length for index in indices])
+            ids[turned & whole, 1:] = reverse_complement(ids[turned & whole, 1:])
+            for row in np.flatnonzero(turned & ~whole).tolist():  # padding stays at the right
+                size = len(self.windows[indices[row]])
+                ids[row, 1 : 1 + size] = reverse_complement(ids[row, 1 : 1 + size])
+        return torch.from_numpy(ids).long()
+
+
+def collate(batch: Tensor) -> Tensor:
+    """What ``Windows`` gives is a batch already."""
+    return batch
 
 
 def targets(ids: Tensor) -> Tensor:
@@ -225,7 +235,7 @@ class GenomeData(LightningDataModule):
             batch_size=size,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
-            collate_fn=torch.stack,
+            collate_fn=collate,
             shuffle=shuffle,
             drop_last=drop_last,
         )

@@ -74,7 +74,7 @@ class Fasta:
 
     def read_padded(self, record: str, start: int, end: int) -> np.ndarray:
         """Return a window that may reach beyond its record, [PAD] there: (end - start,) uint8."""
-        low, high = max(start, 0), min(end, self.lengths[record])
+        low, high = max(start, 0), min(end, self.lengths.get(record, end))
         if low == start and high == end:
             return self.read(record, start, end)
         ids = np.full(end - start, PAD, np.uint8)

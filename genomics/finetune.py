@@ -66,6 +66,8 @@ def finetune(
     names = sorted(set(train.labels))
     if len(names) < 2:
         raise UserError(f"{data} has one class, {names[0]!r}; wanted two or more")
+    if test is not None and (new := set(test.labels) - set(names)):
+        raise UserError(f"{data}: the test part has a class {min(new)!r} that the training part lacks")
     groups = families(train.sequences) if homology else np.arange(len(train.labels))
     fold_of = folds(groups, train.labels, cross_validation, seed)
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
