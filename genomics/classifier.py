@@ -113,6 +113,10 @@ class SpeciesClassifier(TrainingModule):
             for k, s, g, p in rows
         ]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the names of the classes: ``genomics.predict`` writes them."""
+        checkpoint["hyper_parameters"]["class_names"] = list(self._data.class_names)
+
     def on_validation_epoch_start(self) -> None:
         """Start counting afresh."""
         self.confusion["val"].reset()  # pyright: ignore

@@ -5,7 +5,6 @@ Coordinates are 0-based and half-open, as in BED.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from core.errors import UserError
@@ -70,18 +69,6 @@ def read_bed(path: str | Path, lengths: Mapping[str, int]) -> list[tuple[Interva
     if not found:
         raise UserError(f"{path} holds no intervals; wanted lines of record, start and end")
     return found
-
-
-def check_disjoint(parts: Mapping[str, Sequence[Interval]]) -> None:
-    """Make sure that no base belongs to two parts of a split, nor twice to one.
-
-    Raises:
-        UserError: Naming two intervals that overlap.
-    """
-    tagged = sorted((interval, part) for part, intervals in parts.items() for interval in intervals)
-    for (before, part), (after, other) in pairwise(tagged):
-        if before.record == after.record and after.start < before.end:
-            raise UserError(f"{before} ({part}) and {after} ({other}) overlap; a base may be in the data once only")
 
 
 def split_by_records(

@@ -3,31 +3,46 @@
 Legend: B batch, L bases of a window.
 """
 
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torchmetrics.aggregation import MeanMetric
 
 from core.errors import UserError
 from core.training.module import OptimizerOptions, ScheduleOptions, TrainingModule
 from core.training.report import Report
 from genomics.datasets import IGNORED, GenomeData, targets
-from genomics.models import GenomeLM
+from genomics.memory import describe_memory
+from genomics.models import MixerName, Objective, build_lm
+from genomics.vocabulary import MASK, A, T
+
+MASKED_SHARE = 0.15
+POSITIONS = 32  # powers of two that positions are counted by
 
 
 class LanguageModel(TrainingModule):
-    """Next-token prediction of DNA (Nguyen et al. 2023; Gu & Dao 2023, section 4.3).
+    """Language models of DNA: next tokens (Nguyen et al. 2023; Gu & Dao 2023, section 4.3) or masked ones (Schiff et
+    al. 2024, section 4.1).
 
-    Perplexity is per base: exp of the mean loss over every A, C, G and T; the softmax is over all tokens.
+    Perplexity is per base: exp of the mean loss over every A, C, G and T (of the masked ones, for masked models); the
+    softmax is over all tokens.
 
     Args:
         d_model: Width of the model.
         n_layer: Number of blocks.
-        d_state: State size of each channel.
-        d_conv: Width of the causal convolution.
-        expand: Inner width over ``d_model``.
+        d_state: State size of each channel; of Mamba.
+        d_conv: Width of the causal convolution; of Mamba.
+        expand: Inner width over ``d_model``; of Mamba.
+        mixer: Which layer mixes the sequence: mamba, mamba2, mamba3 or hyena (HyenaDNA).
+        objective: Predict the next token (causal) or masked ones, from both sides (masked: Caduceus).
+        rcps: Masked models only: reverse-complement equivariant (Caduceus-PS).
+        context: Longest sequence of a Hyena model; follows the data's window.
         gradient_checkpointing: Compute blocks again in the backward pass instead of keeping their activations.
+        offload: Keep activations in the computer's memory instead of the GPU's.
         optimizer: The optimizer and its parameter groups.
         schedule: The learning rate over the run.
         compile: Compile the model.
@@ -43,35 +58,65 @@ class LanguageModel(TrainingModule):
         d_state: int = 16,
         d_conv: int = 4,
         expand: int = 2,
+        mixer: MixerName = "mamba",
+        objective: Objective = "causal",
+        rcps: bool = False,
+        context: int = 1024,
         gradient_checkpointing: bool = False,
+        offload: bool = False,
         optimizer: OptimizerOptions = OptimizerOptions(),
         schedule: ScheduleOptions = ScheduleOptions(),
         compile: bool = False,
     ) -> None:
         super().__init__(optimizer, schedule, compile)
         try:
-            self.net = GenomeLM(d_model, n_layer, d_state, d_conv, expand)
+            self.net = build_lm(mixer, objective, d_model, n_layer, d_state, d_conv, expand, rcps, context + 2)
         except ValueError as error:
             raise UserError(f"--model.{error}") from error
         self.net.set_gradient_checkpointing(gradient_checkpointing)
+        self.masked, self.recompute, self.offload = objective == "masked", gradient_checkpointing, offload
         self.losses = nn.ModuleDict({"val_": MeanMetric(), "test_": MeanMetric()})
+        self.by_position = torch.zeros(2, POSITIONS, dtype=torch.float64)  # nats and bases, by power of two
 
     def loss(self, batch: Tensor) -> Tensor:
         """Mean cross-entropy in nats of the bases in windows (B, L + 1); 0 where a batch holds none."""
-        total, count = self._summed(batch)
-        return total / count.clamp(min=1)
+        keep = save_on_cpu(pin_memory=self.device.type == "cuda") if self.offload else nullcontext()
+        with keep:
+            nats, wanted = self._nats(batch, None)
+        return nats.sum() / (wanted != IGNORED).sum().clamp(min=1)
 
-    def _summed(self, batch: Tensor) -> tuple[Tensor, Tensor]:
-        wanted = targets(batch)
-        logits = self.net(batch[:, :-1]).float()
-        total = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
-        return total, (wanted != IGNORED).sum()
+    def _nats(self, batch: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+        """Loss of each position (B, L), 0 where none is wanted, and what is wanted."""
+        if self.masked:
+            generator = None if seed is None else torch.Generator(batch.device).manual_seed(seed)
+            ids, wanted = mask_bases(batch[:, 1:], generator)
+        else:
+            ids, wanted = batch[:, :-1], targets(batch)
+        logits = self.net(ids).float()
+        nats = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
+        return nats.view(wanted.shape), wanted
 
     @torch.no_grad()
     def evaluate(self, batch: Tensor, stage: str) -> None:
-        """Add the losses of a batch's bases; every base weighs the same."""
-        total, count = self._summed(batch)
-        self.losses[f"{stage}_"].update(total / count.clamp(min=1), weight=count)  # pyright: ignore
+        """Add the losses of a batch's bases; every base weighs the same. Masks follow from the batch alone."""
+        nats, wanted = self._nats(batch, int(batch.sum()))
+        count = (wanted != IGNORED).sum()
+        self.losses[f"{stage}_"].update(nats.sum() / count.clamp(min=1), weight=count)  # pyright: ignore
+        if stage == "test":
+            bins = torch.arange(1, nats.shape[1] + 1, device=nats.device).log2().floor().long()
+            found = torch.stack([nats.sum(0), (wanted != IGNORED).sum(0)]).double()
+            self.by_position += (
+                torch.zeros(2, POSITIONS, dtype=torch.float64, device=nats.device)
+                .index_add_(1, bins, found)
+                .to(self.by_position.device)
+            )
+
+    def on_fit_start(self) -> None:
+        """Print how much memory a step will need."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, GenomeData) and self.trainer.is_global_zero:
+            tokens = data.batch_size * data.window
+            print(describe_memory(self.net, tokens, self.recompute, self.offload, str(self.trainer.precision)))
 
     def batch_tokens(self, batch: Tensor) -> int:
         """Return the number of tokens that are read."""
@@ -84,6 +129,7 @@ class LanguageModel(TrainingModule):
     def on_test_epoch_end(self) -> None:
         """Log loss, perplexity and what Markov chains reach on the same bases."""
         self._log_losses("test")
+        self.by_position = self.trainer.strategy.reduce(self.by_position.to(self.device), reduce_op="sum").cpu()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, GenomeData):
             for name, perplexity in data.baselines().items():
@@ -113,10 +159,42 @@ class LanguageModel(TrainingModule):
         if rows:
             note = "Held-out sequence; the chains are trained on the same bases. A uniform guess has 4."
             report.table("Perplexity on held-out loci", rows, note)
+        nats, bases = self.by_position
+        places = [
+            {
+                "position in the window": f"{2**i:,} to {2 ** (i + 1) - 1:,}",
+                "perplexity": float((nats[i] / bases[i]).exp()),
+            }
+            for i in range(POSITIONS)
+            if bases[i]
+        ]
+        if places:
+            report.table("Perplexity by position", places, "What more context is worth: all windows of the test.")
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, GenomeData):
             facts = {
                 part: f"{sum(map(len, intervals)):,} bases in {len(data.windows[part]):,} windows"
                 for part, intervals in data.parts.items()
             }
+            if lost := sum(data.left_out.values()):
+                facts["left out"] = f"{lost:,} windows that reach into another part"
             report.facts("Data", {"file": data.fasta.path.name, **facts})
+
+
+def mask_bases(ids: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Choose 15 % of the bases to predict: of these 80 % become [MASK], 10 % a random base, 10 % stay (BERT's rule).
+
+    N and padding are never chosen; unlike in published code, replacements are bases, not any token.
+
+    Args:
+        ids: (B, L) int64.
+        generator: Source of randomness; the global one by default.
+
+    Returns:
+        What the model reads, and the chosen tokens, ``IGNORED`` elsewhere; both (B, L).
+    """
+    draw, kind = (torch.rand(ids.shape, generator=generator, device=ids.device) for _ in range(2))
+    other = torch.randint(A, T + 1, ids.shape, generator=generator, device=ids.device)
+    chosen = (draw < MASKED_SHARE) & (ids >= A) & (ids <= T)
+    read = torch.where(chosen & (kind < 0.8), MASK, torch.where(chosen & (kind >= 0.9), other, ids))
+    return read, ids.masked_fill(~chosen, IGNORED)

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from core.checkpoints import load_into, read_weights
 from core.errors import UserError
 from core.lm import MambaConfig, MambaLM
+from genomics.caduceus import Caduceus, CaduceusConfig
+from genomics.hyenadna import HyenaDNA, HyenaDNAConfig
 from genomics.vocabulary import COMPLEMENT, PAD, TOKENS
 
 Pooling = Literal["max", "mean", "last"]
+MixerName = Literal["mamba", "mamba2", "mamba3", "hyena"]
+Objective = Literal["causal", "masked"]
 
 
 class GenomeLM(MambaLM):
@@ -28,14 +32,62 @@ class GenomeLM(MambaLM):
         d_state: State size of each channel.
         d_conv: Width of the causal convolution. Wider than text models' 4, a block sees a whole k-mer at once.
         expand: Inner width over D.
+        layer: Published name of the mixer, a key of ``MambaLM.mixers``.
 
     Raises:
-        ValueError: For sizes that do not fit.
+        ValueError: For sizes that do not fit, or an unknown mixer.
     """
 
-    def __init__(self, d_model: int, n_layer: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
-        mixer = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+    def __init__(
+        self, d_model: int, n_layer: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, layer: str = "Mamba1"
+    ) -> None:
+        mixer = {"layer": layer, "d_state": d_state, "d_conv": d_conv, "expand": expand}
         super().__init__(MambaConfig(d_model=d_model, n_layer=n_layer, vocab_size=len(TOKENS), ssm_cfg=mixer))
+
+
+def build_lm(
+    mixer: MixerName = "mamba",
+    objective: Objective = "causal",
+    d_model: int = 128,
+    n_layer: int = 8,
+    d_state: int = 16,
+    d_conv: int = 4,
+    expand: int = 2,
+    rcps: bool = False,
+    l_max: int = 1026,
+) -> "GenomeLM | HyenaDNA | Caduceus":
+    """Build a language model of DNA by the name of its mixer and its objective.
+
+    Causal with ``mamba``, ``mamba2`` or ``mamba3`` is ``GenomeLM``; causal with ``hyena`` is ``HyenaDNA`` with the
+    filters of the released models; masked is ``Caduceus``, -PS with ``rcps``.
+
+    Args:
+        mixer: Name of the mixer.
+        objective: ``causal`` or ``masked``.
+        d_model: Width D.
+        n_layer: Number of blocks.
+        d_state: State size; of Mamba.
+        d_conv: Width of the short convolution; of Mamba.
+        expand: Inner width over D; of Mamba.
+        rcps: Reverse-complement equivariant; masked models only.
+        l_max: Longest sequence; of Hyena.
+
+    Raises:
+        ValueError: For parts that do not go together.
+    """
+    mamba = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+    if objective == "masked":
+        if mixer != "mamba":
+            raise ValueError(f"mixer: got {mixer!r}, wanted 'mamba' for the masked objective, which reads both ways")
+        config = CaduceusConfig(d_model=d_model, n_layer=n_layer, rcps=rcps, ssm_cfg=mamba, fused_add_norm=False)
+        return Caduceus(config)
+    if rcps:
+        raise ValueError("rcps: got true for a causal model, wanted objective masked: strands need both directions")
+    if mixer == "hyena":
+        layer = {"l_max": l_max, "emb_dim": 5, "filter_order": 64, "w": 10, "lr_pos_emb": 0.0}
+        return HyenaDNA(HyenaDNAConfig(d_model=d_model, n_layer=n_layer, layer=layer, embed_dropout=0.0))
+    layer_names = {"mamba": "Mamba1", "mamba2": "Mamba2", "mamba3": "Mamba3"}
+    return GenomeLM(d_model, n_layer, layer=layer_names[mixer], **mamba)
 
 
 class GenomeClassifier(nn.Module):
@@ -54,7 +106,7 @@ class GenomeClassifier(nn.Module):
         ValueError: For sizes that do not fit.
     """
 
-    def __init__(self, num_classes: int, pooling: Pooling = "max", average_strands: bool = True, **sizes: int) -> None:
+    def __init__(self, num_classes: int, pooling: Pooling = "max", average_strands: bool = True, **sizes: Any) -> None:
         super().__init__()
         self.pooling: Pooling = pooling
         self.average_strands = average_strands
@@ -116,7 +168,7 @@ def load_backbone(model: GenomeClassifier, path: str | Path) -> None:
     Raises:
         UserError: If the file is none of these, or holds a model of another kind or size.
     """
-    state = _checkpoint_weights(Path(path)) if str(path).endswith(".ckpt") else read_weights(path)
+    state = read_checkpoint(Path(path))[0] if str(path).endswith(".ckpt") else read_weights(path)
     prefix = "backbone."
     backbone = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if not backbone:
@@ -124,13 +176,19 @@ def load_backbone(model: GenomeClassifier, path: str | Path) -> None:
     load_into(model.backbone, backbone, str(path))
 
 
-def _checkpoint_weights(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a training checkpoint: the net's weights, and the options it was built with.
+
+    Raises:
+        UserError: If the file is missing or something else.
+    """
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; wanted the .ckpt file of a run of genomics.pretrain")
+        raise UserError(f"no checkpoint at {path}; wanted the .ckpt file of a run of genomics.pretrain or .classify")
     try:
         checkpoint: Any = torch.load(path, map_location="cpu", weights_only=True)
         state = dict(checkpoint["state_dict"])
     except Exception as error:  # torch raises half a dozen kinds for files that are something else
         first = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is no checkpoint of a training run ({first}); give a .ckpt file of one") from error
-    return {name.removeprefix("net."): tensor for name, tensor in state.items()}
+    weights = {name.removeprefix("net."): tensor for name, tensor in state.items()}
+    return weights, dict(checkpoint.get("hyper_parameters", {}))

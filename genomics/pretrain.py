@@ -9,4 +9,5 @@ if __name__ == "__main__":
         "genomics.datasets.GenomeData",
         command="pretrain",
         default_recipe="pretrain",
+        links={"data.window": "model.context"},
     )

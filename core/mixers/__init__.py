@@ -1,7 +1,9 @@
 """Layers that mix a sequence, (B, L, D) -> (B, L, D), one a file; ``Mixer`` says what they have in common."""
 
 from core.mixers.attention import Attention, AttentionCache, AttentionState
+from core.mixers.bidirectional import BiMamba
 from core.mixers.contract import Mixer
+from core.mixers.hyena import Hyena, HyenaState
 from core.mixers.mamba import Mamba, MambaState
 from core.mixers.mamba2 import Mamba2, Mamba2State
 from core.mixers.mamba3 import Mamba3, Mamba3State
@@ -10,6 +12,9 @@ __all__ = [
     "Attention",
     "AttentionCache",
     "AttentionState",
+    "BiMamba",
+    "Hyena",
+    "HyenaState",
     "Mamba",
     "Mamba2",
     "Mamba2State",

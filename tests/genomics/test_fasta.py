@@ -3,6 +3,7 @@
 import gzip
 import pickle
 import stat
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from core.errors import UserError
-from genomics.fasta import Fasta
+from genomics.cache import PIECE, TWOBIT_MAGIC
+from genomics.fasta import Fasta, Genomes
 from genomics.vocabulary import decode, encode
 
 
@@ -123,7 +125,7 @@ def test_nothing_is_written_beside_the_file(tmp_path: Path) -> None:
         assert [file.name for file in folder.iterdir()] == ["a.fa"]
     finally:
         folder.chmod(0o755)
-    assert list((tmp_path / "cache" / "triscan" / "fasta").glob("*.fai"))
+    assert list((tmp_path / "cache" / "triscan" / "genomes").glob("*.u8"))
 
 
 def test_a_cache_that_cannot_be_made_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,3 +178,67 @@ def test_spawned_workers_get_a_copy_without_the_handle(tmp_path: Path) -> None:
     fasta = Fasta(write(tmp_path / "a.fa", ">a\nACGT\n"))
     fasta.read("a")
     assert decode(pickle.loads(pickle.dumps(fasta)).read("a", 1)) == "CGT"
+
+
+def as_twobit(records: dict[str, str], order: str) -> bytes:
+    """UCSC's format, written out by its description."""
+    place = 16 + sum(5 + len(name) for name in records)
+    index, body = b"", b""
+    for name, bases in records.items():
+        index += bytes([len(name)]) + name.encode() + struct.pack(order + "I", place + len(body))
+        body += struct.pack(order + "I", len(bases))
+        for inside in (lambda c: c in "Nn", str.islower):
+            flags = [0, *(int(inside(c)) for c in bases), 0]
+            starts = [i for i in range(len(bases)) if flags[i + 1] > flags[i]]
+            ends = [i for i in range(1, len(bases) + 1) if flags[i] > flags[i + 1]]
+            sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+            body += struct.pack(f"{order}I{2 * len(starts)}I", len(starts), *starts, *sizes)
+        codes = ["TCAG".find(c) if c in "TCAG" else 0 for c in bases.upper()] + [0] * (-len(bases) % 4)
+        quads = [codes[i : i + 4] for i in range(0, len(codes), 4)]
+        body += struct.pack(order + "I", 0) + bytes(a << 6 | b << 4 | c << 2 | d for a, b, c, d in quads)
+    return struct.pack(order + "4I", TWOBIT_MAGIC, 0, len(records), 0) + index + body
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_twobit(tmp_path: Path, order: str) -> None:
+    records = random_records(4, 300)
+    path = tmp_path / "genome.2bit"
+    path.write_bytes(as_twobit(records, order))
+    text = Fasta(write(tmp_path / "a.fa", as_fasta(records)), lower="mask")
+    binary = Fasta(path, lower="mask")
+    assert dict(binary.lengths) == dict(text.lengths)
+    for name, bases in records.items():
+        assert decode(Fasta(path).read(name)) == bases.upper()
+        assert np.array_equal(binary.read(name), text.read(name))
+        assert decode(binary.read(name)) == "".join("N" if c.islower() else c for c in bases)
+    path.write_bytes(as_twobit(records, order)[:-30] + b"")
+    with pytest.raises(UserError, match="ends early"):
+        Fasta(path)
+
+
+def test_fastq(tmp_path: Path) -> None:
+    path = write(tmp_path / "reads.fq.gz", "@r1 1:N\nACGT\n+\n@@II\n@r2\nNN\n+r2\nII\n")
+    reads = Fasta(path)
+    assert [(name, decode(reads.read(name))) for name in reads.lengths] == [("r1", "ACGT"), ("r2", "NN")]
+    with pytest.raises(UserError, match="line 1: no FASTQ read"):
+        Fasta(write(tmp_path / "bad.fq", "@r1\nACGT\n+\nIII\n"))
+
+
+def test_pieces_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = random_records(3, 200)
+    for size in (1, 7, 64):
+        monkeypatch.setattr("genomics.cache.PIECE", size)
+        path = write(tmp_path / f"{size}.fa", as_fasta(records, 9))
+        fasta = Fasta(path)
+        assert {name: decode(fasta.read(name)) for name in records} == {n: b.upper() for n, b in records.items()}
+    assert PIECE > 64
+
+
+def test_several_genomes_and_windows_beyond_the_end(tmp_path: Path) -> None:
+    both = Genomes([write(tmp_path / "a.fa", ">x\nACGT\n"), write(tmp_path / "b.fa", ">x\nTT\n")])
+    assert dict(both.lengths) == {"a:x": 4, "b:x": 2}
+    assert decode(both.read("b:x")) == "TT"
+    assert decode(both.read_padded("a:x", -1, 6)) == "[PAD]ACGT[PAD][PAD]"
+    assert dict(Genomes([tmp_path / "a.fa"]).lengths) == {"x": 4}
+    with pytest.raises(UserError, match="two genome files are called 'a'"):
+        Genomes([tmp_path / "a.fa", tmp_path / "a.fa"])

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from core.errors import UserError
 from genomics.intervals import (
     Interval,
-    check_disjoint,
     check_lengths,
     read_bed,
     split_by_coordinate,
@@ -18,6 +17,7 @@ from genomics.intervals import (
     tile,
     whole_records,
 )
+from genomics.windows import check_parts_disjoint
 
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=8)
 
@@ -41,7 +41,7 @@ def test_every_base_is_in_one_window(sizes: list[int], window: int) -> None:
 def test_split_by_coordinate_covers_once_and_in_order(sizes: list[int]) -> None:
     records = {f"r{i}": size for i, size in enumerate(sizes)}
     parts = split_by_coordinate(whole_records(records), 0.2, 0.3)
-    check_disjoint(parts)
+    check_parts_disjoint(parts)
     everything = [interval for part in parts.values() for interval in part]
     assert all((counts == 1).all() for counts in coverage(everything, records).values())
     total = sum(sizes)
@@ -76,14 +76,6 @@ def test_records_that_cannot_be_held_out(val: list[str], test: list[str], messag
 def test_shares_that_leave_nothing(val: float, test: float) -> None:
     with pytest.raises(UserError, match="shares"):
         split_by_coordinate(whole_records({"a": 100}), val, test)
-
-
-def test_overlap_is_found_within_and_between_parts() -> None:
-    check_disjoint({"train": [Interval("a", 0, 5)], "test": [Interval("a", 5, 9), Interval("b", 0, 5)]})
-    with pytest.raises(UserError, match=r"a:0-5 \(train\) and a:4-9 \(test\)"):
-        check_disjoint({"train": [Interval("a", 0, 5)], "test": [Interval("a", 4, 9)]})
-    with pytest.raises(UserError, match="overlap"):
-        check_disjoint({"train": [Interval("a", 0, 5), Interval("a", 0, 5)]})
 
 
 def test_an_interval_shorter_than_the_window_is_named() -> None:

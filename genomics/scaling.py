@@ -1,0 +1,199 @@
+"""Perplexity against context length: ``python -m genomics.scaling`` fills a table of short runs, one row a run.
+
+The table is the state: a run that is in it is not done again, so that the command can be stopped and started, on one
+machine or another, until all rows are there. Redraws figure 5 of Gu & Dao 2023 on the data at hand.
+
+Legend: B batch, L bases of a window.
+"""
+
+import csv
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from core.cli import run
+from core.errors import UserError
+from genomics.datasets import IGNORED, GenomeData, targets
+from genomics.models import MixerName, build_lm
+
+SIZES: dict[str, dict[str, int]] = {
+    "mamba": {"d_model": 128, "n_layer": 12},
+    "mamba2": {"d_model": 128, "n_layer": 12},
+    "mamba3": {"d_model": 128, "n_layer": 12},
+    "hyena": {"d_model": 128, "n_layer": 6},
+}
+RATES = {"mamba": 8e-3, "mamba2": 8e-3, "mamba3": 8e-3, "hyena": 1e-3}  # the paper's
+COLUMNS = ("data", "mixer", "context", "seed", "tokens", "parameters", "perplexity", "seconds", "device", "date")
+
+
+def scaling(
+    fasta: str | None = None,
+    mixers: tuple[MixerName, ...] = ("mamba", "hyena"),
+    contexts: tuple[int, ...] = (1024, 4096, 16384, 65536, 262144, 1048576),
+    tokens: int = 100_000_000,
+    tokens_per_step: int = 1 << 20,
+    test_tokens: int = 1 << 21,
+    d_model: int | None = None,
+    n_layer: int | None = None,
+    seed: int = 0,
+    most_runs: int | None = None,
+    device: str = "auto",
+    table: str = "runs/genomics/scaling.csv",
+) -> None:
+    """Trains each mixer at each context on equal tokens and writes its test perplexity as a row of the table.
+
+    Contexts longer than the training, validation or test part of the sequence are left out, with a message. Beside the
+    table stands its picture, of the same name with .png.
+
+    Args:
+        fasta: Genome file; null is the excerpt that comes with the package.
+        mixers: Which layers to compare: mamba, mamba2, mamba3, hyena.
+        contexts: Bases of a window.
+        tokens: Bases that each run trains on.
+        tokens_per_step: Bases of a step; windows longer than this are steps of one.
+        test_tokens: Bases of the test, at most.
+        d_model: Width instead of that of 1.3 to 1.4 M parameters, for trials.
+        n_layer: Number of blocks instead of that of 1.3 to 1.4 M parameters, for trials.
+        seed: Of weights and order.
+        most_runs: Stop after so many new rows; null is none.
+        device: cpu, cuda, or auto.
+        table: The table, which is made or gone on with.
+    """
+    path = Path(table)
+    done = read_table(path)
+    name = Path(fasta).name if fasta else "excerpt"
+    place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    new = 0
+    for mixer in mixers:
+        for context in contexts:
+            if (name, mixer, str(context), str(seed), str(tokens)) in done:
+                continue
+            if most_runs is not None and new >= most_runs:
+                break
+            sizes = {**SIZES[mixer], **{k: v for k, v in (("d_model", d_model), ("n_layer", n_layer)) if v}}
+            try:
+                data = GenomeData(fasta, window=context, batch_size=1, pad=True)
+            except UserError as error:
+                print(f"{mixer} at {context:,}: left out: {error}")
+                continue
+            if any(max(map(len, data.windows[part])) < context for part in ("train", "test")):
+                print(f"{mixer} at {context:,}: left out: no stretch of training or test sequence is that long")
+                continue
+            row = one_run(data, mixer, context, sizes, tokens, tokens_per_step, test_tokens, seed, place)
+            append(path, {"data": name, **row})
+            print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            new += 1
+    if path.is_file():
+        draw(path).savefig(path.with_suffix(".png"), dpi=144)
+        print(path)
+
+
+def one_run(
+    data: GenomeData, mixer: MixerName, context: int, sizes: dict[str, int], tokens: int, per_step: int,
+    test_tokens: int, seed: int, device: torch.device,
+) -> dict[str, Any]:  # fmt: skip
+    """Train and test one model; returns its row without the data's name."""
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+    net = build_lm(mixer, l_max=context + 2, **sizes).to(device)  # type: ignore[arg-type]
+    net.set_gradient_checkpointing(device.type == "cuda" and context >= 1 << 18)
+    optimizer = torch.optim.AdamW(net.parameters(), RATES[mixer], (0.9, 0.95), weight_decay=0.1)
+    data.batch_size = max(min(per_step // context, len(data.windows["train"])), 1)
+    steps = max(tokens // (data.batch_size * context), 1)
+    warm = max(steps // 10, 1)
+    step = 0
+    while step < steps:
+        for batch in data.train_dataloader():
+            rate = min((step + 1) / warm, max(steps - step, 1) / max(steps - warm, 1))
+            for group in optimizer.param_groups:
+                group["lr"] = RATES[mixer] * rate
+            nats, count = summed(net, batch.to(device))
+            (nats / count.clamp(min=1)).backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            if step == steps:
+                break
+    perplexity = test(net, data, test_tokens, device)
+    return {
+        "mixer": mixer, "context": context, "seed": seed, "tokens": tokens,
+        "parameters": sum(p.numel() for p in net.parameters()), "perplexity": f"{perplexity:.5f}",
+        "seconds": f"{time.perf_counter() - start:.1f}",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
+def summed(net: torch.nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss in nats of windows (B, L + 1), and how many bases it is over; in bfloat16 on a GPU."""
+    wanted = targets(batch)
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=batch.device.type == "cuda"):
+        logits = net(batch[:, :-1])
+    loss = F.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+    return loss, (wanted != IGNORED).sum()
+
+
+@torch.inference_mode()
+def test(net: torch.nn.Module, data: GenomeData, most: int, device: torch.device) -> float:
+    """Perplexity a base on the test's first windows."""
+    nats = count = 0.0
+    for batch in data.test_dataloader():
+        one, bases = summed(net, batch.to(device))
+        nats, count = nats + float(one), count + int(bases)
+        if count >= most:
+            break
+    return float(torch.tensor(nats / max(count, 1)).exp())
+
+
+def read_table(path: Path) -> set[tuple[str, ...]]:
+    """Which runs a table holds: data, mixer, context, seed and tokens of each row.
+
+    Raises:
+        UserError: If the file is no such table.
+    """
+    if not path.is_file():
+        return set()
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise UserError(f"{path} is no table of this command; wanted the columns {', '.join(COLUMNS)}")
+        return {tuple(row[key] for key in COLUMNS[:5]) for row in reader}
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to the table at once, with a header where the table begins."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    begin = not path.is_file()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if begin:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def draw(path: Path) -> Figure:
+    """Draw perplexity against context, a line a data set and mixer."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            lines.setdefault(f"{row['mixer']}, {row['data']}", []).append(
+                (int(row["context"]), float(row["perplexity"]))
+            )
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axis = figure.add_subplot()
+    for label, points in lines.items():
+        x, y = zip(*sorted(points), strict=True)
+        axis.plot(x, y, marker="o", label=label)
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("context (bases)")
+    axis.set_ylabel("test perplexity a base")
+    axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+if __name__ == "__main__":
+    run(scaling)
