@@ -77,7 +77,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         skip[i] = HAS_D && channel ? reinterpret_cast<const float*>(a.D)[p.k * a.channels + dc + i] : 0.0f;
     }
     const Rates rates(a, p, own);
-    float g[S], B[S], C[S], sum_A[S] = {}, sum_B[S] = {}, sum_C[S] = {}, total = 0.0f;
+    float g[S], B[S], C[S], sum_A[S] = {}, sum_B[S] = {}, sum_C[S] = {};
+    Sum total = 0;
     const i64 state = ((p.s * a.K + p.k) * a.channels + d) * a.N;
 #pragma unroll
     for (int i = 0; i < S; i++) {
@@ -88,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         B[i] = CONST_B && live ? reinterpret_cast<const float*>(a.B)[at] : 0.0f;
         C[i] = CONST_C && live ? reinterpret_cast<const float*>(a.C)[at] : 0.0f;
     }
-    for (i64 i = a.segments - 1; !ENDS && i > p.seg; i--) rates.pass(g, a, p, own, i);
+    for (i64 i = a.segments - 1; !ENDS && i > p.seg; i--) rates.pass<true>(g, a, p, own, i);
     float one[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) one[i] = lane >> 2 == i ? 1.0f : 0.0f;
@@ -101,16 +102,14 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     const Rows<const TDY> dy(a.dy, (p.b * a.L * a.dy_k + (a.dy_k > 1 ? p.k : 0)) * a.channels + dc, a.dy_k * a.channels, a);
     const i64 out = (p.b * a.L * a.K + p.k) * a.channels + dc, out_l = a.K * a.channels;
     const Rows<TDX> dx(a.dx, out, out_l, a);
-    const Rows<TDT> ddt(a.ddt, out, out_l, a);
+    const Rows<TDDT> ddt(a.ddt, out, out_l, a);
     const Rows<TDZ> dz(a.dz, out, out_l, a);
 
     const i64 part_of = (p.d0 - (int)p.g * (int)(a.channels / a.G)) / BD;  // each block writes sums of its own
     float* partial = reinterpret_cast<float*>(a.partial) + part_of * (a.slots * a.K * a.G * CHUNK * 2 * a.N);
 
 #if ENDS && SOFTPLUS
-    constexpr int ALL_ROWS = (CHUNK * RT + NT - 1) / NT;
-    float* all_sums = reinterpret_cast<float*>(memory);
-    i64 stop = first + reach<true, ALL_ROWS>(a, p, dt, bias, rates.slowest, first, last, all_sums);
+    i64 stop = first + reach<true>(a, p, rates.slowest, first, last, reinterpret_cast<float*>(memory));
     if (stop < last) total = __int_as_float(0x7f800000);  // what came after has decayed
     last = stop;
     __syncthreads();
@@ -123,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #pragma unroll
         for (int i = 0; i < S && !ENDS; i++) {
             bool live = own && (WHOLE_N || p.q * S + i < (int)a.N);
-            h[i] = live ? reinterpret_cast<const float*>(a.saved)[((slot * a.K + p.k) * a.N + p.q * S + i) * a.channels + d] : 0.0f;
+            h[i] = live ? *saved_at(a, p, slot, i) : 0.0f;
         }
         constexpr int ROWS = (CHUNK * RT + NT - 1) / NT, BROWS = (CHUNK * BT + NT - 1) / NT;
 #pragma unroll
@@ -161,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 }
                 store<2 * V>(&s_chan[r][row_chan], steps);
                 store<V>(&s_dy[r][col], gated);
-                if (TABLE && col == 0) s_keep[r] = entry[i] <= -3 ? 0.0f : 1.0f;
+                if (RESTARTS && col == 0) s_keep[r] = entry[i] <= -3 ? 0.0f : 1.0f;
             }
         }
         {
@@ -198,11 +197,13 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #if ENDS
 #pragma unroll 16
         for (int t = p.walks() ? CHUNK - 1 : -1; t >= 0; t--) {
-            float dt = s_chan[t][own_chan], dy = s_dy[t][p.ch], keep = TABLE ? s_keep[t] : 1.0f;
+            float dt = s_chan[t][own_chan], dy = s_dy[t][p.ch], keep = RESTARTS ? s_keep[t] : 1.0f, e[S];
             if (!CONST_C) fetch<S>(C, &s_C[t][p.q * S]);
+            rates.decays(e, dt, keep);
 #pragma unroll
-            for (int i = 0; i < S; i++) g[i] = decay(dt, rates.rate[i], rates.rest[i]) * keep * fmaf(dy, C[i], g[i]);
-            total = TABLE && keep == 0.0f ? __int_as_float(0x7f800000) : total + dt;
+            for (int i = 0; i < S; i++) g[i] = fmaf(dy, C[i], g[i]);
+            back(g, e, g);
+            add_step(total, dt, keep);
         }
 #else
         // 2. The state before each part of T steps.
@@ -215,13 +216,11 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                     const int t = part * T + j;
                     float2 c = *reinterpret_cast<const float2*>(&s_chan[t][own_chan]);
                     if (!CONST_B) fetch<S>(B, &s_B[t][p.q * S]);
-                    float keep = TABLE ? s_keep[t] : 1.0f;
+                    float e[S], u[S];
+                    rates.decays(e, c.x, RESTARTS ? s_keep[t] : 1.0f);
 #pragma unroll
-                    for (int i = 0; i < S; i++) {
-                        float e = decay(c.x, rates.rate[i], rates.rest[i]);
-                        if (TABLE) e *= keep;
-                        h[i] = fmaf(e, h[i], c.y * B[i]);
-                    }
+                    for (int i = 0; i < S; i++) u[i] = c.y * B[i];
+                    step(h, e, u);
                 }
                 store<S>(s_h[part + 1][tid], h);
             }
@@ -253,13 +252,11 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 for (int j = 0; j < T; j++) {
                     float2 c = *reinterpret_cast<const float2*>(&s_chan[t0 + j][own_chan]);
                     if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
-                    float keep = TABLE ? s_keep[t0 + j] : 1.0f;
+                    float u[S];
+                    rates.decays(es[j], c.x, RESTARTS ? s_keep[t0 + j] : 1.0f);
 #pragma unroll
-                    for (int i = 0; i < S; i++) {
-                        es[j][i] = decay(c.x, rates.rate[i], rates.rest[i]);
-                        if (TABLE) es[j][i] *= keep;
-                        hs[j + 1][i] = fmaf(es[j][i], hs[j][i], c.y * B[i]);
-                    }
+                    for (int i = 0; i < S; i++) u[i] = c.y * B[i], hs[j + 1][i] = hs[j][i];
+                    step(hs[j + 1], es[j], u);
                 }
                 float sums[T / 4][(S + 1) / 2][4] = {};
                 float2 uw[T];
@@ -270,19 +267,27 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                     float gy = s_dy[t0 + j][p.ch], u = 0.0f, w = 0.0f, share = 0.0f;
                     if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
                     if (!CONST_C) fetch<S>(C, &s_C[t0 + j][p.q * S]);
+                    float G[S];
+#pragma unroll
+                    for (int i = 0; i < S; i++) G[i] = fmaf(gy, C[i], g[i]);
+                    back(g, es[j], G);
 #pragma unroll
                     for (int i = 0; i < S; i += 2) {
-                        float dB[2] = {}, dC[2] = {};
+                        float dB[2] = {}, dC[2] = {}, q[2];
+#if PAIRS  // g conj(h)
+                        q[0] = fmaf(g[i], hs[j][i], g[i + 1] * hs[j][i + 1]);
+                        q[1] = fmaf(g[i + 1], hs[j][i], -g[i] * hs[j][i + 1]);
+#else
+#pragma unroll
+                        for (int m = 0; m < 2 && i + m < S; m++) q[m] = g[i + m] * hs[j][i + m];
+#endif
 #pragma unroll
                         for (int m = 0; m < 2 && i + m < S; m++) {
-                            float G = fmaf(gy, C[i + m], g[i + m]);
-                            dB[m] = c.y * G;
+                            dB[m] = c.y * G[i + m];
                             dC[m] = gy * hs[j + 1][i + m];
-                            g[i + m] = es[j][i + m] * G;
-                            float q = g[i + m] * hs[j][i + m];
-                            u = fmaf(B[i + m], G, u);
-                            w = fmaf(rates.rate[i + m], q, w);
-                            sum_A[i + m] = fmaf(c.x, q, sum_A[i + m]);
+                            u = fmaf(B[i + m], G[i + m], u);
+                            w = fmaf(rates.rate[i + m], q[m], w);
+                            sum_A[i + m] = fmaf(c.x, q[m], sum_A[i + m]);
                             if (HAS_Z) share = fmaf(hs[j + 1][i + m], C[i + m], share);
                             if (CONST_B) sum_B[i + m] += dB[m], dB[m] = 0.0f;
                             if (CONST_C) sum_C[i + m] += dC[m], dC[m] = 0.0f;
@@ -319,7 +324,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 if (!(channel && 0 <= r && r < T)) continue;
                 int token = token_of(entry[m]), row = row_of(a, entry[m], place + t0 + r);
                 Pack<TDX, V> ox;
-                Pack<TDT, V> odt;
+                Pack<TDDT, V> odt;
                 Pack<TDZ, V> oz;
                 float steps[2 * V], gated[V];
                 fetch<2 * V>(steps, &s_chan[t0 + r][row_chan]);
@@ -385,15 +390,10 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #endif
         if (ENDS) __syncthreads();
     }
-    const i64 at = ((p.s * a.segments + p.seg) * a.K + p.k) * a.channels + d;
 #if ENDS
-    if (own && p.q == 0) reinterpret_cast<float*>(a.sums)[at] = total;
-#pragma unroll
-    for (int i = 0; i < S; i++) {
-        int n = p.q * S + i;
-        if (own && n < a.N) reinterpret_cast<float*>(a.ends)[at * a.N + n] = g[i];
-    }
+    leave_segment(a, p, g, total, own);
 #else
+    const i64 at = ((p.s * a.segments + p.seg) * a.K + p.k) * a.channels + d;
 #pragma unroll
     for (int i = 0; i < S; i++) {
         int n = p.q * S + i;
