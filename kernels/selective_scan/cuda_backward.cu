@@ -6,6 +6,8 @@
 //     dB_t = dt_t x_t G_t, dC_t = dy_t h_t (summed over channels), d(dt_t x_t) = <B_t, G_t>, d(dt_t) = <A, q_t>, dA = sum dt_t q_t.
 // The sums over channels are matrix products with ones: a lane holds the products of a token and two states, and the
 // column of ones says which token's sum they go to. Sums over the warps follow in shared memory.
+// LOCAL: a warp loads and writes the rows of its own channels, so only the sums over warps need the others. They wait for
+// each other late: sums are added up once all have arrived with theirs, and stored once all have read those before.
 // ENDS: only g at the segment's start, from zero, and the sum of dt.
 
 __device__ __forceinline__ unsigned bits(float v) { return __float_as_uint(v); }
@@ -43,6 +45,33 @@ __device__ __forceinline__ void leave(const Args& a, void* sums, i64 at, float s
     *to = a.add ? *to + sum : sum;
 }
 
+// Barriers that threads arrive at and wait for at different times; one thread of each warp arrives.
+__device__ __forceinline__ unsigned address(const void* shared) { return (unsigned)__cvta_generic_to_shared(shared); }
+__device__ __forceinline__ void set_up(i64* barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void arrive(i64* barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(address(barrier)) : "memory");
+}
+// Waits until arrival number turn (from zero) is complete; every thread has waited for the one before.
+__device__ __forceinline__ void wait_for(i64* barrier, int turn) {
+    unsigned there;
+    do {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+            : "=r"(there) : "r"(address(barrier)), "r"(turn & 1) : "memory");
+#else
+        asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+            : "=r"(there) : "r"(address(barrier)), "r"(turn & 1) : "memory");
+#endif
+    } while (!there);
+}
+
+constexpr bool SUMS = !(CONST_B && CONST_C);
+constexpr bool LOCAL = EXTRA == 0 && 4 * GR * T / V >= 32;  // the rows of a part fill a warp
+// Floats of a row of shares, so that lanes that read two rows meet different banks.
+constexpr int Y_ROW = PADDED(BD * LN) + 4, UW_ROW = PADDED(2 * BD * LN) + 8;
 // Floats of a step's dB and dC and of a part's, so that lanes that write at once meet different banks.
 constexpr int SUM_ROW = 2 * NP + 4, SUM_ROWS = T * SUM_ROW + 16;
 
@@ -54,17 +83,20 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     float(*s_B)[NP] = reinterpret_cast<float(*)[NP]>(s_dy + CHUNK);
     float(*s_C)[NP] = s_B + CHUNK;  // also the sums of dB and dC, in their places
     float(*s_h)[WALKERS][S] = reinterpret_cast<float(*)[WALKERS][S]>(s_C + CHUNK);                     // states before parts
-    float(*s_y)[PADDED(BD * LN)] = reinterpret_cast<float(*)[PADDED(BD * LN)]>(s_h + (ENDS ? 0 : PARTS));
-    float(*s_uw)[PADDED(2 * BD * LN)] = reinterpret_cast<float(*)[PADDED(2 * BD * LN)]>(s_y + (ENDS ? 0 : T));
+    float(*s_y)[Y_ROW] = reinterpret_cast<float(*)[Y_ROW]>(s_h + (ENDS ? 0 : PARTS));
+    float(*s_uw)[UW_ROW] = reinterpret_cast<float(*)[UW_ROW]>(s_y + (ENDS ? 0 : T));
     float(*s_sum)[SUM_ROWS] = reinterpret_cast<float(*)[SUM_ROWS]>(s_uw + (ENDS ? 0 : T));  // dB and dC, of four channels each
-    float* s_keep = reinterpret_cast<float*>(s_sum + (ENDS || CONST_B && CONST_C ? 0 : NW * GR));
+    i64* s_stored = reinterpret_cast<i64*>(s_sum + (ENDS || !SUMS ? 0 : NW * GR));  // all warps' sums of a part are there
+    i64* s_read = s_stored + 1;                                                   // and added up
+    float* s_keep = reinterpret_cast<float*>(s_read + 1);
 
     const Place p(a);
     if (ENDS && p.seg == 0) return;  // nobody asks what leaves the first
     const int tid = threadIdx.x, lane = tid & 31, d = p.d0 + p.ch;
     __builtin_assume(tid < NT);
     const int own_chan = slot_of(2 * p.ch), own_y = slot_of(p.ch * LN + p.q), own_uw = slot_of(2 * (p.ch * LN + p.q));
-    const int row0 = tid / RT, col = tid % RT * V, dc = p.d0 + col;
+    constexpr int WR = (LOCAL ? 4 * GR : BD) / V;  // threads that load one row, of a warp's channels or of the block's
+    const int row0 = (LOCAL ? lane : tid) / WR, col = (LOCAL ? tid / 32 * (4 * GR) : 0) + tid % WR * V, dc = p.d0 + col;
     const int row_chan = slot_of(2 * col), row_y = slot_of(col * LN), row_uw = slot_of(2 * col * LN);
     const bool channel = dc < p.dend, own = p.walks() && d < p.dend;
     const i64 first = p.from(a, p.seg);
@@ -114,6 +146,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     last = stop;
     __syncthreads();
 #endif
+    if (LOCAL && SUMS && !ENDS && tid == 0) set_up(s_stored, NW), set_up(s_read, NW);
+    int turn = 0;  // parts so far
     for (i64 slot = last - 1; slot >= first; slot--) {
         const int place = (int)(slot - p.base) * CHUNK;
         const int parts = PACKED ? PARTS : (min(CHUNK, (int)a.P - place) + T - 1) / T;
@@ -242,7 +276,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 int token = token_of(entry[m]);
                 bool live = inside && in_map(a, token);
                 vx[m] = load<V>(x[token], live);
-                if (HAS_Z) vdy[m] = load<V>(dy[token], live);
+                vdy[m] = load<V>(dy[token], live);
                 if (HAS_Z) vz[m] = load<V>(z[token], live);
             }
             if (p.walks()) {
@@ -292,7 +326,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                             if (CONST_B) sum_B[i + m] += dB[m], dB[m] = 0.0f;
                             if (CONST_C) sum_C[i + m] += dC[m], dC[m] = 0.0f;
                         }
-                        if (!(CONST_B && CONST_C)) add_up(sums[j / 4][i / 2], one, j, dB, dC);
+                        if (SUMS) add_up(sums[j / 4][i / 2], one, j, dB, dC);
                     }
                     uw[j] = make_float2(u, w);
                     shares[j] = share;
@@ -304,7 +338,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                         }
                     }
                 }
-                if (!(CONST_B && CONST_C)) {
+                if (SUMS) {
+                    if (LOCAL && turn > 0) wait_for(s_read, turn - 1);
 #pragma unroll
                     for (int high = 0; high < T / 4; high++) {
                         float db[S], dc[S];
@@ -317,7 +352,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 }
             }
             // 4. The gradients of the part.
-            __syncthreads();
+            if (!LOCAL) __syncthreads();
+            else if (SUMS) arrive(s_stored);
+            else __syncwarp();
 #pragma unroll
             for (int m = 0; m < PASS; m++) {
                 int r = row0 + m * (NT / RT) - part % TURNS * T;
@@ -326,12 +363,12 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 Pack<TDX, V> ox;
                 Pack<TDDT, V> odt;
                 Pack<TDZ, V> oz;
-                float steps[2 * V], gated[V];
+                float steps[2 * V];
                 fetch<2 * V>(steps, &s_chan[t0 + r][row_chan]);
-                fetch<V>(gated, &s_dy[t0 + r][col]);
 #pragma unroll
                 for (int v = 0; v < V; v++) {
-                    float step = steps[2 * v], gy = gated[v], u = 0.0f, w = 0.0f, part_uw[2 * LN];
+                    const float gate = HAS_Z ? vz[m][v] : 0.0f, sig = HAS_Z ? sigmoid(gate) : 0.0f;
+                    float step = steps[2 * v], gy = HAS_Z ? vdy[m][v] * (gate * sig) : vdy[m][v], u = 0.0f, w = 0.0f, part_uw[2 * LN];
                     fetch<2 * LN>(part_uw, &s_uw[r][row_uw + slot_of(2 * v * LN)]);
 #pragma unroll
                     for (int i = 0; i < LN; i++) u += part_uw[2 * i], w += part_uw[2 * i + 1];
@@ -343,7 +380,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                     sum_D[v] = fmaf(gy, vx[m][v], sum_D[v]);
                     sum_bias[v] += slope;
                     if (HAS_Z) {
-                        float y = skip[v] * vx[m][v], gate = vz[m][v], sig = sigmoid(gate), shares[LN];
+                        float y = skip[v] * vx[m][v], shares[LN];
                         fetch<LN>(shares, &s_y[r][row_y + slot_of(v * LN)]);
 #pragma unroll
                         for (int i = 0; i < LN; i++) y += shares[i];
@@ -354,28 +391,34 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 save(dx[token], ox, in_map(a, token));
                 if (HAS_Z) save(dz[token], oz, in_map(a, token));
             }
-            if (!(CONST_B && CONST_C)) {  // over the warps; into the part's rows of B and C, which nobody needs any more
+            if (SUMS) {  // over the warps; into the part's rows of B and C, which nobody needs any more
+                if (LOCAL) wait_for(s_stored, turn);
+                constexpr int W = LOCAL ? 2 - NP % 2 : VN;
 #pragma unroll
-                for (int i0 = 0; i0 < T * 2 * NP; i0 += NT * VN) {
+                for (int i0 = 0; i0 < T * 2 * NP; i0 += NT * W) {
                     // by threads that have no gradients this time, if there are any
                     const int place = TURNS > 1 ? (tid + NT - (part % TURNS + 1) * T * RT) % NT : tid;
-                    const int i = i0 + place * VN, j = i / (2 * NP), which = i / NP & 1, n = i % NP;
-                    if (T * 2 * NP % (NT * VN) && i >= T * 2 * NP) break;
-                    float sum[VN], one_warp[VN];
-                    fetch<VN>(sum, &s_sum[0][j * SUM_ROW + which * NP + n]);
+                    const int i = i0 + place * W, j = i / (2 * NP), which = i / NP & 1, n = i % NP;
+                    if (T * 2 * NP % (NT * W) && i >= T * 2 * NP) break;
+                    float sum[W], one_warp[W];
+                    fetch<W>(sum, &s_sum[0][j * SUM_ROW + which * NP + n]);
 #pragma unroll
                     for (int m = 1; m < NW * GR; m++) {
-                        fetch<VN>(one_warp, &s_sum[m][j * SUM_ROW + which * NP + n]);
+                        fetch<W>(one_warp, &s_sum[m][j * SUM_ROW + which * NP + n]);
 #pragma unroll
-                        for (int v = 0; v < VN; v++) sum[v] += one_warp[v];
+                        for (int v = 0; v < W; v++) sum[v] += one_warp[v];
                     }
-                    store<VN>(&s_B[which * CHUNK + t0 + j][n], sum);
+                    store<W>(&s_B[which * CHUNK + t0 + j][n], sum);
                 }
+                if (LOCAL) arrive(s_read);
             }
-            __syncthreads();
+            if (!LOCAL) __syncthreads();
+            else if (!SUMS) __syncwarp();
+            turn++;
         }
+        if (LOCAL) __syncthreads();
         // 5. The slot's dB and dC.
-        if (!(CONST_B && CONST_C)) {
+        if (SUMS) {
             const i64 at = PACKED ? slot : p.s * (a.hi - a.lo) + slot - p.begin;  // among the slots of this launch
             float* to = partial + ((at * a.K + p.k) * a.G + p.g) * CHUNK * 2 * a.N;
 #pragma unroll 4

@@ -62,9 +62,9 @@ class Shape(NamedTuple):
         T, states = self.part, self.lanes * self.states
         staged = CHUNK * (rows(2 * self.width) + self.width + 2 * states + 1)
         if ends:
-            return staged
+            return staged + 4
         starts = CHUNK // T * 32 * self.warps * self.states
-        shares = T * (rows(self.width * self.lanes) + rows(2 * self.width * self.lanes))
+        shares = T * (rows(self.width * self.lanes) + rows(2 * self.width * self.lanes) + 12) + 4
         return staged + starts + shares + 8 // self.lanes * self.warps * (T * (2 * states + 4) + 16)
 
 
