@@ -69,6 +69,7 @@ __device__ __forceinline__ void wait_for(i64* barrier, int turn) {
 }
 
 constexpr bool SUMS = !(CONST_B && CONST_C);
+constexpr int HELD = 2;  // steps whose shares wait in registers: no load moves over a store
 constexpr bool LOCAL = EXTRA == 0 && 4 * GR * T / V >= 32;  // the rows of a part fill a warp
 // Floats of a row of shares, so that lanes that read two rows meet different banks.
 constexpr int Y_ROW = PADDED(BD * LN) + 4, UW_ROW = PADDED(2 * BD * LN) + 8;
@@ -330,9 +331,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                     }
                     uw[j] = make_float2(u, w);
                     shares[j] = share;
-                    if (j % 4 == 0) {
+                    if (j % HELD == 0) {
 #pragma unroll
-                        for (int m = j; m < j + 4; m++) {
+                        for (int m = j; m < j + HELD; m++) {
                             *reinterpret_cast<float2*>(&s_uw[m][own_uw]) = uw[m];
                             if (HAS_Z) s_y[m][own_y] = shares[m];
                         }
