@@ -118,6 +118,12 @@ def test_complex_states(state: int, dtype: torch.dtype) -> None:
 
 @gpu
 @needs_gpu
+def test_one_complex_state_of_many_channels() -> None:
+    check(inputs(B=8, L=20, D=600, N=1, options=FULL, complex_=True), "cuda", "cuda", torch.float32)
+
+
+@gpu
+@needs_gpu
 @pytest.mark.parametrize("reverse", [False, True])
 def test_complex_segments_at_once(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_in(5, monkeypatch)
