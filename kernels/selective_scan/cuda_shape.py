@@ -87,9 +87,7 @@ def shape_of(
     """
     cores, memory = properties(device)
     lanes = 1 if state <= 4 else 2 if state <= 8 else 4 if state <= 16 else 8
-    if (
-        not backward
-    ):  # few channels: more lanes, each with fewer states, walk faster than segments that need a first pass
+    if not backward:  # few channels: more lanes with fewer states beat segments, which need a first pass
         while lanes < min(8, state) and 2 * scans * -(-channels * lanes // (32 * WARPS)) <= cores:
             lanes *= 2
     states = -(-state // lanes)
@@ -101,7 +99,7 @@ def shape_of(
     if backward:
         extra = (max(1, 4 // lanes) - 1) * warps
         small = lanes == 1 or (states <= 4 and not extra and (wide or slots <= SHORT))
-        resident = 2 if extra else 1 if warps > WARPS else 3
+        resident = 1 if warps > WARPS or lanes == 1 else 2 if extra else 3
     else:
         extra = 2 * warps if lanes == 1 else warps
         small = lanes <= 2 or states > 4 or wide or slots <= SHORT // 4
