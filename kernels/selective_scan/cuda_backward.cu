@@ -159,16 +159,27 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
             bool live = own && (WHOLE_N || p.q * S + i < (int)a.N);
             h[i] = live ? *saved_at(a, p, slot, i) : 0.0f;
         }
-        constexpr int ROWS = (CHUNK * RT + NT - 1) / NT, BROWS = (CHUNK * BT + NT - 1) / NT;
+        constexpr int ROWS = (CHUNK * RT + NT - 1) / NT, BROWS = (CHUNK * BT + NT - 1) / NT, ONCE = 8;  // rows loaded at once
+        Raw<TB, VN> vB[BROWS];
+        Raw<TC, VN> vC[BROWS];
 #pragma unroll
-        for (int half = 0; half < ROWS; half += 4) {
-            Raw<TX, V> vx[4];
-            Raw<TDT, V> vdt[4];
-            Raw<TDY, V> vdy[4];
-            Raw<TZ, V> vz[4];
-            int entry[4];
+        for (int i = 0; i < BROWS; i++) {
+            int item = tid + i * NT, r = item / BT, n = item % BT * VN;
+            bool inside = CHUNK * BT % NT == 0 || r < CHUNK;
+            int row = inside ? row_of(a, entry_of(a, p.b, p.k, place + r), place + r) : -1;
+            bool live = inside && in_map(a, row) && (WHOLE_N || n < (int)a.N);
+            if (!CONST_B && !ENDS) vB[i] = load<VN>(B_rows[row] + n * (int)a.B_n, live);
+            if (!CONST_C) vC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live);
+        }
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+        for (int half = 0; half < ROWS; half += ONCE) {
+            Raw<TX, V> vx[ONCE];
+            Raw<TDT, V> vdt[ONCE];
+            Raw<TDY, V> vdy[ONCE];
+            Raw<TZ, V> vz[ONCE];
+            int entry[ONCE];
+#pragma unroll
+            for (int i = 0; i < ONCE; i++) {
                 int r = row0 + (half + i) * (NT / RT);
                 bool inside = half + i < ROWS && (CHUNK * RT % NT == 0 || r < CHUNK);
                 entry[i] = inside ? entry_of(a, p.b, p.k, place + r) : -2;
@@ -180,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 if (HAS_Z) vz[i] = load<V>(z[token], in);
             }
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < ONCE; i++) {
                 int r = row0 + (half + i) * (NT / RT);
                 if (half + i >= ROWS || CHUNK * RT % NT && r >= CHUNK) continue;
                 float steps[2 * V], gated[V];
@@ -198,25 +209,12 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 if (RESTARTS && col == 0) s_keep[r] = entry[i] <= -3 ? 0.0f : 1.0f;
             }
         }
-        {
-            Raw<TB, VN> vB[BROWS];
-            Raw<TC, VN> vC[BROWS];
 #pragma unroll
-            for (int i = 0; i < BROWS; i++) {
-                int item = tid + i * NT, r = item / BT, n = item % BT * VN;
-                bool inside = CHUNK * BT % NT == 0 || r < CHUNK;
-                int row = inside ? row_of(a, entry_of(a, p.b, p.k, place + r), place + r) : -1;
-                bool live = inside && in_map(a, row) && (WHOLE_N || n < (int)a.N);
-                if (!CONST_B && !ENDS) vB[i] = load<VN>(B_rows[row] + n * (int)a.B_n, live);
-                if (!CONST_C) vC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live);
-            }
-#pragma unroll
-            for (int i = 0; i < BROWS; i++) {
-                int item = tid + i * NT, r = item / BT, n = item % BT * VN;
-                if (CHUNK * BT % NT && r >= CHUNK) continue;
-                if (!CONST_B && !ENDS) stage_states(&s_B[r][n], vB[i]);
-                if (!CONST_C) stage_states(&s_C[r][n], vC[i]);
-            }
+        for (int i = 0; i < BROWS; i++) {
+            int item = tid + i * NT, r = item / BT, n = item % BT * VN;
+            if (CHUNK * BT % NT && r >= CHUNK) continue;
+            if (!CONST_B && !ENDS) stage_states(&s_B[r][n], vB[i]);
+            if (!CONST_C) stage_states(&s_C[r][n], vC[i]);
         }
         if (slot > first && tid < CHUNK) {  // the next slot's rows on their way to the second-level cache
             int token = token_of(entry_of(a, p.b, p.k, place - CHUNK + tid));
