@@ -159,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
             bool live = own && (WHOLE_N || p.q * S + i < (int)a.N);
             h[i] = live ? *saved_at(a, p, slot, i) : 0.0f;
         }
-        constexpr int ROWS = (CHUNK * RT + NT - 1) / NT, BROWS = (CHUNK * BT + NT - 1) / NT, ONCE = 8;  // rows loaded at once
+        constexpr int ROWS = (CHUNK * RT + NT - 1) / NT, BROWS = (CHUNK * BT + NT - 1) / NT, ONCE = PRECISE ? 4 : 8;  // rows
         Raw<TB, VN> vB[BROWS];
         Raw<TC, VN> vC[BROWS];
 #pragma unroll
@@ -171,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
             if (!CONST_B && !ENDS) vB[i] = load<VN>(B_rows[row] + n * (int)a.B_n, live);
             if (!CONST_C) vC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live);
         }
-#pragma unroll
+#pragma unroll 1  // precise softplus and sigmoid are long: once is enough for the compiler
         for (int half = 0; half < ROWS; half += ONCE) {
             Raw<TX, V> vx[ONCE];
             Raw<TDT, V> vdt[ONCE];
