@@ -89,8 +89,8 @@ def _named(backend: str, source: str, device: torch.device, cuda: bool) -> tuple
             return backend, reason
         raise ValueError(
             f"backend 'cuda' ({source}): got arguments on {device.type} for which this op has no CUDA kernel, wanted "
-            "an NVIDIA GPU of compute capability 8.0 or later, real float32, bfloat16 or float16 tensors and at "
-            "most 64 states; use backend='auto'"
+            "an NVIDIA GPU of compute capability 8.0 or later and float32, bfloat16, float16 or complex64 tensors; "
+            "use backend='auto'"
         )
     if not has("triton"):
         raise ValueError(f"backend {backend!r} ({source}): Triton is not installed; pip install triton")

@@ -1,9 +1,10 @@
-"""The selective scan on NVIDIA GPUs: CUDA C++ that NVRTC compiles at run time, for real numbers and up to 64 states.
+"""The selective scan on NVIDIA GPUs: CUDA C++ that NVRTC compiles at run time, for float32 and 16-bit inputs.
 
     h_t = a_t h_{t-1} + dt_t B_t x_t,  a_t = exp(dt_t A),  y_t = <C_t, h_t> + D x_t        (Gu & Dao 2023, algorithm 2)
 
 The kernels are in ``cuda_forward.cu`` and ``cuda_backward.cu``; ``triton.py`` is their plain Triton twin. What they are
-compiled and launched with is in ``cuda_launch.py`` and ``cuda_shape.py``.
+compiled and launched with is in ``cuda_launch.py`` and ``cuda_shape.py``; what becomes of complex numbers and of more
+than 64 states, in ``cuda_states.py``.
 
 B batch, L tokens, D channels, N state, K routes, P positions, G groups, S sequences.
 """
@@ -18,21 +19,22 @@ from torch import Tensor
 from kernels import nvrtc, plans
 from kernels.selective_scan.cuda_launch import TYPES, Launch, shape_for
 from kernels.selective_scan.cuda_shape import properties
+from kernels.selective_scan.cuda_states import Part, doubled, joined, parts_of, real, saved_from
 from kernels.selective_scan.cuda_sums import Sums
-from kernels.selective_scan.outputs import MapGradients, finished_y, new_y
+from kernels.selective_scan.outputs import MapGradients, finished_y, new_map, new_y
 from kernels.selective_scan.problem import Problem
 
 if TYPE_CHECKING:
     from kernels.selective_scan import Gradients
 
-MAX_STATE = 64
+NUMBERS = (*TYPES, torch.complex64)
 
 
 def supports(p: Problem) -> bool:
     """Whether these kernels can take the problem; the Triton kernels take any."""
-    if not p.x.is_cuda or p.is_complex or p.state > MAX_STATE or not nvrtc.available():
+    if not p.x.is_cuda or not nvrtc.available():
         return False
-    if not all(t is None or t.dtype in TYPES for t in (p.x, p.dt, p.B, p.C, p.z)):
+    if not all(t is None or t.dtype in NUMBERS for t in (p.x, p.dt, p.B, p.C, p.z)):
         return False
     return 4 * shape_for(p, backward=True).backward_words(ends=False) <= properties(p.x.device)[1]
 
@@ -64,17 +66,29 @@ def forward(p: Problem, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward(p: Problem, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
-    launch = Launch(p)
-    shared, macros = 4 * launch.shape.forward_words, {"T": launch.shape.tile, "EXACT": int(exact)}
-    saved = launch.float32(p.slots, p.routes, p.state, p.channels)
+    saved = torch.empty((p.slots, p.routes, p.state, p.channels), dtype=p.state_dtype, device=p.x.device)
     if p.cu_seqlens is not None:
         saved.zero_()
+    y, parts = new_y(p), parts_of(p)
+    before = new_map(p, torch.float32) if len(parts) > 1 else None  # y of the parts so far
+    finals = []
+    for i, part in enumerate(parts):
+        out = y
+        if before is not None and i < len(parts) - 1:
+            part, out = replace(part, p=replace(part.p, D=None, z=None)), before
+        finals.append(_forward_part(part, exact, saved_from(saved, part), out, before if i > 0 else None))
+    return finished_y(p, y), joined(finals, p.is_complex), saved
+
+
+def _forward_part(part: Part, exact: bool, saved: Tensor, y: Tensor, before: Tensor | None) -> Tensor:
+    """The scan over some states: fills ``saved``, and y on top of ``before``; returns the final state."""
+    launch, p = Launch(part), part.p
+    shared, macros = 4 * launch.shape.forward_words, {"T": launch.shape.tile, "EXACT": int(exact)}
     final = launch.float32(p.sequences, p.routes, p.channels, p.state)
-    y = new_y(p)
     found = launch.carries("forward", shared, {}, **macros)
-    launch.run("forward", shared, {"saved": saved, "final": final, "y": y, **found},
-               **macros, TY=TYPES[y.dtype], HAS_INITIAL=p.initial_state is not None)  # fmt: skip
-    return finished_y(p, y), final, saved
+    launch.run("forward", shared, {"saved": saved, "final": final, "y": y, "partial": before, **found}, **macros,
+               TY=TYPES[y.dtype], HAS_INITIAL=p.initial_state is not None, ADD=before is not None)  # fmt: skip
+    return final
 
 
 def backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> Gradients:
@@ -98,12 +112,47 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> G
     from kernels.selective_scan import Gradients
 
     dy = (dy.unsqueeze(2) if dy.ndim == 3 else dy).contiguous()
-    launch = Launch(p, dy)
-    maps = MapGradients.new(p)
+    if dstate is not None and p.is_complex:
+        dstate = real(dstate)
+    parts, found, maps = parts_of(p), [], None
+    for i, part in enumerate(parts):
+        if i > 0:  # D belongs to one of them
+            part = replace(part, p=replace(part.p, D=None))
+        end = dstate if dstate is None else dstate[..., part.first : part.first + part.p.state]
+        more, sums = _backward_part(part, dy, end, saved_from(saved, part), wide=len(parts) > 1)
+        maps = more if maps is None else maps.plus(more)
+        found.append(sums)
+    assert maps is not None
+
+    def states(name: str) -> Tensor:
+        return joined([sums.total(name) for sums in found], False)
+
+    dC = doubled(states("dC")) if p.is_complex else states("dC")
+    bias = sum(sums.total("dbias") for sums in found) if p.dt_bias is not None else None
+    return Gradients(
+        x=maps.merged_x,
+        dt=maps.dt,
+        A=joined([states("dA")], p.is_complex),
+        B=joined([states("dB")], p.is_complex),
+        C=joined([dC], p.is_complex),
+        D=None if p.D is None else found[0].total("dD"),
+        z=maps.merged_z,
+        dt_bias=bias,  # type: ignore[arg-type]
+        initial_state=None if p.initial_state is None else joined([sums.g[0] for sums in found], p.is_complex),
+    )
+
+
+def _backward_part(
+    part: Part, dy: Tensor, dstate: Tensor | None, saved: Tensor, wide: bool
+) -> tuple[MapGradients, Sums]:
+    """The gradients that come from some states; of maps as float32 if there are others to add (``wide``)."""
+    launch, p = Launch(part, dy), part.p
+    maps = MapGradients.new(p, torch.float32 if wide else None)
     sums = Sums.new(p, launch.shape, dstate)
     macros: dict[str, str | int] = {
         "TDY": TYPES[dy.dtype],
         "TDX": TYPES[maps.x.dtype],
+        "TDDT": TYPES[maps.dt.dtype],
         "TDZ": "float" if maps.z is None else TYPES[maps.z.dtype],
         "HAS_FINAL": int(dstate is not None or sums.slices > 1),
     }
@@ -114,14 +163,4 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> G
         launch.run("backward", 4 * launch.shape.backward_words(ends=False), fields, **macros)
         if sums.parts is not None:  # of the blocks' channels, in their order
             launch.start("reduce", -(-sums.entries(i) // 256), 256, 0, fields)
-    return Gradients(
-        x=maps.merged_x,
-        dt=maps.dt,
-        A=sums.total("dA"),
-        B=sums.total("dB"),
-        C=sums.total("dC"),
-        D=None if p.D is None else sums.total("dD"),
-        z=maps.merged_z,
-        dt_bias=None if p.dt_bias is None else sums.total("dbias"),
-        initial_state=None if p.initial_state is None else sums.g[0],
-    )
+    return maps, sums

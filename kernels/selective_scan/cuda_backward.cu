@@ -6,6 +6,8 @@
 //     dB_t = dt_t x_t G_t, dC_t = dy_t h_t (summed over channels), d(dt_t x_t) = <B_t, G_t>, d(dt_t) = <A, q_t>, dA = sum dt_t q_t.
 // The sums over channels are matrix products with ones: a lane holds the products of a token and two states, and the
 // column of ones says which token's sum they go to. Sums over the warps follow in shared memory.
+// LOCAL: a warp loads and writes the rows of its own channels, so only the sums over warps need the others. They wait for
+// each other late: sums are added up once all have arrived with theirs, and stored once all have read those before.
 // ENDS: only g at the segment's start, from zero, and the sum of dt.
 
 __device__ __forceinline__ unsigned bits(float v) { return __float_as_uint(v); }
@@ -43,6 +45,34 @@ __device__ __forceinline__ void leave(const Args& a, void* sums, i64 at, float s
     *to = a.add ? *to + sum : sum;
 }
 
+// Barriers that threads arrive at and wait for at different times; one thread of each warp arrives.
+__device__ __forceinline__ unsigned address(const void* shared) { return (unsigned)__cvta_generic_to_shared(shared); }
+__device__ __forceinline__ void set_up(i64* barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void arrive(i64* barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(address(barrier)) : "memory");
+}
+// Waits until arrival number turn (from zero) is complete; every thread has waited for the one before.
+__device__ __forceinline__ void wait_for(i64* barrier, int turn) {
+    unsigned there;
+    do {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+            : "=r"(there) : "r"(address(barrier)), "r"(turn & 1) : "memory");
+#else
+        asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+            : "=r"(there) : "r"(address(barrier)), "r"(turn & 1) : "memory");
+#endif
+    } while (!there);
+}
+
+constexpr bool SUMS = !(CONST_B && CONST_C);
+constexpr int HELD = 2;  // steps whose shares wait in registers: no load moves over a store
+constexpr bool LOCAL = EXTRA == 0 && 4 * GR * T / V >= 32;  // the rows of a part fill a warp
+// Floats of a row of shares, so that lanes that read two rows meet different banks.
+constexpr int Y_ROW = PADDED(BD * LN) + 4, UW_ROW = PADDED(2 * BD * LN) + 8;
 // Floats of a step's dB and dC and of a part's, so that lanes that write at once meet different banks.
 constexpr int SUM_ROW = 2 * NP + 4, SUM_ROWS = T * SUM_ROW + 16;
 
@@ -54,17 +84,20 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     float(*s_B)[NP] = reinterpret_cast<float(*)[NP]>(s_dy + CHUNK);
     float(*s_C)[NP] = s_B + CHUNK;  // also the sums of dB and dC, in their places
     float(*s_h)[WALKERS][S] = reinterpret_cast<float(*)[WALKERS][S]>(s_C + CHUNK);                     // states before parts
-    float(*s_y)[PADDED(BD * LN)] = reinterpret_cast<float(*)[PADDED(BD * LN)]>(s_h + (ENDS ? 0 : PARTS));
-    float(*s_uw)[PADDED(2 * BD * LN)] = reinterpret_cast<float(*)[PADDED(2 * BD * LN)]>(s_y + (ENDS ? 0 : T));
+    float(*s_y)[Y_ROW] = reinterpret_cast<float(*)[Y_ROW]>(s_h + (ENDS ? 0 : PARTS));
+    float(*s_uw)[UW_ROW] = reinterpret_cast<float(*)[UW_ROW]>(s_y + (ENDS ? 0 : T));
     float(*s_sum)[SUM_ROWS] = reinterpret_cast<float(*)[SUM_ROWS]>(s_uw + (ENDS ? 0 : T));  // dB and dC, of four channels each
-    float* s_keep = reinterpret_cast<float*>(s_sum + (ENDS || CONST_B && CONST_C ? 0 : NW * GR));
+    i64* s_stored = reinterpret_cast<i64*>(s_sum + (ENDS || !SUMS ? 0 : NW * GR));  // all warps' sums of a part are there
+    i64* s_read = s_stored + 1;                                                   // and added up
+    float* s_keep = reinterpret_cast<float*>(s_read + 1);
 
     const Place p(a);
     if (ENDS && p.seg == 0) return;  // nobody asks what leaves the first
     const int tid = threadIdx.x, lane = tid & 31, d = p.d0 + p.ch;
     __builtin_assume(tid < NT);
     const int own_chan = slot_of(2 * p.ch), own_y = slot_of(p.ch * LN + p.q), own_uw = slot_of(2 * (p.ch * LN + p.q));
-    const int row0 = tid / RT, col = tid % RT * V, dc = p.d0 + col;
+    constexpr int WR = (LOCAL ? 4 * GR : BD) / V;  // threads that load one row, of a warp's channels or of the block's
+    const int row0 = (LOCAL ? lane : tid) / WR, col = (LOCAL ? tid / 32 * (4 * GR) : 0) + tid % WR * V, dc = p.d0 + col;
     const int row_chan = slot_of(2 * col), row_y = slot_of(col * LN), row_uw = slot_of(2 * col * LN);
     const bool channel = dc < p.dend, own = p.walks() && d < p.dend;
     const i64 first = p.from(a, p.seg);
@@ -77,7 +110,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         skip[i] = HAS_D && channel ? reinterpret_cast<const float*>(a.D)[p.k * a.channels + dc + i] : 0.0f;
     }
     const Rates rates(a, p, own);
-    float g[S], B[S], C[S], sum_A[S] = {}, sum_B[S] = {}, sum_C[S] = {}, total = 0.0f;
+    float g[S], B[S], C[S], sum_A[S] = {}, sum_B[S] = {}, sum_C[S] = {};
+    Sum total = 0;
     const i64 state = ((p.s * a.K + p.k) * a.channels + d) * a.N;
 #pragma unroll
     for (int i = 0; i < S; i++) {
@@ -88,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         B[i] = CONST_B && live ? reinterpret_cast<const float*>(a.B)[at] : 0.0f;
         C[i] = CONST_C && live ? reinterpret_cast<const float*>(a.C)[at] : 0.0f;
     }
-    for (i64 i = a.segments - 1; !ENDS && i > p.seg; i--) rates.pass(g, a, p, own, i);
+    for (i64 i = a.segments - 1; !ENDS && i > p.seg; i--) rates.pass<true>(g, a, p, own, i);
     float one[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) one[i] = lane >> 2 == i ? 1.0f : 0.0f;
@@ -101,20 +135,20 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     const Rows<const TDY> dy(a.dy, (p.b * a.L * a.dy_k + (a.dy_k > 1 ? p.k : 0)) * a.channels + dc, a.dy_k * a.channels, a);
     const i64 out = (p.b * a.L * a.K + p.k) * a.channels + dc, out_l = a.K * a.channels;
     const Rows<TDX> dx(a.dx, out, out_l, a);
-    const Rows<TDT> ddt(a.ddt, out, out_l, a);
+    const Rows<TDDT> ddt(a.ddt, out, out_l, a);
     const Rows<TDZ> dz(a.dz, out, out_l, a);
 
     const i64 part_of = (p.d0 - (int)p.g * (int)(a.channels / a.G)) / BD;  // each block writes sums of its own
     float* partial = reinterpret_cast<float*>(a.partial) + part_of * (a.slots * a.K * a.G * CHUNK * 2 * a.N);
 
 #if ENDS && SOFTPLUS
-    constexpr int ALL_ROWS = (CHUNK * RT + NT - 1) / NT;
-    float* all_sums = reinterpret_cast<float*>(memory);
-    i64 stop = first + reach<true, ALL_ROWS>(a, p, dt, bias, rates.slowest, first, last, all_sums);
+    i64 stop = first + reach<true>(a, p, rates.slowest, first, last, reinterpret_cast<float*>(memory));
     if (stop < last) total = __int_as_float(0x7f800000);  // what came after has decayed
     last = stop;
     __syncthreads();
 #endif
+    if (LOCAL && SUMS && !ENDS && tid == 0) set_up(s_stored, NW), set_up(s_read, NW);
+    int turn = 0;  // parts so far
     for (i64 slot = last - 1; slot >= first; slot--) {
         const int place = (int)(slot - p.base) * CHUNK;
         const int parts = PACKED ? PARTS : (min(CHUNK, (int)a.P - place) + T - 1) / T;
@@ -123,18 +157,29 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #pragma unroll
         for (int i = 0; i < S && !ENDS; i++) {
             bool live = own && (WHOLE_N || p.q * S + i < (int)a.N);
-            h[i] = live ? reinterpret_cast<const float*>(a.saved)[((slot * a.K + p.k) * a.N + p.q * S + i) * a.channels + d] : 0.0f;
+            h[i] = live ? *saved_at(a, p, slot, i) : 0.0f;
         }
-        constexpr int ROWS = (CHUNK * RT + NT - 1) / NT, BROWS = (CHUNK * BT + NT - 1) / NT;
+        constexpr int ROWS = (CHUNK * RT + NT - 1) / NT, BROWS = (CHUNK * BT + NT - 1) / NT, ONCE = PRECISE ? 4 : 8;  // rows
+        Raw<TB, VN> vB[BROWS];
+        Raw<TC, VN> vC[BROWS];
 #pragma unroll
-        for (int half = 0; half < ROWS; half += 4) {
-            Raw<TX, V> vx[4];
-            Raw<TDT, V> vdt[4];
-            Raw<TDY, V> vdy[4];
-            Raw<TZ, V> vz[4];
-            int entry[4];
+        for (int i = 0; i < BROWS; i++) {
+            int item = tid + i * NT, r = item / BT, n = item % BT * VN;
+            bool inside = CHUNK * BT % NT == 0 || r < CHUNK;
+            int row = inside ? row_of(a, entry_of(a, p.b, p.k, place + r), place + r) : -1;
+            bool live = inside && in_map(a, row) && (WHOLE_N || n < (int)a.N);
+            if (!CONST_B && !ENDS) vB[i] = load<VN>(B_rows[row] + n * (int)a.B_n, live);
+            if (!CONST_C) vC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live);
+        }
+#pragma unroll 1  // precise softplus and sigmoid are long: once is enough for the compiler
+        for (int half = 0; half < ROWS; half += ONCE) {
+            Raw<TX, V> vx[ONCE];
+            Raw<TDT, V> vdt[ONCE];
+            Raw<TDY, V> vdy[ONCE];
+            Raw<TZ, V> vz[ONCE];
+            int entry[ONCE];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < ONCE; i++) {
                 int r = row0 + (half + i) * (NT / RT);
                 bool inside = half + i < ROWS && (CHUNK * RT % NT == 0 || r < CHUNK);
                 entry[i] = inside ? entry_of(a, p.b, p.k, place + r) : -2;
@@ -146,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 if (HAS_Z) vz[i] = load<V>(z[token], in);
             }
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
+            for (int i = 0; i < ONCE; i++) {
                 int r = row0 + (half + i) * (NT / RT);
                 if (half + i >= ROWS || CHUNK * RT % NT && r >= CHUNK) continue;
                 float steps[2 * V], gated[V];
@@ -161,28 +206,15 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 }
                 store<2 * V>(&s_chan[r][row_chan], steps);
                 store<V>(&s_dy[r][col], gated);
-                if (TABLE && col == 0) s_keep[r] = entry[i] <= -3 ? 0.0f : 1.0f;
+                if (RESTARTS && col == 0) s_keep[r] = entry[i] <= -3 ? 0.0f : 1.0f;
             }
         }
-        {
-            Raw<TB, VN> vB[BROWS];
-            Raw<TC, VN> vC[BROWS];
 #pragma unroll
-            for (int i = 0; i < BROWS; i++) {
-                int item = tid + i * NT, r = item / BT, n = item % BT * VN;
-                bool inside = CHUNK * BT % NT == 0 || r < CHUNK;
-                int row = inside ? row_of(a, entry_of(a, p.b, p.k, place + r), place + r) : -1;
-                bool live = inside && in_map(a, row) && (WHOLE_N || n < (int)a.N);
-                if (!CONST_B && !ENDS) vB[i] = load<VN>(B_rows[row] + n * (int)a.B_n, live);
-                if (!CONST_C) vC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live);
-            }
-#pragma unroll
-            for (int i = 0; i < BROWS; i++) {
-                int item = tid + i * NT, r = item / BT, n = item % BT * VN;
-                if (CHUNK * BT % NT && r >= CHUNK) continue;
-                if (!CONST_B && !ENDS) stage_states(&s_B[r][n], vB[i]);
-                if (!CONST_C) stage_states(&s_C[r][n], vC[i]);
-            }
+        for (int i = 0; i < BROWS; i++) {
+            int item = tid + i * NT, r = item / BT, n = item % BT * VN;
+            if (CHUNK * BT % NT && r >= CHUNK) continue;
+            if (!CONST_B && !ENDS) stage_states(&s_B[r][n], vB[i]);
+            if (!CONST_C) stage_states(&s_C[r][n], vC[i]);
         }
         if (slot > first && tid < CHUNK) {  // the next slot's rows on their way to the second-level cache
             int token = token_of(entry_of(a, p.b, p.k, place - CHUNK + tid));
@@ -198,11 +230,13 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #if ENDS
 #pragma unroll 16
         for (int t = p.walks() ? CHUNK - 1 : -1; t >= 0; t--) {
-            float dt = s_chan[t][own_chan], dy = s_dy[t][p.ch], keep = TABLE ? s_keep[t] : 1.0f;
+            float dt = s_chan[t][own_chan], dy = s_dy[t][p.ch], keep = RESTARTS ? s_keep[t] : 1.0f, e[S];
             if (!CONST_C) fetch<S>(C, &s_C[t][p.q * S]);
+            rates.decays(e, dt, keep);
 #pragma unroll
-            for (int i = 0; i < S; i++) g[i] = decay(dt, rates.rate[i], rates.rest[i]) * keep * fmaf(dy, C[i], g[i]);
-            total = TABLE && keep == 0.0f ? __int_as_float(0x7f800000) : total + dt;
+            for (int i = 0; i < S; i++) g[i] = fmaf(dy, C[i], g[i]);
+            back(g, e, g);
+            add_step(total, dt, keep);
         }
 #else
         // 2. The state before each part of T steps.
@@ -215,13 +249,11 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                     const int t = part * T + j;
                     float2 c = *reinterpret_cast<const float2*>(&s_chan[t][own_chan]);
                     if (!CONST_B) fetch<S>(B, &s_B[t][p.q * S]);
-                    float keep = TABLE ? s_keep[t] : 1.0f;
+                    float e[S], u[S];
+                    rates.decays(e, c.x, RESTARTS ? s_keep[t] : 1.0f);
 #pragma unroll
-                    for (int i = 0; i < S; i++) {
-                        float e = decay(c.x, rates.rate[i], rates.rest[i]);
-                        if (TABLE) e *= keep;
-                        h[i] = fmaf(e, h[i], c.y * B[i]);
-                    }
+                    for (int i = 0; i < S; i++) u[i] = c.y * B[i];
+                    step(h, e, u);
                 }
                 store<S>(s_h[part + 1][tid], h);
             }
@@ -243,7 +275,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 int token = token_of(entry[m]);
                 bool live = inside && in_map(a, token);
                 vx[m] = load<V>(x[token], live);
-                if (HAS_Z) vdy[m] = load<V>(dy[token], live);
+                vdy[m] = load<V>(dy[token], live);
                 if (HAS_Z) vz[m] = load<V>(z[token], live);
             }
             if (p.walks()) {
@@ -253,13 +285,11 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 for (int j = 0; j < T; j++) {
                     float2 c = *reinterpret_cast<const float2*>(&s_chan[t0 + j][own_chan]);
                     if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
-                    float keep = TABLE ? s_keep[t0 + j] : 1.0f;
+                    float u[S];
+                    rates.decays(es[j], c.x, RESTARTS ? s_keep[t0 + j] : 1.0f);
 #pragma unroll
-                    for (int i = 0; i < S; i++) {
-                        es[j][i] = decay(c.x, rates.rate[i], rates.rest[i]);
-                        if (TABLE) es[j][i] *= keep;
-                        hs[j + 1][i] = fmaf(es[j][i], hs[j][i], c.y * B[i]);
-                    }
+                    for (int i = 0; i < S; i++) u[i] = c.y * B[i], hs[j + 1][i] = hs[j][i];
+                    step(hs[j + 1], es[j], u);
                 }
                 float sums[T / 4][(S + 1) / 2][4] = {};
                 float2 uw[T];
@@ -270,36 +300,45 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                     float gy = s_dy[t0 + j][p.ch], u = 0.0f, w = 0.0f, share = 0.0f;
                     if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
                     if (!CONST_C) fetch<S>(C, &s_C[t0 + j][p.q * S]);
+                    float G[S];
+#pragma unroll
+                    for (int i = 0; i < S; i++) G[i] = fmaf(gy, C[i], g[i]);
+                    back(g, es[j], G);
 #pragma unroll
                     for (int i = 0; i < S; i += 2) {
-                        float dB[2] = {}, dC[2] = {};
+                        float dB[2] = {}, dC[2] = {}, q[2];
+#if PAIRS  // g conj(h)
+                        q[0] = fmaf(g[i], hs[j][i], g[i + 1] * hs[j][i + 1]);
+                        q[1] = fmaf(g[i + 1], hs[j][i], -g[i] * hs[j][i + 1]);
+#else
+#pragma unroll
+                        for (int m = 0; m < 2 && i + m < S; m++) q[m] = g[i + m] * hs[j][i + m];
+#endif
 #pragma unroll
                         for (int m = 0; m < 2 && i + m < S; m++) {
-                            float G = fmaf(gy, C[i + m], g[i + m]);
-                            dB[m] = c.y * G;
+                            dB[m] = c.y * G[i + m];
                             dC[m] = gy * hs[j + 1][i + m];
-                            g[i + m] = es[j][i + m] * G;
-                            float q = g[i + m] * hs[j][i + m];
-                            u = fmaf(B[i + m], G, u);
-                            w = fmaf(rates.rate[i + m], q, w);
-                            sum_A[i + m] = fmaf(c.x, q, sum_A[i + m]);
+                            u = fmaf(B[i + m], G[i + m], u);
+                            w = fmaf(rates.rate[i + m], q[m], w);
+                            sum_A[i + m] = fmaf(c.x, q[m], sum_A[i + m]);
                             if (HAS_Z) share = fmaf(hs[j + 1][i + m], C[i + m], share);
                             if (CONST_B) sum_B[i + m] += dB[m], dB[m] = 0.0f;
                             if (CONST_C) sum_C[i + m] += dC[m], dC[m] = 0.0f;
                         }
-                        if (!(CONST_B && CONST_C)) add_up(sums[j / 4][i / 2], one, j, dB, dC);
+                        if (SUMS) add_up(sums[j / 4][i / 2], one, j, dB, dC);
                     }
                     uw[j] = make_float2(u, w);
                     shares[j] = share;
-                    if (j % 4 == 0) {
+                    if (j % HELD == 0) {
 #pragma unroll
-                        for (int m = j; m < j + 4; m++) {
+                        for (int m = j; m < j + HELD; m++) {
                             *reinterpret_cast<float2*>(&s_uw[m][own_uw]) = uw[m];
                             if (HAS_Z) s_y[m][own_y] = shares[m];
                         }
                     }
                 }
-                if (!(CONST_B && CONST_C)) {
+                if (SUMS) {
+                    if (LOCAL && turn > 0) wait_for(s_read, turn - 1);
 #pragma unroll
                     for (int high = 0; high < T / 4; high++) {
                         float db[S], dc[S];
@@ -312,21 +351,23 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 }
             }
             // 4. The gradients of the part.
-            __syncthreads();
+            if (!LOCAL) __syncthreads();
+            else if (SUMS) arrive(s_stored);
+            else __syncwarp();
 #pragma unroll
             for (int m = 0; m < PASS; m++) {
                 int r = row0 + m * (NT / RT) - part % TURNS * T;
                 if (!(channel && 0 <= r && r < T)) continue;
                 int token = token_of(entry[m]), row = row_of(a, entry[m], place + t0 + r);
                 Pack<TDX, V> ox;
-                Pack<TDT, V> odt;
+                Pack<TDDT, V> odt;
                 Pack<TDZ, V> oz;
-                float steps[2 * V], gated[V];
+                float steps[2 * V];
                 fetch<2 * V>(steps, &s_chan[t0 + r][row_chan]);
-                fetch<V>(gated, &s_dy[t0 + r][col]);
 #pragma unroll
                 for (int v = 0; v < V; v++) {
-                    float step = steps[2 * v], gy = gated[v], u = 0.0f, w = 0.0f, part_uw[2 * LN];
+                    const float gate = HAS_Z ? vz[m][v] : 0.0f, sig = HAS_Z ? sigmoid(gate) : 0.0f;
+                    float step = steps[2 * v], gy = HAS_Z ? vdy[m][v] * (gate * sig) : vdy[m][v], u = 0.0f, w = 0.0f, part_uw[2 * LN];
                     fetch<2 * LN>(part_uw, &s_uw[r][row_uw + slot_of(2 * v * LN)]);
 #pragma unroll
                     for (int i = 0; i < LN; i++) u += part_uw[2 * i], w += part_uw[2 * i + 1];
@@ -338,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                     sum_D[v] = fmaf(gy, vx[m][v], sum_D[v]);
                     sum_bias[v] += slope;
                     if (HAS_Z) {
-                        float y = skip[v] * vx[m][v], gate = vz[m][v], sig = sigmoid(gate), shares[LN];
+                        float y = skip[v] * vx[m][v], shares[LN];
                         fetch<LN>(shares, &s_y[r][row_y + slot_of(v * LN)]);
 #pragma unroll
                         for (int i = 0; i < LN; i++) y += shares[i];
@@ -349,28 +390,34 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 save(dx[token], ox, in_map(a, token));
                 if (HAS_Z) save(dz[token], oz, in_map(a, token));
             }
-            if (!(CONST_B && CONST_C)) {  // over the warps; into the part's rows of B and C, which nobody needs any more
+            if (SUMS) {  // over the warps; into the part's rows of B and C, which nobody needs any more
+                if (LOCAL) wait_for(s_stored, turn);
+                constexpr int W = LOCAL ? 2 - NP % 2 : VN;
 #pragma unroll
-                for (int i0 = 0; i0 < T * 2 * NP; i0 += NT * VN) {
+                for (int i0 = 0; i0 < T * 2 * NP; i0 += NT * W) {
                     // by threads that have no gradients this time, if there are any
                     const int place = TURNS > 1 ? (tid + NT - (part % TURNS + 1) * T * RT) % NT : tid;
-                    const int i = i0 + place * VN, j = i / (2 * NP), which = i / NP & 1, n = i % NP;
-                    if (T * 2 * NP % (NT * VN) && i >= T * 2 * NP) break;
-                    float sum[VN], one_warp[VN];
-                    fetch<VN>(sum, &s_sum[0][j * SUM_ROW + which * NP + n]);
+                    const int i = i0 + place * W, j = i / (2 * NP), which = i / NP & 1, n = i % NP;
+                    if (T * 2 * NP % (NT * W) && i >= T * 2 * NP) break;
+                    float sum[W], one_warp[W];
+                    fetch<W>(sum, &s_sum[0][j * SUM_ROW + which * NP + n]);
 #pragma unroll
                     for (int m = 1; m < NW * GR; m++) {
-                        fetch<VN>(one_warp, &s_sum[m][j * SUM_ROW + which * NP + n]);
+                        fetch<W>(one_warp, &s_sum[m][j * SUM_ROW + which * NP + n]);
 #pragma unroll
-                        for (int v = 0; v < VN; v++) sum[v] += one_warp[v];
+                        for (int v = 0; v < W; v++) sum[v] += one_warp[v];
                     }
-                    store<VN>(&s_B[which * CHUNK + t0 + j][n], sum);
+                    store<W>(&s_B[which * CHUNK + t0 + j][n], sum);
                 }
+                if (LOCAL) arrive(s_read);
             }
-            __syncthreads();
+            if (!LOCAL) __syncthreads();
+            else if (!SUMS) __syncwarp();
+            turn++;
         }
+        if (LOCAL) __syncthreads();
         // 5. The slot's dB and dC.
-        if (!(CONST_B && CONST_C)) {
+        if (SUMS) {
             const i64 at = PACKED ? slot : p.s * (a.hi - a.lo) + slot - p.begin;  // among the slots of this launch
             float* to = partial + ((at * a.K + p.k) * a.G + p.g) * CHUNK * 2 * a.N;
 #pragma unroll 4
@@ -385,15 +432,10 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #endif
         if (ENDS) __syncthreads();
     }
-    const i64 at = ((p.s * a.segments + p.seg) * a.K + p.k) * a.channels + d;
 #if ENDS
-    if (own && p.q == 0) reinterpret_cast<float*>(a.sums)[at] = total;
-#pragma unroll
-    for (int i = 0; i < S; i++) {
-        int n = p.q * S + i;
-        if (own && n < a.N) reinterpret_cast<float*>(a.ends)[at * a.N + n] = g[i];
-    }
+    leave_segment(a, p, g, total, own);
 #else
+    const i64 at = ((p.s * a.segments + p.seg) * a.K + p.k) * a.channels + d;
 #pragma unroll
     for (int i = 0; i < S; i++) {
         int n = p.q * S + i;

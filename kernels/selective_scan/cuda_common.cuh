@@ -1,21 +1,22 @@
 // What the kernels share that hold states in threads: the layout of these, and how rows of tokens come into shared memory.
 //
-// A thread holds S states of one channel; LN lanes share a channel. A lane's place: lane / 4 = q * GR + group and
-// channel = group * 4 + lane % 4, so that a matrix product over lane % 4 sums channels (backward). The first NW warps of a
-// block hold BD channels. T steps are a tile. Macros come from the host: S, LN, NW, HELP, T, V (channels a thread loads at
-// once), VN (states at once), CUT (products aren't rounded to tf32 but cut), WHOLE_N (N fills the lanes), the element types
-// TX, TDT, TB, TC, TZ, TY, and the options.
+// A thread holds S states of one channel; LN lanes share a channel. The first NW warps of a block hold BD channels, EXTRA
+// warps none. T steps are a tile. With PAIRS two neighbouring states are the parts of a complex number; so are those of A,
+// B and C, and the host has made C of twice the conjugate. Macros come from the host: S, LN, NW, EXTRA, T, V (channels a
+// thread loads at once), VN (states at once), FORWARD, CUT (products aren't rounded to tf32 but cut), WHOLE_N (N fills the
+// lanes), the element types TX, TDT, TB, TC, TZ, TY, and the options.
 
 #define NP (S * LN)             // states, padded
 #define GR (8 / LN)             // groups of four channels in a warp
 #define BD (4 * GR * NW)        // channels of a block
-#define WALKERS (32 * NW)       // threads that hold states; the rest help to load, stage and write
-#define NT (WALKERS * HELP)     // threads
+#define WALKERS (32 * NW)       // threads that hold states
+#define NT (32 * (NW + EXTRA))  // threads
+#define LOADERS (FORWARD ? 32 * EXTRA : NT)  // threads that load, stage and write
 #define CHUNK 64                // steps between two saved states
 #define RT (BD / V)             // threads that load one row of channels
-#define PASS ((T * RT + NT - 1) / NT)  // rows a thread loads of a tile
+#define PASS ((T * RT + LOADERS - 1) / LOADERS)  // rows a thread loads of a tile
 #define BT (NP / VN)            // threads that load one row of B or C
-#define BPASS ((2 * T * BT + NT - 1) / NT)
+#define BPASS ((2 * T * BT + LOADERS - 1) / LOADERS)
 #define PADDED(n) (((n) + 31) / 32 * 36)  // floats of a row in shared memory, see slot_of
 // -32768 in every element: softplus makes zero of it.
 template <class E> constexpr unsigned FAR_BELOW = sizeof(E) == 4 ? 0xc7000000u : 0xc700c700u;
@@ -101,14 +102,28 @@ __device__ __forceinline__ float softplus(float v) {
 #elif PRECISE
     return v > 20.0f ? v : fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v)));
 #else
-    float t = -LOG2E * fabsf(v), e = ex2(t);
+    float t = -LOG2E * fabsf(v), e = ex2(t);  // log(1 + e) as e times a polynomial
+#if FORWARD && !EXACT
+    float p = 0.0141408565f;
+    p = fmaf(p, e, -0.0664013188f);
+    p = fmaf(p, e, 0.149223363f);
+    p = fmaf(p, e, -0.23503836f);
+    p = fmaf(p, e, 0.331094441f);
+    p = fmaf(p, e, -0.499869654f);
+    p = fmaf(p, e, 0.999998732f);
+#else
     e = fmaf(e, LN2 * fmaf(-LOG2E, fabsf(v), -t), e);  // what t was rounded by
-    float u = e * rcp(e + 2.0f), w = u * u;  // log(1 + e) = 2 atanh(e / (e + 2))
-    float p = fmaf(0.140827291f, w, 0.139765031f);
-    p = fmaf(p, w, 0.200132243f);
-    p = fmaf(p, w, 0.333331201f);
-    p = fmaf(p, w, 1.00000001f);
-    return fmaf(2.0f * u, p, fmaxf(v, 0.0f));
+    float p = 0.00523262925f;
+    p = fmaf(p, e, -0.0295049866f);
+    p = fmaf(p, e, 0.0782255571f);
+    p = fmaf(p, e, -0.13663214f);
+    p = fmaf(p, e, 0.191059928f);
+    p = fmaf(p, e, -0.24842979f);
+    p = fmaf(p, e, 0.333190965f);
+    p = fmaf(p, e, -0.499994931f);
+    p = fmaf(p, e, 0.99999997f);
+#endif
+    return fmaf(e, p, fmaxf(v, 0.0f));
 #endif
 }
 
@@ -176,9 +191,15 @@ struct Place {
         seg = id % a.segments; s = id / a.segments;
         int width = (int)(a.channels / a.G);
         d0 = (int)g * width + blk * BD; dend = ((int)g + 1) * width;
-        int lane = threadIdx.x & 31, n8 = lane >> 2;
+        const int lane = threadIdx.x & 31, n8 = lane >> 2, warp = threadIdx.x >> 5;
+        constexpr int WIDE = 4 * GR;  // channels of a warp
+#if FORWARD  // a channel's lanes and a state's channels both differ in the lowest bits: their reads of 16 bytes then merge
+        q = LN == 1 ? 0 : (lane >> 1 & 1) | lane / WIDE & ~1;
+        ch = warp * WIDE + (LN == 1 ? lane : (lane & 1) | (lane >> 2) % (WIDE / 2) << 1);
+#else  // a matrix product over lane % 4 sums channels
         q = n8 / GR;
-        ch = (threadIdx.x >> 5) * (4 * GR) + (n8 % GR) * 4 + (lane & 3);
+        ch = warp * WIDE + (n8 % GR) * 4 + (lane & 3);
+#endif
 #if PACKED
         const int* bounds = reinterpret_cast<const int*>(a.bounds);
         int from = bounds[s], to = bounds[s + 1];
@@ -189,86 +210,10 @@ struct Place {
 #endif
     }
     // Whether this thread holds states.
-    __device__ __forceinline__ bool walks() const { return HELP == 1 || threadIdx.x < WALKERS; }
+    __device__ __forceinline__ bool walks() const { return EXTRA == 0 || threadIdx.x < WALKERS; }
     // Slots of segment i.
     __device__ __forceinline__ i64 from(const Args& a, i64 i) const {
         i64 span = (end - begin + a.segments - 1) / a.segments, at = begin + i * span;
         return at < end ? at : end;
     }
 };
-
-// A of this thread's states, as decay takes it.
-struct Rates {
-    float rate[S], rest[S], slowest;
-
-    __device__ __forceinline__ Rates(const Args& a, const Place& p, bool own) {
-        slowest = __int_as_float(0x7f800000);
-#pragma unroll
-        for (int i = 0; i < S; i++) {
-            int n = p.q * S + i;
-            bool live = own && n < a.N;
-            float A = live ? reinterpret_cast<const float*>(a.A)[(p.k * a.channels + p.d0 + p.ch) * a.N + n] : 0.0f;
-            rate[i] = A * LOG2E_HIGH;
-            rest[i] = fmaf(A, LOG2E_HIGH, -rate[i]) + A * LOG2E_LOW;
-            if (live) slowest = fminf(slowest, -rate[i]);
-#if !(PRECISE || EXACT)
-            rate[i] += rest[i];
-#endif
-        }
-    }
-    // What leaves a segment where h enters it: h <- exp(A sum of dt) h + end.
-    __device__ __forceinline__ void pass(float (&h)[S], const Args& a, const Place& p, bool own, i64 segment) const {
-        i64 at = ((p.s * a.segments + segment) * a.K + p.k) * a.channels + p.d0 + p.ch;
-        float sum = own ? reinterpret_cast<const float*>(a.sums)[at] : 0.0f;
-#pragma unroll
-        for (int i = 0; i < S; i++) {
-            int n = p.q * S + i;
-            if (!(own && n < a.N)) continue;
-            float keep = sum == __int_as_float(0x7f800000) ? 0.0f : decay(sum, rate[i], rest[i]);
-            h[i] = fmaf(keep, h[i], reinterpret_cast<const float*>(a.ends)[at * a.N + n]);
-        }
-    }
-};
-
-// How many of a segment's slots the state at one of its ends depends on: beyond them, every decay of every channel of the
-// block is below 2 ** -126. Counted from the last slot, or (ADJOINT) from the first. All threads of the block call it.
-template <bool ADJOINT, int ROWS> __device__ int reach(const Args& a, const Place& p, const Rows<const TDT>& dt, const float (&bias)[V],
-                                                       float slowest, i64 first, i64 last, float* memory) {
-    const int tid = threadIdx.x, row0 = tid / RT, col = tid % RT * V;
-    float(*s_sum)[BD] = reinterpret_cast<float(*)[BD]>(memory);      // a row for each group of threads
-    float(*s_slow)[LN] = reinterpret_cast<float(*)[LN]>(s_sum + NT / RT);
-    const bool channel = p.d0 + col < p.dend;
-    if (p.walks()) s_slow[p.ch][p.q] = slowest;
-    float sums[V] = {};
-    int slots = 0;
-    bool far = false;
-    while (!far && slots < (int)(last - first)) {
-        const int place = (int)((ADJOINT ? first + slots : last - 1 - slots) - p.base) * CHUNK;
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            int r = row0 + i * (NT / RT);
-            if (CHUNK * RT % NT && r >= CHUNK) break;
-            const int entry = entry_of(a, p.b, p.k, place + r), row = row_of(a, entry, place + r);
-            Raw<TDT, V> raw = load<V>(dt[row], channel && in_map(a, row));
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-                float step = softplus(raw[v] + bias[v]);
-                sums[v] += !is_step(a, entry) ? 0.0f : TABLE && entry <= -3 ? __int_as_float(0x7f800000) : step;
-            }
-        }
-#pragma unroll
-        for (int v = 0; v < V; v++) s_sum[row0][col + v] = sums[v];
-        __syncthreads();
-        bool reached = true;
-        for (int c = tid; c < BD; c += NT) {
-            float sum = 0.0f, slow = s_slow[c][0];
-            for (int r = 0; r < NT / RT; r++) sum += s_sum[r][c];
-#pragma unroll
-            for (int q = 1; q < LN; q++) slow = fminf(slow, s_slow[c][q]);
-            reached = reached && (p.d0 + c >= p.dend || sum * slow > 126.0f);
-        }
-        far = __syncthreads_and(reached);
-        slots++;
-    }
-    return slots;
-}

@@ -97,7 +97,7 @@ def supports(p: Problem) -> bool:
     """``enough`` for a problem that ``cuda.supports``."""
     mixed = p.B.ndim == p.C.ndim == 5 and p.B.dtype != p.C.dtype
     scans = p.sequences * p.routes * p.groups
-    return not mixed and enough(p.state, p.channels // p.groups, scans, properties(p.x.device)[0])
+    return not (mixed or p.is_complex) and enough(p.state, p.channels // p.groups, scans, properties(p.x.device)[0])
 
 
 @dataclass(frozen=True)

@@ -1,84 +1,68 @@
-// The selective scan, forward. A block walks its channels over one segment of a sequence, tile by tile: while a tile is
-// walked, the next is staged in shared memory as float32 (dt after softplus, dt x, B, C) and the one after is loaded.
-// Each thread leaves its share of <C, h> in shared memory; the tile's epilogue adds the shares up, adds D x and gates.
+// The selective scan, forward. A block takes its channels over one segment of a sequence, tile by tile. Its first NW warps
+// only walk: states in registers, dt, dt x, B and C from shared memory, each thread's share of <C, h> to shared memory. The
+// others only load: while a tile is walked, they add up the shares of the one before, add D x, gate and write it, stage
+// the next as float32 (dt after softplus), and have the rows of the one after on their way. So the walkers' special
+// functions and the loaders' waiting for memory overlap, with one barrier a tile.
 // ENDS: only the state at the segment's end, from zero, and the sum of dt; the scan proper then starts from
-// h <- exp(A sum) h + end over the segments before it.
+// h <- exp(A sum) h + end over the segments before it. ADD: y goes on top of that of the states before (float32).
 
-constexpr int GROUP = S <= 4 ? 4 : 2;
-struct Values { float2 chan; float B[S], C[S], keep; };  // what a step reads
+constexpr int GROUP = S <= 2 ? 4 : 2;  // steps whose values are read ahead of those that are walked
+constexpr int BC = 2 * S;              // floats of a lane's row of B and C
 
-extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
-    extern __shared__ float4 memory[];
-    // Two tiles of each: dt and dt x, shares of y, B and C, whether the state is kept.
-    float(*s_chan)[T][PADDED(2 * BD)] = reinterpret_cast<float(*)[T][PADDED(2 * BD)]>(memory);
-    float(*s_y)[T][PADDED(BD * LN)] = reinterpret_cast<float(*)[T][PADDED(BD * LN)]>(s_chan + 2);
-    float(*s_keep)[T] = reinterpret_cast<float(*)[T]>(s_y + 2);
-    float(*s_B)[T][NP] = reinterpret_cast<float(*)[T][NP]>(s_keep + 2);
-    float(*s_C)[T][NP] = s_B + 2;
+struct Staged {  // two tiles of each
+    float (*chan)[T][PADDED(2 * BD)];  // dt and dt x
+    float (*y)[T][PADDED(BD * LN)];    // shares of y
+    float (*bc)[T][2 * NP];            // B and C of each lane
+    float (*keep)[T];                  // whether the state is kept
 
-    const Place p(a);
-    if (ENDS && p.seg == a.segments - 1) return;  // nobody asks what leaves the last
-    const int tid = threadIdx.x, d = p.d0 + p.ch;
-    __builtin_assume(tid < NT);
+    __device__ __forceinline__ Staged(float4* memory) {
+        chan = reinterpret_cast<float(*)[T][PADDED(2 * BD)]>(memory);
+        y = reinterpret_cast<float(*)[T][PADDED(BD * LN)]>(chan + 2);
+        bc = reinterpret_cast<float(*)[T][2 * NP]>(y + 2);
+        keep = reinterpret_cast<float(*)[T]>(bc + 2);
+    }
+};
+
+// One barrier for both kinds of warps, which meet it in different places of the program.
+__device__ __forceinline__ void meet() { asm volatile("bar.sync 0;" ::: "memory"); }
+
+// Threads that load, stage and write.
+__device__ __forceinline__ void attend(const Args& a, const Place& p, const Staged& shared, int origin, int tiles) {
+    const int tid = threadIdx.x - WALKERS;
     const int row0 = tid / RT, col = tid % RT * V, dc = p.d0 + col;  // what this thread loads of a tile: V channels
-    const bool channel = dc < p.dend && col < BD;
-    const bool own = p.walks() && d < p.dend;
-    const i64 last = p.from(a, p.seg + 1);
-    i64 first = p.from(a, p.seg);
-
+    const bool channel = dc < p.dend;
     float bias[V], skip[V];
 #pragma unroll
     for (int i = 0; i < V; i++) {
-        bool live = channel && dc + i < p.dend;
-        bias[i] = HAS_BIAS && live ? reinterpret_cast<const float*>(a.bias)[p.k * a.channels + dc + i] : 0.0f;
-        skip[i] = HAS_D && live ? reinterpret_cast<const float*>(a.D)[p.k * a.channels + dc + i] : 0.0f;
+        bias[i] = HAS_BIAS && channel ? reinterpret_cast<const float*>(a.bias)[p.k * a.channels + dc + i] : 0.0f;
+        skip[i] = HAS_D && channel ? reinterpret_cast<const float*>(a.D)[p.k * a.channels + dc + i] : 0.0f;
     }
-    const Rates rates(a, p, own);
-    float h[S], total = 0.0f;  // total: the sum of dt
-    const i64 state = ((p.s * a.K + p.k) * a.channels + d) * a.N;
-#pragma unroll
-    for (int i = 0; i < S; i++) {
-        int n = p.q * S + i;
-        h[i] = !ENDS && HAS_INITIAL && own && n < a.N ? reinterpret_cast<const float*>(a.initial)[state + n] : 0.0f;
-    }
-    for (i64 i = 0; !ENDS && i < p.seg; i++) rates.pass(h, a, p, own, i);
-
     const Rows<const TX> x(a.x, p.b * a.x_b + p.k * a.x_k + dc, a.x_l, a);
     const Rows<const TDT> dt(a.dt, p.b * a.dt_b + p.k * a.dt_k + dc, a.dt_l, a);
     const Rows<const TZ> z(a.z, p.b * a.z_b + dc, a.z_l, a);
     const Rows<const TB> B_rows(a.B, p.b * a.B_b + p.k * a.B_k + p.g * a.B_g, a.B_l, a);
     const Rows<const TC> C_rows(a.C, p.b * a.C_b + p.k * a.C_k + p.g * a.C_g, a.C_l, a);
     const Rows<TY> y(a.y, (p.b * a.L * a.K + p.k) * a.channels + dc, a.K * a.channels, a);
-#if ENDS && SOFTPLUS
-    constexpr int ROWS = (CHUNK * RT + NT - 1) / NT;
-    float* sums = reinterpret_cast<float*>(memory);
-    i64 start = last - reach<false, ROWS>(a, p, dt, bias, rates.slowest, first, last, sums);
-    if (start > first) total = __int_as_float(0x7f800000);  // what came before has decayed
-    first = start;
-    __syncthreads();
-#endif
-    const int origin = (int)(first - p.base) * CHUNK;
-    int tiles = (int)(last - first) * (CHUNK / T);
-    if (!PACKED) tiles = max(0, min(tiles, ((int)a.P - origin + T - 1) / T));
+    const Rows<const float> before(a.partial, (p.b * a.L * a.K + p.k) * a.channels + dc, a.K * a.channels, a);
 
     Raw<TX, V> rx[PASS], ex[PASS];
     Raw<TDT, V> rdt[PASS];
     Raw<TZ, V> ez[PASS];
+    Raw<float, V> ey[PASS];
     Raw<TB, VN> rB[BPASS];
     Raw<TC, VN> rC[BPASS];
     // Entries of this thread's rows: of the tile whose epilogue is due, of the one that is walked, of the one whose values
     // are in registers, of the one after it.
     int due[PASS], walked[PASS], loaded[PASS], next[PASS], next_B[BPASS];
     const int chan_slot = slot_of(2 * col), y_slot = slot_of(col * LN);
-    const int own_chan = slot_of(2 * p.ch), own_y = slot_of(p.ch * LN + p.q);
-    constexpr bool EVEN = T * RT % NT == 0, EVEN_B = T * BT % NT == 0;
+    constexpr bool EVEN = T * RT % LOADERS == 0, EVEN_B = T * BT % LOADERS == 0;
 
     auto locate = [&](int i, int tile) {  // row i of this thread
-        int r = row0 + i * (NT / RT);
+        int r = row0 + i * (LOADERS / RT);
         next[i] = !TABLE || (EVEN || r < T) && tile < tiles ? entry_of(a, p.b, p.k, origin + tile * T + r) : -2;
     };
     auto load_row = [&](int i, int tile) {  // at the entry that was located, then finds the next tile's
-        int token = token_of(next[i]), row = row_of(a, next[i], origin + tile * T + row0 + i * (NT / RT));
+        int token = token_of(next[i]), row = row_of(a, next[i], origin + tile * T + row0 + i * (LOADERS / RT));
         rx[i] = load<V>(x[token], channel && in_map(a, token));
         rdt[i] = load<V>(dt[row], channel && in_map(a, row), !TABLE && SOFTPLUS ? FAR_BELOW<TDT> : 0);
         loaded[i] = next[i];
@@ -87,15 +71,15 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
     auto locate_B = [&](int tile) {
 #pragma unroll
         for (int i = 0; i < BPASS; i++)
-            next_B[i] = !TABLE || tile < tiles ? entry_of(a, p.b, p.k, origin + tile * T + (tid + i * NT) / BT % T) : -2;
+            next_B[i] = !TABLE || tile < tiles ? entry_of(a, p.b, p.k, origin + tile * T + (tid + i * LOADERS) / BT % T) : -2;
     };
     auto load_B = [&](int tile) {
 #pragma unroll
         for (int i = 0; i < BPASS; i++) {
-            int item = tid + i * NT, n = item % BT * VN, row = row_of(a, next_B[i], origin + tile * T + item / BT % T);
+            int item = tid + i * LOADERS, n = item % BT * VN, row = row_of(a, next_B[i], origin + tile * T + item / BT % T);
             bool live = in_map(a, row) && (WHOLE_N || n < (int)a.N);
-            if (!CONST_B && i * NT < T * BT) rB[i] = load<VN>(B_rows[row] + n * (int)a.B_n, live && (EVEN_B || item < T * BT));
-            if (!CONST_C && !ENDS && (i + 1) * NT > T * BT)
+            if (!CONST_B && i * LOADERS < T * BT) rB[i] = load<VN>(B_rows[row] + n * (int)a.B_n, live && (EVEN_B || item < T * BT));
+            if (!CONST_C && !ENDS && (i + 1) * LOADERS > T * BT)
                 rC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live && (EVEN_B || item / (T * BT) == 1));
         }
         locate_B(tile + 1);
@@ -103,85 +87,81 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
     auto stage_B = [&](int buf) {
 #pragma unroll
         for (int i = 0; i < BPASS; i++) {
-            int item = tid + i * NT, r = item / BT % T, n = item % BT * VN;
-            if (!CONST_B && i * NT < T * BT && (EVEN_B || item < T * BT)) stage_states(&s_B[buf][r][n], rB[i]);
-            if (!CONST_C && !ENDS && (i + 1) * NT > T * BT && (EVEN_B || item / (T * BT) == 1))
-                stage_states(&s_C[buf][r][n], rC[i]);
+            int item = tid + i * LOADERS, r = item / BT % T, n = item % BT * VN;
+            float* to = &shared.bc[buf][r][n / S * BC + n % S];
+            if (!CONST_B && i * LOADERS < T * BT && (EVEN_B || item < T * BT)) stage_states(to, rB[i]);
+            if (!CONST_C && !ENDS && (i + 1) * LOADERS > T * BT && (EVEN_B || item / (T * BT) == 1)) stage_states(to + S, rC[i]);
         }
     };
-    float staged[2 * V];
-    Pack<TY, V> out;
-    auto stage_value = [&](int i, int v, int buf) {  // channel v of row i
-        int r = row0 + i * (NT / RT);
+    auto stage_row = [&](int i, int buf) {
+        int r = row0 + i * (LOADERS / RT);
         if (!EVEN && r >= T) return;
-        float step = softplus(rdt[i][v] + bias[v]);
-        if (TABLE || !SOFTPLUS) step = is_step(a, loaded[i]) ? step : 0.0f;
-        staged[2 * v] = step;
-        staged[2 * v + 1] = step * rx[i][v];
-        if (v < V - 1) return;
-        store<2 * V>(&s_chan[buf][r][chan_slot], staged);
-        if (TABLE && col == 0) s_keep[buf][r] = loaded[i] <= -3 ? 0.0f : 1.0f;
+        float staged[2 * V];
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+            float step = softplus(rdt[i][v] + bias[v]);
+            if (TABLE || !SOFTPLUS) step = is_step(a, loaded[i]) ? step : 0.0f;
+            staged[2 * v] = step;
+            staged[2 * v + 1] = step * rx[i][v];
+        }
+        store<2 * V>(&shared.chan[buf][r][chan_slot], staged);
+        if (RESTARTS && col == 0) shared.keep[buf][r] = loaded[i] <= -3 ? 0.0f : 1.0f;
     };
     auto load_epilogue = [&](int i, int tile) {
-        due[i] = token_of(TABLE ? walked[i] : origin + tile * T + row0 + i * (NT / RT));
+        due[i] = token_of(TABLE ? walked[i] : origin + tile * T + row0 + i * (LOADERS / RT));
         bool live = channel && in_map(a, due[i]);
         if (HAS_D) ex[i] = load<V>(x[due[i]], live);
         if (HAS_Z) ez[i] = load<V>(z[due[i]], live);
+        if (ADD) ey[i] = load<V>(before[due[i]], live);
         walked[i] = loaded[i];
     };
-    auto finish_value = [&](int i, int v, int buf) {  // channel v of row i of the tile before
-        int r = row0 + i * (NT / RT);
+    auto finish_row = [&](int i, int buf) {  // of the tile before
+        int r = row0 + i * (LOADERS / RT);
         if (!EVEN && r >= T) return;
-        float parts[LN], sum = HAS_D ? skip[v] * ex[i][v] : 0.0f;
-        fetch<LN>(parts, &s_y[buf][r][y_slot + slot_of(v * LN)]);
+        Pack<TY, V> out;
 #pragma unroll
-        for (int j = 0; j < LN; j++) sum += parts[j];
-        if (HAS_Z) {
-            float gate = ez[i][v];
-            sum *= gate * sigmoid(gate);
+        for (int v = 0; v < V; v++) {
+            float parts[LN], sum = HAS_D ? skip[v] * ex[i][v] : 0.0f;
+            fetch<LN>(parts, &shared.y[buf][r][y_slot + slot_of(v * LN)]);
+#pragma unroll
+            for (int j = 0; j < LN; j++) sum += parts[j];
+            if (ADD) sum += ey[i][v];
+            if (HAS_Z) {
+                float gate = ez[i][v];
+                sum *= gate * sigmoid(gate);
+            }
+            put(out.v[v], sum);
         }
-        put(out.v[v], sum);
-        if (v == V - 1) save(y[due[i]], out, channel && in_map(a, due[i]));
+        save(y[due[i]], out, channel && in_map(a, due[i]));
     };
 
-    float B[S], C[S];
-#pragma unroll
-    for (int i = 0; i < S; i++) {  // constant over time: they stay in registers
-        int n = p.q * S + i;
-        i64 at = (p.k * a.channels + d) * a.N + n;
-        B[i] = CONST_B && own && n < a.N ? reinterpret_cast<const float*>(a.B)[at] : 0.0f;
-        C[i] = CONST_C && own && n < a.N ? reinterpret_cast<const float*>(a.C)[at] : 0.0f;
-    }
-
-    float* saved = reinterpret_cast<float*>(a.saved) + ((first * a.K + p.k) * a.N + p.q * S) * a.channels + d;
     if (tiles > 0) {
         locate_B(0);
         load_B(0);
-        stage_B(0);
-        load_B(1);
 #pragma unroll
         for (int i = 0; i < PASS; i++) {
             locate(i, 0);
             load_row(i, 0);
             walked[i] = loaded[i];
-            due[i] = TABLE ? -2 : (int)a.L;  // there is no tile before
-            ex[i] = {}, ez[i] = {};
         }
+        stage_B(0);
+        load_B(1);
 #pragma unroll
         for (int i = 0; i < PASS; i++) {
-#pragma unroll
-            for (int v = 0; v < V; v++) stage_value(i, v, 0);
+            stage_row(i, 0);
             load_row(i, 1);
         }
-        __syncthreads();
+        meet();
     }
 #pragma unroll 1
     for (int tile = 0; tile < tiles; tile++) {
         const int buf = tile & 1;
+        if (!ENDS && tile > 0) {
 #pragma unroll
-        for (int e = 0; e < PASS * V && !ENDS; e++) finish_value(e / V, e % V, buf ^ 1);
+            for (int i = 0; i < PASS; i++) finish_row(i, buf ^ 1);
+        }
 #pragma unroll
-        for (int e = 0; e < PASS * V; e++) stage_value(e / V, e % V, buf ^ 1);
+        for (int i = 0; i < PASS; i++) stage_row(i, buf ^ 1);
         stage_B(buf ^ 1);
 #pragma unroll
         for (int i = 0; i < PASS; i++) {
@@ -189,61 +169,112 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
             load_row(i, tile + 2);
         }
         load_B(tile + 2);
-        if (!ENDS && tile % (CHUNK / T) == 0 && own) {
+        meet();
+    }
+#pragma unroll
+    for (int i = 0; i < PASS; i++)
+        if (!ENDS && tiles > 0) finish_row(i, tiles - 1 & 1);
+}
+
+struct Values { float2 chan; float bc[BC], keep; };  // what a step reads
+
+// Threads that hold states.
+__device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates& rates, const Staged& shared, int tiles, i64 first,
+                                     Sum total) {
+    const int d = p.d0 + p.ch;
+    const bool own = d < p.dend;
+    float h[S], B[S], C[S];
+    const i64 state = ((p.s * a.K + p.k) * a.channels + d) * a.N;
+#pragma unroll
+    for (int i = 0; i < S; i++) {
+        int n = p.q * S + i;
+        bool live = own && n < a.N;
+        h[i] = !ENDS && HAS_INITIAL && live ? reinterpret_cast<const float*>(a.initial)[state + n] : 0.0f;
+        i64 at = (p.k * a.channels + d) * a.N + n;  // constant over time: they stay in registers
+        B[i] = CONST_B && live ? reinterpret_cast<const float*>(a.B)[at] : 0.0f;
+        C[i] = CONST_C && live ? reinterpret_cast<const float*>(a.C)[at] : 0.0f;
+    }
+    for (i64 i = 0; !ENDS && i < p.seg; i++) rates.pass<false>(h, a, p, own, i);
+
+    const int own_chan = slot_of(2 * p.ch), own_y = slot_of(p.ch * LN + p.q);
+    i64 slot = first;
+    if (tiles > 0) meet();
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; tile++) {
+        const int buf = tile & 1;
+        if (!ENDS && tile % (CHUNK / T) == 0) {
 #pragma unroll
             for (int i = 0; i < S; i++)
-                if (WHOLE_N || p.q * S + i < (int)a.N) saved[(i64)i * (int)a.channels] = h[i];
-            saved += a.K * a.N * a.channels;
+                if (own && (WHOLE_N || p.q * S + i < (int)a.N)) *saved_at(a, p, slot, i) = h[i];
+            slot++;
         }
-        // Steps go in groups: the next group's values are on their way before this one's shares are stored, since the compiler
-        // moves no load over a store.
         Values in[2][GROUP];
         auto fetch_group = [&](Values(&to)[GROUP], int t0) {
 #pragma unroll
             for (int j = 0; j < GROUP; j++) {
-                to[j].chan = *reinterpret_cast<const float2*>(&s_chan[buf][t0 + j][own_chan]);
-                if (!CONST_B) fetch<S>(to[j].B, &s_B[buf][t0 + j][p.q * S]);
-                if (!CONST_C && !ENDS) fetch<S>(to[j].C, &s_C[buf][t0 + j][p.q * S]);
-                to[j].keep = TABLE ? s_keep[buf][t0 + j] : 1.0f;
+                to[j].chan = *reinterpret_cast<const float2*>(&shared.chan[buf][t0 + j][own_chan]);
+                const float* bc = &shared.bc[buf][t0 + j][p.q * BC];
+                if (!CONST_B && !(CONST_C || ENDS)) fetch<BC>(to[j].bc, bc);
+                else if (!CONST_B) fetch<S>(*reinterpret_cast<float(*)[S]>(to[j].bc), bc);
+                else if (!(CONST_C || ENDS)) fetch<S>(*reinterpret_cast<float(*)[S]>(to[j].bc + S), bc + S);
+                to[j].keep = RESTARTS ? shared.keep[buf][t0 + j] : 1.0f;
             }
         };
-        if (p.walks()) fetch_group(in[0], 0);
+        fetch_group(in[0], 0);
 #pragma unroll
         for (int t = 0; t < T; t += GROUP) {
-            if (!p.walks()) continue;
             Values(&now)[GROUP] = in[t / GROUP % 2];
+            // The next group's values are on their way before this one's shares are stored: no load moves over a store.
             if (t + GROUP < T) fetch_group(in[t / GROUP % 2 ^ 1], t + GROUP);
             float shares[GROUP];
 #pragma unroll
             for (int j = 0; j < GROUP; j++) {
+                float e[S], u[S];
+                rates.decays(e, now[j].chan.x, now[j].keep);
+#pragma unroll
+                for (int i = 0; i < S; i++) u[i] = now[j].chan.y * (CONST_B ? B[i] : now[j].bc[i]);
+                step(h, e, u);
                 shares[j] = 0.0f;
 #pragma unroll
-                for (int i = 0; i < S; i++) {
-                    float e = decay(now[j].chan.x, rates.rate[i], rates.rest[i]);
-                    if (TABLE) e *= now[j].keep;
-                    h[i] = fmaf(e, h[i], now[j].chan.y * (CONST_B ? B[i] : now[j].B[i]));
-                    shares[j] = fmaf(h[i], CONST_C ? C[i] : now[j].C[i], shares[j]);
-                }
-                if (ENDS) total = TABLE && now[j].keep == 0.0f ? __int_as_float(0x7f800000) : total + now[j].chan.x;
+                for (int i = 0; i < S; i++) shares[j] = fmaf(h[i], CONST_C ? C[i] : now[j].bc[S + i], shares[j]);
+                if (ENDS) add_step(total, now[j].chan.x, now[j].keep);
             }
 #pragma unroll
             for (int j = 0; j < GROUP; j++)
-                if (!ENDS) s_y[buf][t + j][own_y] = shares[j];
+                if (!ENDS) shared.y[buf][t + j][own_y] = shares[j];
         }
-        __syncthreads();
+        meet();
     }
-#pragma unroll
-    for (int e = 0; e < PASS * V; e++)
-        if (!ENDS && tiles > 0) finish_value(e / V, e % V, tiles - 1 & 1);
-    if (ENDS || p.seg == a.segments - 1) {
-        i64 at = ((p.s * a.segments + p.seg) * a.K + p.k) * a.channels + d;
-        if (ENDS && own && p.q == 0) reinterpret_cast<float*>(a.sums)[at] = total;
+    if (ENDS) leave_segment(a, p, h, total, own);
+    else if (p.seg == a.segments - 1) {
 #pragma unroll
         for (int i = 0; i < S; i++) {
             int n = p.q * S + i;
-            if (!(own && n < a.N)) continue;
-            if (ENDS) reinterpret_cast<float*>(a.ends)[at * a.N + n] = h[i];
-            else reinterpret_cast<float*>(a.final)[state + n] = h[i];
+            if (own && n < a.N) reinterpret_cast<float*>(a.final)[state + n] = h[i];
         }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
+    extern __shared__ float4 memory[];
+    const Place p(a);
+    if (ENDS && p.seg == a.segments - 1) return;  // nobody asks what leaves the last
+    __builtin_assume(threadIdx.x < NT);
+    const bool walks = p.walks();
+    const Rates rates(a, p, walks && p.d0 + p.ch < p.dend);
+    const i64 last = p.from(a, p.seg + 1);
+    i64 first = p.from(a, p.seg);
+    Sum total = 0;
+#if ENDS && SOFTPLUS
+    i64 start = last - reach<false>(a, p, rates.slowest, first, last, reinterpret_cast<float*>(memory));
+    if (start > first) total = __int_as_float(0x7f800000);  // what came before has decayed
+    first = start;
+    __syncthreads();
+#endif
+    const int origin = (int)(first - p.base) * CHUNK;
+    int tiles = (int)(last - first) * (CHUNK / T);
+    if (!PACKED) tiles = max(0, min(tiles, ((int)a.P - origin + T - 1) / T));
+    const Staged shared(memory);
+    if (walks) walk(a, p, rates, shared, tiles, first, total);
+    else attend(a, p, shared, origin, tiles);
 }

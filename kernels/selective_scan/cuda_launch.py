@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels import nvrtc
 from kernels.selective_scan.cuda_shape import Shape, shape_of
+from kernels.selective_scan.cuda_states import MOST, Part, reals
 from kernels.selective_scan.problem import Problem
 from kernels.selective_scan.triton_plan import Plan
 
@@ -31,7 +32,7 @@ INTEGERS = (
     "x_b", "x_l", "x_k", "dt_b", "dt_l", "dt_k", "z_b", "z_l",
     "B_b", "B_l", "B_k", "B_g", "B_n", "C_b", "C_l", "C_k", "C_g", "C_n",
     "t_b", "t_k", "per_row", "first", "sign", "K", "G", "N", "L", "P", "channels", "blocks", "segments", "slots",
-    "lo", "hi", "add", "dy_k",
+    "lo", "hi", "add", "dy_k", "saved_n",
 )  # fmt: skip
 
 
@@ -46,7 +47,8 @@ def source(name: str) -> str:
     """A kernel with what it shares with the others, and the struct of its arguments."""
     fields = [f"void* {n};" for n in POINTERS] + [f"long long {n};" for n in INTEGERS]
     folder = Path(__file__).parent
-    files = ((folder / f"cuda_{n}").read_text() for n in ("numbers.cuh", "common.cuh", f"{name}.cu"))
+    names = ("numbers.cuh", "common.cuh", "states.cuh", f"{name}.cu")
+    files = ((folder / f"cuda_{n}").read_text() for n in names)
     return "\n".join([f"struct Args {{ {' '.join(fields)} }};", *files])
 
 
@@ -75,11 +77,12 @@ def has_table(p: Problem) -> bool:
     return not (p.route is None and p.code is None and p.cu_seqlens is None)
 
 
-def shape_for(p: Problem, backward: bool) -> Shape:
-    """The ``Shape`` of a problem's kernels."""
+def shape_for(p: Problem, backward: bool, pairs: bool = False) -> Shape:
+    """The ``Shape`` of a problem's kernels: of its first states where there are several parts."""
+    pairs, state = pairs or p.is_complex, min(reals(p), MOST)
     scans, slots = p.sequences * p.routes * p.groups, p.slots // max(1, p.sequences)
     wide = p.x.dtype == torch.float32
-    return shape_of(p.state, p.channels // p.groups, scans, slots, wide, backward, p.x.device)
+    return shape_of(state, p.channels // p.groups, scans, slots, wide, backward, pairs, p.x.device)
 
 
 @dataclass(frozen=True)
@@ -99,14 +102,16 @@ class Recipe:
     kernels: dict[tuple[object, ...], nvrtc.Kernel] = field(default_factory=dict)
 
 
-def macros_of(p: Problem, dy: Tensor | None, shape: Shape) -> dict[str, str | int]:
+def macros_of(part: Part, dy: Tensor | None, shape: Shape) -> dict[str, str | int]:
     """``Recipe.macros``."""
+    p = part.p
     rows = [t for t in (p.x, p.dt, p.z, dy) if t is not None]
     widest = 4 if dy is None else 2  # in the backward all threads of a block have gradients to write then
     real = {n: TYPES[t.dtype] for n, t in (("TX", p.x), ("TDT", p.dt), ("TB", p.B), ("TC", p.C))}
     return {
-        "ENDS": 0, "T": shape.part, "TY": "float", "HAS_INITIAL": 0, "HAS_FINAL": 0, "EXACT": 0, **real,
-        "S": shape.states, "LN": shape.lanes, "NW": shape.warps, "HELP": shape.help, "BLOCKS": shape.resident,
+        "ENDS": 0, "T": shape.part, "TY": "float", "HAS_INITIAL": 0, "HAS_FINAL": 0, "EXACT": 0, "ADD": 0, **real,
+        "FORWARD": dy is None, "PAIRS": part.pairs, "RESTARTS": p.code is not None,
+        "S": shape.states, "LN": shape.lanes, "NW": shape.warps, "EXTRA": shape.extra, "BLOCKS": shape.resident,
         "V": vector(widest, (p.channels // p.groups, shape.width, p.channels), rows),
         "VN": vector(4, (p.state, shape.states), [t for t in (p.B, p.C) if t.ndim == 5]),
         "TZ": "float" if p.z is None else TYPES[p.z.dtype], "HAS_D": p.D is not None, "HAS_Z": p.z is not None,
@@ -117,8 +122,9 @@ def macros_of(p: Problem, dy: Tensor | None, shape: Shape) -> dict[str, str | in
     }  # fmt: skip
 
 
-def integers_of(p: Problem, shape: Shape) -> dict[str, int]:
+def integers_of(part: Part, shape: Shape) -> dict[str, int]:
     """Strides and sizes that every kernel reads."""
+    p = part.p
     fields: dict[str, int] = {}
     for name, t in (("B", p.B), ("C", p.C)):
         strides = (0,) * 5 if t.ndim == 3 else t.stride()
@@ -132,6 +138,7 @@ def integers_of(p: Problem, shape: Shape) -> dict[str, int]:
         "per_row": p.per_row, "first": p.positions - 1 if p.reverse else 0, "sign": -1 if p.reverse else 1,
         "K": p.routes, "G": p.groups, "N": p.state, "L": p.length, "P": p.positions, "channels": p.channels,
         "blocks": shape.blocks, "segments": shape.segments, "slots": p.slots, "lo": 0, "hi": p.per_row,
+        "saved_n": part.of,
     }  # fmt: skip
 
 
@@ -146,15 +153,15 @@ def signature(p: Problem, dy: Tensor | None) -> tuple[object, ...]:
     return (*found, *others, p.dt_softplus, p.route_params, p.reverse, p.x.device)
 
 
-def recipe_for(p: Problem, dy: Tensor | None) -> Recipe:
-    """The recipe of a problem, made on first sight of its signature."""
-    key = signature(p, dy)
+def recipe_for(part: Part, dy: Tensor | None) -> Recipe:
+    """The recipe of a part, made on first sight of its signature."""
+    key = (*signature(part.p, dy), part.pairs, part.of)
     found = _recipes.get(key)
     if found is None:
-        shape = shape_for(p, dy is not None)
-        integers = integers_of(p, shape)
+        shape = shape_for(part.p, dy is not None, part.pairs)
+        integers = integers_of(part, shape)
         base = [0] * len(POINTERS) + [integers.get(n, 0) for n in INTEGERS]
-        found = Recipe(shape, macros_of(p, dy, shape), base)
+        found = Recipe(shape, macros_of(part, dy, shape), base)
         if len(_recipes) >= KEPT:
             _recipes.clear()
         _recipes[key] = found
@@ -162,15 +169,15 @@ def recipe_for(p: Problem, dy: Tensor | None) -> Recipe:
 
 
 class Launch:
-    """A problem on its way to the GPU.
+    """States of a problem on their way to the GPU.
 
     Attributes:
         p: The problem.
         shape: How it is cut.
     """
 
-    def __init__(self, p: Problem, dy: Tensor | None = None) -> None:
-        self.p, self.recipe = p, recipe_for(p, dy)
+    def __init__(self, part: Part, dy: Tensor | None = None) -> None:
+        self.part, self.p, self.recipe = part, part.p, recipe_for(part, dy)
         self.shape = self.recipe.shape
 
     @cached_property
@@ -207,7 +214,7 @@ class Launch:
         """Starts a scan: a block a segment, route, group and channel block."""
         p, shape = self.p, self.shape
         blocks = p.sequences * shape.segments * p.routes * p.groups * shape.blocks
-        self.start(name, blocks, 32 * shape.warps * shape.help, shared, fields, **macros)
+        self.start(name, blocks, 32 * (shape.warps + shape.extra), shared, fields, **macros)
 
     def carries(self, name: str, shared: int, more: Fields, **macros: str | int) -> Fields:
         """What the scan of each segment leaves, from zero: ``ends`` and ``sums``; nothing for one segment."""
@@ -215,7 +222,8 @@ class Launch:
             return {}
         p = self.p
         size = (p.sequences, self.shape.segments, p.routes, p.channels)
-        found: Fields = {"ends": self.float32(*size, p.state), "sums": self.float32(*size)}
+        sums = torch.empty(size, dtype=torch.float64 if self.part.pairs else torch.float32, device=p.x.device)
+        found: Fields = {"ends": self.float32(*size, p.state), "sums": sums}
         self.run(name, shared, {**more, **found}, ENDS=1, **macros)
         return found
 

@@ -86,3 +86,19 @@ __device__ __forceinline__ float sigmoid(float v) {
     return rcp(1.0f + ex2(-LOG2E * v));
 #endif
 }
+
+// exp(i dt A), A in radians: the angle less quarter turns, in three parts of pi / 2, then polynomials.
+__device__ __forceinline__ float2 turned(float dt, float A) {
+    float angle = dt * A, quarters = rintf(angle * 0.636619772f), rest = fmaf(dt, A, -angle);
+    angle = fmaf(quarters, -1.57079637050628662f, angle);
+    angle = fmaf(quarters, 4.37113900018624283e-8f, angle);
+    angle = fmaf(quarters, 1.71512451000588e-15f, angle) + rest;
+    float w = angle * angle;
+    float sine = fmaf(fmaf(-1.9515295891e-4f, w, 8.3321608736e-3f), w, -1.6666654611e-1f);
+    float cosine = fmaf(fmaf(2.443315711809948e-5f, w, -1.388731625493765e-3f), w, 4.166664568298827e-2f);
+    sine = fmaf(sine * w, angle, angle);
+    cosine = fmaf(w * w, cosine, fmaf(w, -0.5f, 1.0f));
+    int turn = (int)quarters;
+    float re = turn & 1 ? sine : cosine, im = turn & 1 ? cosine : sine;
+    return make_float2(turn + 1 & 2 ? -re : re, turn & 2 ? -im : im);
+}

@@ -32,7 +32,8 @@ class Shape(NamedTuple):
         tile: T of the forward.
         part: T of the backward, steps whose states and decays fit the registers.
         warps: NW, warps of a block that hold states.
-        help: HELP, threads of a block over those that hold states: a walk over few states is short beside the rest.
+        extra: EXTRA, warps that hold none. Forward, they alone load and write; backward, all do, and they help where
+            a walk over few states is short beside the rest.
         resident: Blocks of a multiprocessor: what registers and shared memory allow.
         width: BD, channels of a block.
         blocks: Blocks that share the channels of a group.
@@ -44,7 +45,7 @@ class Shape(NamedTuple):
     tile: int
     part: int
     warps: int
-    help: int
+    extra: int
     resident: int
     width: int
     blocks: int
@@ -61,15 +62,15 @@ class Shape(NamedTuple):
         T, states = self.part, self.lanes * self.states
         staged = CHUNK * (rows(2 * self.width) + self.width + 2 * states + 1)
         if ends:
-            return staged
+            return staged + 4
         starts = CHUNK // T * 32 * self.warps * self.states
-        shares = T * (rows(self.width * self.lanes) + rows(2 * self.width * self.lanes))
+        shares = T * (rows(self.width * self.lanes) + rows(2 * self.width * self.lanes) + 12) + 4
         return staged + starts + shares + 8 // self.lanes * self.warps * (T * (2 * states + 4) + 16)
 
 
 @functools.cache
 def shape_of(
-    state: int, channels: int, scans: int, slots: int, wide: bool, backward: bool, device: torch.device
+    state: int, channels: int, scans: int, slots: int, wide: bool, backward: bool, pairs: bool, device: torch.device
 ) -> Shape:
     """The rule.
 
@@ -81,24 +82,33 @@ def shape_of(
         wide: Whether x is float32: a tile of it fills more registers.
         backward: The backward of many states needs most of a multiprocessor's shared memory for any block: it gets
             one of 8 warps.
+        pairs: Whether two neighbouring states are a complex number, which one thread holds.
         device: The GPU.
     """
     cores, memory = properties(device)
     lanes = 1 if state <= 4 else 2 if state <= 8 else 4 if state <= 16 else 8
+    if not backward:  # few channels: more lanes with fewer states beat segments, which need a first pass
+        while lanes < min(8, state) and 2 * scans * -(-channels * lanes // (32 * WARPS)) <= cores:
+            lanes *= 2
     states = -(-state // lanes)
+    states += pairs and states % 2
     most = 2 * WARPS if states > 4 and backward and memory >= 224 << 10 else WARPS
     warps = min(most, -(-channels * lanes // 32))
-    help_ = max(1, 4 // lanes)
-    # Short walks want more blocks at once, which small tiles leave the registers for; long ones, fewer barriers.
-    small = lanes == 1 or (states <= 4 and help_ == 1 and (wide or slots <= SHORT))
-    resident = 2 if help_ > 1 else 1 if warps > WARPS else 4 if small and not (wide or backward) else 3
     width = 32 // lanes * warps
     blocks = -(-channels // width)
+    if backward:
+        extra = (max(1, 4 // lanes) - 1) * warps
+        small = lanes == 1 or (states <= 4 and not extra and (wide or slots <= SHORT))
+        resident = 1 if warps > WARPS or lanes == 1 else 2 if extra else 3
+    else:
+        extra = 2 * warps if lanes == 1 else warps
+        small = lanes <= 2 or states > 4 or wide or slots <= SHORT // 4
+        resident = 4 if small and states <= 4 and not wide and lanes == 4 else 3 if lanes in (2, 4) else 2
     # Segments cost a pass that finds the states they end in: only where blocks are few.
     fit = cores * resident * WARPS // min(warps, WARPS) // max(1, scans * blocks)
     segments = 1 if fit < 3 else max(1, min(fit, 64, slots))
     tile, part = 16 if small else 32, 8 if states <= 4 else 4
-    return Shape(lanes, states, tile, part, warps, help_, resident, width, blocks, segments)
+    return Shape(lanes, states, tile, part, warps, extra, resident, width, blocks, segments)
 
 
 def rows(floats: int) -> int:

@@ -48,10 +48,18 @@ class MapGradients:
     z: Tensor | None
 
     @staticmethod
-    def new(p: Problem) -> MapGradients:
-        x = new_map(p, p.x.dtype if p.x.shape[2] == p.routes else p.dtype)
-        z = None if p.z is None else new_map(p, p.z.dtype if p.routes == 1 else p.dtype)
-        return MapGradients(p, x, new_map(p, p.dt.dtype), z)
+    def new(p: Problem, dtype: torch.dtype | None = None) -> MapGradients:
+        """Memory for them; all in ``dtype`` if one is given."""
+        x = new_map(p, dtype or (p.x.dtype if p.x.shape[2] == p.routes else p.dtype))
+        z = None if p.z is None else new_map(p, dtype or (p.z.dtype if p.routes == 1 else p.dtype))
+        return MapGradients(p, x, new_map(p, dtype or p.dt.dtype), z)
+
+    def plus(self, other: MapGradients) -> MapGradients:
+        """The sum of both, in the memory of this one."""
+        for name in ("x", "dt", "z"):
+            if (mine := getattr(self, name)) is not None:
+                mine += getattr(other, name)
+        return self
 
     @property
     def merged_x(self) -> Tensor:

@@ -17,21 +17,24 @@ from kernels.selective_scan import cuda_launch, cuda_shape
 from kernels.selective_scan.problem import CHUNK
 
 MACROS = {
-    "S": 4, "LN": 4, "NW": 4, "HELP": 1, "V": 4, "VN": 4, "BLOCKS": 3, "TX": "bf16", "TDT": "f16", "TB": "bf16",
+    "S": 4, "LN": 4, "NW": 4, "EXTRA": 4, "V": 4, "VN": 4, "BLOCKS": 3, "TX": "bf16", "TDT": "f16", "TB": "bf16",
     "TC": "float", "TZ": "float", "TY": "bf16", "TDY": "bf16", "TDX": "bf16", "TDZ": "float", "HAS_D": 1,
     "HAS_Z": 1, "HAS_BIAS": 1, "HAS_INITIAL": 1, "HAS_FINAL": 1, "CONST_B": 0, "CONST_C": 0, "SOFTPLUS": 1,
     "TABLE": 1, "PACKED": 1, "AT_TOKEN": 0, "PRECISE": 0, "ENDS": 0, "EXACT": 0, "T": 8, "CUT": 0, "WHOLE_N": 0,
+    "TDDT": "f16", "RESTARTS": 1, "PAIRS": 0, "ADD": 1, "FORWARD": 1,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("pairs", [0, 1])
 @pytest.mark.parametrize("name", ["forward", "backward", "reduce"])
-def test_compiles_without_a_gpu(name: str, architecture: str) -> None:
+def test_compiles_without_a_gpu(name: str, pairs: int, architecture: str) -> None:
     try:
         nvrtc.version()
     except OSError:
         pytest.skip("this PyTorch came without NVRTC: it is not a CUDA build")
-    macros = tuple(f"{n} {v}" for n, v in MACROS.items())
+    wanted = MACROS | {"PAIRS": pairs, "FORWARD": int(name == "forward"), "EXTRA": 4 if name == "forward" else 0}
+    macros = tuple(f"{n} {v}" for n, v in wanted.items())
     assert len(nvrtc.compile_cubin(cuda_launch.source(name), macros, architecture)) > 1000
     with pytest.raises(RuntimeError, match="NVRTC refused a kernel"):
         nvrtc.compile_cubin(cuda_launch.source(name) + "nonsense", macros, architecture)
@@ -43,7 +46,7 @@ def test_shapes_hold_the_state_and_fit_the_gpu(state: int, monkeypatch: pytest.M
     rule = cuda_shape.shape_of.__wrapped__
     for channels in (1, 33, 1536):
         for backward, wide, slots in itertools.product((False, True), (False, True), (32, 1024)):
-            shape = rule(state, channels, 8, slots, wide, backward, torch.device("cuda"))
+            shape = rule(state, channels, 8, slots, wide, backward, state % 2 == 0, torch.device("cuda"))
             assert shape.lanes * shape.states >= state
             assert shape.blocks * shape.width >= channels
             assert (shape.blocks - 1) * shape.width < channels
@@ -51,12 +54,14 @@ def test_shapes_hold_the_state_and_fit_the_gpu(state: int, monkeypatch: pytest.M
             assert 4 * words <= 227 << 10
             assert 1 <= shape.segments <= min(64, slots)
             assert shape.lanes != 4 or 4 * words * shape.resident <= 227 << 10
-    assert rule(state, 1536, 512, 32, False, True, torch.device("cuda")).segments == 1  # enough blocks without
+            assert state % 2 or shape.states % 2 == 0  # both parts of a complex number
+            loaders = shape.warps + shape.extra if backward else shape.extra
+            assert all(32 * loaders % (shape.width // v) == 0 for v in (1, 2, 4) if shape.width % v == 0)
+    assert rule(state, 1536, 512, 32, False, True, False, torch.device("cuda")).segments == 1  # enough blocks without
 
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on an NVIDIA GPU")
-REAL = {name: case for name, case in CASES.items() if not case[0].get("complex_")}
 
 
 @pytest.fixture
@@ -75,9 +80,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("case", REAL)
+@pytest.mark.parametrize("case", CASES)
 def test_option_is_as_accurate_as_the_reference(case: str, dtype: torch.dtype) -> None:
-    sizes, flags = REAL[case]
+    sizes, flags = CASES[case]
     wide = {"D": 16 * sizes["D"]} if "D" in sizes and sizes["D"] < 16 else {}  # enough numbers for an rms
     check(inputs(**sizes | wide), "cuda", "cuda", dtype, **flags)
 
@@ -89,6 +94,49 @@ def test_option_is_as_accurate_as_the_reference(case: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("state", [1, 2, 3, 4, 5, 8, 11, 16, 20, 33, 48, 64])
 def test_any_number_of_states(state: int, dtype: torch.dtype) -> None:
     check(inputs(B=2, L=CHUNK + 9, D=37, N=state, options=FULL), "cuda", "cuda", dtype, reverse=state % 2 == 0)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [FULL, "constB constC"])
+@pytest.mark.parametrize("state", [65, 128, 250, 256])
+def test_many_states(state: int, options: str, dtype: torch.dtype) -> None:
+    check(inputs(B=1, L=CHUNK + 9, D=9, N=state, options=options), "cuda", "cuda", dtype, reverse=state == 128)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state", [1, 2, 3, 5, 8, 16, 32, 40])
+def test_complex_states(state: int, dtype: torch.dtype) -> None:
+    tensors = inputs(B=2, L=CHUNK + 9, D=37, N=state, options=FULL, complex_=True)
+    check(tensors, "cuda", "cuda", dtype, reverse=state % 2 == 0)
+
+
+@gpu
+@needs_gpu
+def test_one_complex_state_of_many_channels() -> None:
+    check(inputs(B=8, L=20, D=600, N=1, options=FULL, complex_=True), "cuda", "cuda", torch.float32)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("reverse", [False, True])
+def test_complex_segments_at_once(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_in(5, monkeypatch)
+    tensors = inputs(B=1, L=60 * CHUNK, D=40, N=4, options=FULL, complex_=True)
+    tensors["A"][3, 2] = complex(-1e-4, 5.0)  # remembers all of them
+    check(tensors, "cuda", "cuda", torch.float32, reverse=reverse)
+
+
+@gpu
+@needs_gpu
+def test_routes_of_many_complex_states() -> None:
+    tensors = inputs(B=2, L=40, D=6, N=70, K=2, G=2, P=CHUNK + 2, options=FULL, complex_=True)
+    check(tensors, "cuda", "cuda", torch.float32)
 
 
 @gpu
