@@ -32,8 +32,8 @@ def forward_kernel(x, z, B, C, D, steps, tokens, owner, initial, enter_from, fin
                    d_h, d_p, segments, length, per_row, plane, K, H, G, L, T, first, sign, P, N, blocks,
                    TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr,
                    EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, HAS_Z: tl.constexpr,
-                   HAS_D: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_ENTER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
-                   BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                   HAS_D: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_ENTER: tl.constexpr, DOT: tl.constexpr,
+                   PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """y (B, L, K, H, P) and the final states. One program a segment, route, head and block of P."""
     pid = tl.program_id(0).to(tl.int64)
     block, head, k = pid % blocks, pid // blocks % H, pid // blocks // H % K

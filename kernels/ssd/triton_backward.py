@@ -1,8 +1,10 @@
 """``ssd`` on GPUs, backward: the host side. ``triton_gradients.py`` has the formulas and the kernels.
 
-First ``states_kernel`` walks both ways and leaves h and g of every chunk; then all chunks run at once, each over the
-heads of a group, which share C B^T and the two products that give dB and dC. Two kernels do that: what one would have
-to hold does not fit into the registers. Last, ``ddt_kernel`` turns what they leave into the gradient of dt.
+First ``states_kernel`` walks forwards for h and backwards for g and leaves those of every chunk; then all chunks run at
+once, each over the heads of a group, which share C B^T and the two products that give dB and dC. Two programs do that
+side by side, one for what ends at a position, one for what starts there: neither turns a matrix of pairs over in shared
+memory, and what one would have to hold does not fit into the registers. Last, ``ddt_kernel`` turns what they leave into
+the gradient of dt.
 
 B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk, S
 sequences.
@@ -69,8 +71,8 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
     outputs = {"dx": dx, "dz": dz, "dB": dB, "dC": dC, "dD": dD, "vectors": vectors, "h_to_g": h_to_g}
     _launch(plan, dy if dy.ndim == 5 else dy.unsqueeze(2), dstate, dinitial, outputs, parts)
     last = {
-        "ddt": ddt, "dA": dA, "dbias": dbias, "dD": dD, "vectors": vectors, "h_to_g": h_to_g, "L": p.length, "PASSING": plan.blocks,
-        "plane": vectors[0].numel(), "HAS_D": has_d,
+        "ddt": ddt, "dA": dA, "dbias": dbias, "dD": dD, "vectors": vectors, "h_to_g": h_to_g, "L": p.length,
+        "PASSING": plan.blocks, "plane": vectors[0].numel(), "HAS_D": has_d,
     }  # fmt: skip
     ddt_kernel[plan.tiles](**plan.filled(plan.dt | last))
     return Gradients(

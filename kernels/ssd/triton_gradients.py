@@ -43,11 +43,7 @@ def gated_rows(dy, ys, z, zs, origin, token, there, p, live, FULL: tl.constexpr,
 def state_tile(states, number, P, N, p, n, FULL: tl.constexpr):
     """One of the states (P, N) of ``states``."""
     at = states + number * P * N + (p[:, None] * N + n[None, :])
-    if FULL:
-        state = tl.load(at)
-    else:
-        state = tl.load(at, mask=(p < P)[:, None] & (n < N)[None, :], other=0)
-    return state
+    return tl.load(at) if FULL else tl.load(at, mask=(p < P)[:, None] & (n < N)[None, :], other=0)
 
 
 @triton.jit
@@ -229,7 +225,8 @@ def chunks_kernel(x, dy, z, B, C, D, steps, tokens, owner, h_in, g_in, dx, dz, d
 def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, t_b, t_k, per_row, K, H, L, T, first,
                sign, plane, blocks, TABLE: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
                LOW: tl.constexpr, HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
-               FOLDED: tl.constexpr, HAS_D: tl.constexpr, PASSING: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+               FOLDED: tl.constexpr, HAS_D: tl.constexpr, PASSING: tl.constexpr, Q: tl.constexpr,
+               BH: tl.constexpr):  # fmt: skip
     """ddt (B, L, K, H); dA, dbias and dD chunk by chunk, (chunks, K, H)."""
     pid = tl.program_id(0).to(tl.int64)
     block, c, k, b = pid % blocks, pid // blocks % per_row, pid // blocks // per_row % K, pid // blocks // per_row // K

@@ -271,7 +271,8 @@ class Plan:
             "P": p.head_dim, "N": p.state, "blocks": triton.cdiv(p.head_dim, self.width), "RESTART": p.code is not None,
             "PACKED": p.cu_seqlens is not None, "HAS_Z": p.z is not None,
             "DOT": getattr(tl, str(self.product_dtype).removeprefix("torch.")),
-            "NEAR": self.near, "FULL": self.full, "PRECISION": precision, "BP": self.width, "BN": power(p.state), **self.order,
+            "NEAR": self.near, "FULL": self.full, "PRECISION": precision, "BP": self.width, "BN": power(p.state),
+            **self.order,
         }  # fmt: skip
 
     @property

@@ -23,15 +23,16 @@ from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tok
 
 @triton.jit
 def walk(rows, r_l, r_p, z, z_l, z_p, keys, k_l, k_n, steps, plane, tokens, owner, enter_from, start, end, out,
-         passing, h_to_g, h_stride, per_token, totals, total_decay, begin, stop, chunk_stride, first_chunk, T, first, sign, P, N, p, n,
-         TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
-         FOLDED: tl.constexpr, FULL: tl.constexpr, HAS_Z: tl.constexpr, HAS_ENTER: tl.constexpr, HAS_START: tl.constexpr, HAS_END: tl.constexpr,
-         STORE: tl.constexpr, ADJOINT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-         Q: tl.constexpr):  # fmt: skip
+         passing, h_to_g, h_stride, per_token, totals, total_decay, begin, stop, chunk_stride, first_chunk, T, first,
+         sign, P, N, p, n, TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr,
+         EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, HAS_Z: tl.constexpr, HAS_ENTER: tl.constexpr,
+         HAS_START: tl.constexpr, HAS_END: tl.constexpr, STORE: tl.constexpr, ADJOINT: tl.constexpr,
+         DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr):  # fmt: skip
     """Walks the chunks begin to stop with a (P, N) tile of the state.
 
     STORE keeps in ``out`` what enters each chunk (ADJOINT: what comes back to its end) and in ``end`` what leaves each
-    sequence; ADJOINT then also has ``h_to_g``, the share of da that passes a whole chunk from its h in ``passing``; else ``totals`` gets what leaves the last chunk and ``total_decay`` the decay over all.
+    sequence; else ``totals`` gets what leaves the last chunk and ``total_decay`` the decay over all. ADJOINT with STORE
+    also leaves in ``h_to_g`` what passes each whole chunk in da, from its h in ``passing``.
     """
     live = (p < P)[:, None] & (n < N)[None, :]
     tile = p[:, None] * N + n[None, :]
@@ -100,27 +101,26 @@ def states_kernel(x, dy, z, B, C, steps, tokens, owner, initial, dfinal, dinitia
     group = head // (H // G)
     gated = z + b * zs[0] + head * zs[2] if HAS_Z else z
     chunk = first_chunk - b * per_row  # the chunks of h_out and g_out are counted over all rows, from first_chunk
-    if BOTH or not ADJOINT:
-        if tl.program_id(1) == 0:
-            walk(x + b * xs[0] + k * xs[2] + head * xs[3], xs[1], xs[4], gated, zs[1], zs[3],
-                 B + b * Bs[0] + k * Bs[2] + group * Bs[3], Bs[1], Bs[4], steps_at, plane, tokens_at, owner,
-                 h_enter + number * P * N, initial + matrix if HAS_INITIAL else initial, dinitial, h_out + matrix,
-                 h_out, h_to_g, 0, heads, h_total + number * P * N, h_decay + number, begin, stop, heads, chunk, T,
-                 first, sign, P, N, p, n, TABLE, NEAR, RESTART, PACKED, EXACT, FOLDED, FULL, HAS_Z, FROM_H,
-                 HAS_INITIAL, False, STORE, False, DOT, PRECISION, Q)  # fmt: skip
-    if BOTH or ADJOINT:
-        if tl.program_id(1) == BOTH:
-            h_to_g += ((b * per_row * K + k) * H + head) * blocks + block
-            g = walk(dy + b * ys[0] + k * ys[2] + head * ys[3], ys[1], ys[4], gated, zs[1], zs[3],
-                     C + b * Cs[0] + k * Cs[2] + group * Cs[3], Cs[1], Cs[4], steps_at, plane, tokens_at, owner,
-                     g_enter + number * P * N, dfinal + matrix if HAS_DFINAL else dfinal,
-                     dinitial + matrix if HAS_INITIAL else dinitial, g_out + matrix, h_out + matrix, h_to_g,
-                     K * H * blocks, heads, g_total + number * P * N, g_decay + number, begin, stop, heads, chunk, T,
-                     first, sign, P, N, p, n, TABLE, NEAR, RESTART, PACKED, EXACT, FOLDED, FULL, HAS_Z, FROM_G,
-                     HAS_DFINAL, HAS_INITIAL, STORE, True, DOT, PRECISION, Q)  # fmt: skip
-            if STORE and HAS_INITIAL and not PACKED:
-                here = (p < P)[:, None] & (n < N)[None, :] & (s == 0)
-                tl.store(dinitial + b * heads + matrix + p[:, None] * N + n[None, :], g, mask=here)
+    side = tl.program_id(1) if BOTH else ADJOINT
+    if side == 0:
+        walk(x + b * xs[0] + k * xs[2] + head * xs[3], xs[1], xs[4], gated, zs[1], zs[3],
+             B + b * Bs[0] + k * Bs[2] + group * Bs[3], Bs[1], Bs[4], steps_at, plane, tokens_at, owner,
+             h_enter + number * P * N, initial + matrix if HAS_INITIAL else initial, dinitial, h_out + matrix,
+             h_out, h_to_g, 0, heads, h_total + number * P * N, h_decay + number, begin, stop, heads, chunk, T,
+             first, sign, P, N, p, n, TABLE, NEAR, RESTART, PACKED, EXACT, FOLDED, FULL, HAS_Z, FROM_H,
+             HAS_INITIAL, False, STORE, False, DOT, PRECISION, Q)  # fmt: skip
+    else:
+        h_to_g += ((b * per_row * K + k) * H + head) * blocks + block
+        g = walk(dy + b * ys[0] + k * ys[2] + head * ys[3], ys[1], ys[4], gated, zs[1], zs[3],
+                 C + b * Cs[0] + k * Cs[2] + group * Cs[3], Cs[1], Cs[4], steps_at, plane, tokens_at, owner,
+                 g_enter + number * P * N, dfinal + matrix if HAS_DFINAL else dfinal,
+                 dinitial + matrix if HAS_INITIAL else dinitial, g_out + matrix, h_out + matrix, h_to_g,
+                 K * H * blocks, heads, g_total + number * P * N, g_decay + number, begin, stop, heads, chunk, T,
+                 first, sign, P, N, p, n, TABLE, NEAR, RESTART, PACKED, EXACT, FOLDED, FULL, HAS_Z, FROM_G,
+                 HAS_DFINAL, HAS_INITIAL, STORE, True, DOT, PRECISION, Q)  # fmt: skip
+        if STORE and HAS_INITIAL and not PACKED:
+            here = (p < P)[:, None] & (n < N)[None, :] & (s == 0)
+            tl.store(dinitial + b * heads + matrix + p[:, None] * N + n[None, :], g, mask=here)
 
 
 @triton.jit

@@ -195,11 +195,7 @@ def kept(segment, Q: tl.constexpr, RESTART: tl.constexpr):
 def read_rows(source, s_l, s_i, origin, token, there, i, live, FULL: tl.constexpr):
     """Rows of tokens, (Q, columns i), zero where there is no token or no column; with FULL all are there."""
     at = source + origin * s_l + (token[:, None] * s_l + i[None, :] * s_i)
-    if FULL:
-        rows = tl.load(at)
-    else:
-        rows = tl.load(at, mask=there[:, None] & live[None, :], other=0)
-    return rows
+    return tl.load(at) if FULL else tl.load(at, mask=there[:, None] & live[None, :], other=0)
 
 
 @triton.jit
