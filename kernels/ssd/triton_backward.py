@@ -139,9 +139,11 @@ def _chunks(plan: Plan, given: dict[str, Any], chunks: int, parts: int) -> None:
 def _turns(plan: Plan, segments: Segments) -> list[tuple[int, int, int, int]]:
     """First segment, number of segments, first chunk, number of chunks of each turn; chunks count over all rows."""
     p = plan.p
-    each = 2 * segments.length * p.routes * p.heads * p.head_dim * p.state * plan.product_dtype.itemsize
-    most = max(1, triton_plan.WORKSPACE // max(1, each))
     total, turns = plan.rows * segments.count, []
+    state = 2 * p.routes * p.heads * p.head_dim * p.state  # of h and g together
+    entering = total * state * p.dtype.itemsize if segments.count > 1 else 0
+    each = segments.length * state * plan.product_dtype.itemsize
+    most = max(1, (triton_plan.WORKSPACE - entering) // max(1, each))
 
     def chunk(segment: int) -> int:
         row, s = divmod(segment, segments.count)

@@ -27,7 +27,7 @@ CHUNK = {torch.bfloat16: 64, torch.float32: 32, torch.float64: 16}  # Q by the d
 SHORTEST = 8  # chunks of a segment in the forward, at least
 SHORT = 32  # and in the backward, at most
 STATES = 64  # rows of the state that a program of ``states_kernel`` holds
-WORKSPACE = 320 << 20  # bytes for the states between chunks in the backward; more take turns
+WORKSPACE = 320 << 20  # bytes for the states between chunks and segments in the backward; more take turns
 
 
 class Segments(NamedTuple):
