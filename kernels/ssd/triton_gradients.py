@@ -92,7 +92,6 @@ def row_side(x, dy, z, C_at, D, B_at, steps, h_in, dz, dC, dD, vectors, xs, ys, 
                 after, dyf, lost, gate, sigmoid = gated_rows(dy_at, ys, z_at, zs, origin, token, there, p, in_p, FULL,
                                                              HAS_Z, DOT, real)  # fmt: skip
             h = state_tile(h_in, number + head, P, N, p, n, FULL)
-            dCv += product(dyf, h, DOT, PRECISION) * enter[:, None]
             before = product(Cv, tl.trans(h), DOT, PRECISION) * enter[:, None]
             from_h += tl.sum(before * dyf.to(real), 1)
             if HAS_D and WIDE_D:
@@ -107,6 +106,7 @@ def row_side(x, dy, z, C_at, D, B_at, steps, h_in, dz, dC, dD, vectors, xs, ys, 
                 slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
                 to = dz + (origin * K * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
                 tl.store(to, after.to(real) * before * slope, mask=there[:, None] & in_p[None, :])
+            dCv += product(dyf, h, DOT, PRECISION) * enter[:, None]
         to = vectors + vector + head * each + tl.arange(0, Q)
         if EXACT:
             tl.store(to + 2 * plane, from_h)

@@ -41,6 +41,9 @@ def walk(rows, r_l, r_p, z, z_l, z_p, keys, k_l, k_n, steps, plane, tokens, owne
     if HAS_ENTER:
         h = tl.load(enter_from + tile, mask=live, other=0)
     left = tl.full((), 1.0, real)
+    if STORE and ADJOINT:  # one chunk ahead: the compiler prefetches only what products take
+        entered = passing + (stop - 1 - first_chunk) * chunk_stride + tile
+        ahead = tl.load(entered) if FULL else tl.load(entered, mask=live, other=0)
     for step_number in range(begin, stop):
         c = begin + stop - 1 - step_number if ADJOINT else step_number
         if PACKED:
@@ -62,8 +65,9 @@ def walk(rows, r_l, r_p, z, z_l, z_p, keys, k_l, k_n, steps, plane, tokens, owne
             gate, sigmoid = gates(z, z_l, z_p, origin, token, there, p, p < P, FULL, real)
             value = value * gate * sigmoid
         if STORE and ADJOINT:
-            entered = passing + (c - first_chunk) * chunk_stride + tile
-            from_h = tl.load(entered) if FULL else tl.load(entered, mask=live, other=0)
+            from_h = ahead
+            entered = passing + (tl.maximum(c - 1, begin) - first_chunk) * chunk_stride + tile
+            ahead = tl.load(entered) if FULL else tl.load(entered, mask=live, other=0)
             tl.store(h_to_g + c * h_stride, through * tl.sum(from_h.to(real) * h))
         value = value * (enter if ADJOINT else weight)[:, None]
         key = read_rows(keys, k_l, k_n, origin, token, there, n, n < N, FULL)
