@@ -48,7 +48,7 @@ def state_tile(states, number, P, N, p, n, FULL: tl.constexpr):
 
 @triton.jit
 def row_side(x, dy, z, C_at, D, B_at, steps, h_in, dz, dC, dD, vectors, xs, ys, zs, Bs, Cs, entry, origin, token, there,
-             vector, each, number, chunk, skip_at, d_h, d_p, plane, K, H, P, N, begin, stop, TABLE: tl.constexpr,
+             vector, each, number, chunk, skip_at, d_h, d_p, plane, K, H, P, N, begin, stop,
              RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
              HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr, DOT: tl.constexpr,
              PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
@@ -122,7 +122,7 @@ def row_side(x, dy, z, C_at, D, B_at, steps, h_in, dz, dC, dD, vectors, xs, ys, 
 
 @triton.jit
 def column_side(x, dy, z, C_at, D, B_at, steps, g_in, dx, dB, vectors, xs, ys, zs, Bs, Cs, entry, origin, token, there,
-                vector, each, number, skip_at, d_h, d_p, plane, K, H, P, N, begin, stop, TABLE: tl.constexpr,
+                vector, each, number, skip_at, d_h, d_p, plane, K, H, P, N, begin, stop,
                 RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
                 HAS_Z: tl.constexpr, HAS_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
                 BP: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
@@ -212,12 +212,12 @@ def chunks_kernel(x, dy, z, B, C, D, steps, tokens, owner, h_in, g_in, dx, dz, d
     if side == 0:
         row_side(x, dy, z + b * zs[0], C_at, D, B_at, steps, h_in, dz + rows, dC + keys, dD, vectors, xs, ys, zs, Bs,
                  Cs, entry, origin, token, there, vector, each, number, ((first_chunk + local) * K + k) * H, skip_at,
-                 d_h, d_p, plane, K, H, P, N, begin, stop, TABLE, RESTART, EXACT, FOLDED, FULL, HAS_Z, HAS_D, WIDE_D,
+                 d_h, d_p, plane, K, H, P, N, begin, stop, RESTART, EXACT, FOLDED, FULL, HAS_Z, HAS_D, WIDE_D,
                  DOT, PRECISION, Q, BP, BN, BLOCKS)  # fmt: skip
     else:
         column_side(x, dy, z + b * zs[0], C_at, D, B_at, steps, g_in, dx + rows, dB + keys, vectors, xs, ys, zs, Bs,
                     Cs, entry, origin, token, there, vector, each, number, skip_at, d_h, d_p, plane, K, H, P, N, begin,
-                    stop, TABLE, RESTART, EXACT, FOLDED, FULL, HAS_Z, HAS_D, DOT, PRECISION, Q, BP, BN,
+                    stop, RESTART, EXACT, FOLDED, FULL, HAS_Z, HAS_D, DOT, PRECISION, Q, BP, BN,
                     BLOCKS)  # fmt: skip
 
 
