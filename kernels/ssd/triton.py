@@ -41,7 +41,10 @@ def forward_kernel(x, z, B, C, D, steps, tokens, owner, initial, enter_from, fin
     b, s = number // segments, number % segments
     p, n = block * BP + tl.arange(0, BP), tl.arange(0, BN)
     in_p, in_n = p < P, n < N
-    live, tile = in_p[:, None] & in_n[None, :], p[:, None] * N + n[None, :]
+    live, tile = (
+        in_n[:, None] & in_p[None, :],
+        p[None, :] * N + n[:, None],
+    )  # the state (N, P), so that C h reads it as is
     real: tl.constexpr = steps.dtype.element_ty
     if HAS_D:
         skip = tl.load(D + k * H * d_h + head * d_h + p * d_p, mask=in_p, other=0)
@@ -50,7 +53,7 @@ def forward_kernel(x, z, B, C, D, steps, tokens, owner, initial, enter_from, fin
     x_at, steps_at = x + b * xs[0] + k * xs[2] + head * xs[3], steps + ((b * K + k) * H + head) * per_row * Q
     B_at, C_at = B + b * Bs[0] + k * Bs[2] + group * Bs[3], C + b * Cs[0] + k * Cs[2] + group * Cs[3]
     tokens_at = tokens + b * t_b + k * t_k
-    h = tl.zeros([BP, BN], real)
+    h = tl.zeros([BN, BP], real)
     if HAS_ENTER:
         h = tl.load(enter_from + number * heads + matrix + tile, mask=live, other=0)
     for c in range(s * length, tl.minimum((s + 1) * length, per_row)):
@@ -69,7 +72,7 @@ def forward_kernel(x, z, B, C, D, steps, tokens, owner, initial, enter_from, fin
         Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, in_n, FULL).to(DOT)
         scores = product(Cv, tl.trans(Bv), DOT, PRECISION)
         scores *= weighted_mask(step, high, low, segment, Q, EXACT, FOLDED, RESTART)
-        out = product(Cv, tl.trans(h.to(DOT)), DOT, PRECISION) * enter[:, None]
+        out = product(Cv, h, DOT, PRECISION) * enter[:, None]
         out = product(scores, xv, DOT, PRECISION, out)
         xf = xv.to(real)
         if HAS_D:
@@ -83,7 +86,7 @@ def forward_kernel(x, z, B, C, D, steps, tokens, owner, initial, enter_from, fin
             tl.store(to, out)
         else:
             tl.store(to, out, mask=there[:, None] & in_p[None, :])
-        h = product(tl.trans((xf * weight[:, None]).to(DOT)), Bv, DOT, PRECISION, h * through)
+        h = product(tl.trans(Bv), xf * weight[:, None], DOT, PRECISION, h * through)
         if PACKED:
             leaves = (sequence >= 0) & (sequence != after)
             tl.store(final + sequence * heads + matrix + tile, h, mask=live & leaves)
