@@ -22,7 +22,7 @@ from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd.problem import Problem
 from kernels.ssd.triton_backward import backward
 from kernels.ssd.triton_plan import Plan
-from kernels.ssd.triton_steps import decays, gates, mask, product, read_rows, read_tokens
+from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tokens, weighted_mask
 
 __all__ = ["backward", "forward"]
 
@@ -31,9 +31,9 @@ __all__ = ["backward", "forward"]
 def forward_kernel(x, z, B, C, D, steps, tokens, owner, initial, enter_from, final, y, xs, zs, Bs, Cs, t_b, t_k,
                    d_h, d_p, segments, length, per_row, plane, K, H, G, L, T, first, sign, P, N, blocks,
                    TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr,
-                   EXACT: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, HAS_INITIAL: tl.constexpr,
-                   HAS_ENTER: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
-                   BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                   EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, HAS_Z: tl.constexpr,
+                   HAS_D: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_ENTER: tl.constexpr, DOT: tl.constexpr,
+                   PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """y (B, L, K, H, P) and the final states. One program a segment, route, head and block of P."""
     pid = tl.program_id(0).to(tl.int64)
     block, head, k = pid % blocks, pid // blocks % H, pid // blocks // H % K
@@ -41,7 +41,10 @@ def forward_kernel(x, z, B, C, D, steps, tokens, owner, initial, enter_from, fin
     b, s = number // segments, number % segments
     p, n = block * BP + tl.arange(0, BP), tl.arange(0, BN)
     in_p, in_n = p < P, n < N
-    live, tile = in_p[:, None] & in_n[None, :], p[:, None] * N + n[None, :]
+    live, tile = (
+        in_n[:, None] & in_p[None, :],
+        p[None, :] * N + n[:, None],
+    )  # the state (N, P), so that C h reads it as is
     real: tl.constexpr = steps.dtype.element_ty
     if HAS_D:
         skip = tl.load(D + k * H * d_h + head * d_h + p * d_p, mask=in_p, other=0)
@@ -50,7 +53,7 @@ def forward_kernel(x, z, B, C, D, steps, tokens, owner, initial, enter_from, fin
     x_at, steps_at = x + b * xs[0] + k * xs[2] + head * xs[3], steps + ((b * K + k) * H + head) * per_row * Q
     B_at, C_at = B + b * Bs[0] + k * Bs[2] + group * Bs[3], C + b * Cs[0] + k * Cs[2] + group * Cs[3]
     tokens_at = tokens + b * t_b + k * t_k
-    h = tl.zeros([BP, BN], real)
+    h = tl.zeros([BN, BP], real)
     if HAS_ENTER:
         h = tl.load(enter_from + number * heads + matrix + tile, mask=live, other=0)
     for c in range(s * length, tl.minimum((s + 1) * length, per_row)):
@@ -62,24 +65,28 @@ def forward_kernel(x, z, B, C, D, steps, tokens, owner, initial, enter_from, fin
                 new = tl.load(initial + sequence * heads + matrix + tile, mask=live & border, other=0)
             h = tl.where(border, new, h)
         entry, origin, token, there, _ = read_tokens(tokens_at, c, T, first, sign, Q, TABLE, NEAR)
-        step, high, low, segment, enter, leave, through = decays(steps_at + c * Q, plane, entry, Q, EXACT, RESTART)
-        xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, in_p)
-        Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, in_n).to(DOT)
-        Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, in_n).to(DOT)
+        step, high, low, segment, enter, _leave, weight, through = decays(steps_at + c * Q, plane, entry, Q, EXACT,
+                                                                         FOLDED, RESTART)  # fmt: skip
+        xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, in_p, FULL)
+        Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, in_n, FULL).to(DOT)
+        Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, in_n, FULL).to(DOT)
         scores = product(Cv, tl.trans(Bv), DOT, PRECISION)
-        scores = scores * mask(scores, high, low, segment, Q, EXACT, RESTART) * step[None, :]
-        out = product(Cv, tl.trans(h.to(DOT)), DOT, PRECISION) * enter[:, None]
-        out += product(scores, xv, DOT, PRECISION)
+        scores *= weighted_mask(step, high, low, segment, Q, EXACT, FOLDED, RESTART)
+        out = product(Cv, h, DOT, PRECISION) * enter[:, None]
+        out = product(scores, xv, DOT, PRECISION, out)
         xf = xv.to(real)
         if HAS_D:
             out += skip[None, :] * xf
         if HAS_Z:
             z_at = z + b * zs[0] + head * zs[2]
-            gate, sigmoid = gates(z_at, zs[1], zs[3], origin, token, there, p, in_p, real)
+            gate, sigmoid = gates(z_at, zs[1], zs[3], origin, token, there, p, in_p, FULL, real)
             out *= gate * sigmoid
         to = y + ((b * L + origin) * K * H + k * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
-        tl.store(to, out, mask=there[:, None] & in_p[None, :])
-        h = h * through + product(tl.trans((xf * (step * leave)[:, None]).to(DOT)), Bv, DOT, PRECISION)
+        if FULL:
+            tl.store(to, out)
+        else:
+            tl.store(to, out, mask=there[:, None] & in_p[None, :])
+        h = product(tl.trans(Bv), xf * weight[:, None], DOT, PRECISION, h * through)
         if PACKED:
             leaves = (sequence >= 0) & (sequence != after)
             tl.store(final + sequence * heads + matrix + tile, h, mask=live & leaves)

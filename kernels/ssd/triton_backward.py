@@ -1,8 +1,10 @@
 """``ssd`` on GPUs, backward: the host side. ``triton_gradients.py`` has the formulas and the kernels.
 
-First ``states_kernel`` walks both ways and leaves h and g of every chunk; then all chunks run at once, each over the
-heads of a group, which share C B^T and the two products that give dB and dC. Two kernels do that: what one would have
-to hold does not fit into the registers. Last, ``ddt_kernel`` turns what they leave into the gradient of dt.
+First ``states_kernel`` walks forwards for h and backwards for g and leaves those of every chunk; then all chunks run at
+once, each over the heads of a group, which share C B^T and the two products that give dB and dC. Two programs do that
+side by side, one for what ends at a position, one for what starts there: neither turns a matrix of pairs over in shared
+memory, and what one would have to hold does not fit into the registers. Last, ``ddt_kernel`` turns what they leave into
+the gradient of dt.
 
 B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk, S
 sequences.
@@ -23,7 +25,7 @@ from kernels.selective_scan.problem import CHUNK as SLOT
 from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd import triton_plan
 from kernels.ssd.problem import Problem
-from kernels.ssd.triton_gradients import ddt_kernel, groups_kernel, heads_kernel
+from kernels.ssd.triton_gradients import chunks_kernel, ddt_kernel
 from kernels.ssd.triton_plan import Plan, Segments, cores
 
 if TYPE_CHECKING:
@@ -63,12 +65,14 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
     dA = plan.by_chunk(p.A)
     dD, dbias = (None if t is None else plan.by_chunk(t) for t in (p.D, p.dt_bias))
     wide_d = p.D is not None and p.D.ndim == 3
-    vectors, h_to_g = plan.vectors(4 if p.D is None or wide_d else 5), plan.by_chunk(p.A)
+    has_d = p.D is not None and not wide_d
+    vectors = plan.vectors(3 + plan.exact + has_d)
+    h_to_g = plan.by_chunk(p.A.unsqueeze(-1).expand(-1, -1, plan.blocks))
     outputs = {"dx": dx, "dz": dz, "dB": dB, "dC": dC, "dD": dD, "vectors": vectors, "h_to_g": h_to_g}
     _launch(plan, dy if dy.ndim == 5 else dy.unsqueeze(2), dstate, dinitial, outputs, parts)
     last = {
         "ddt": ddt, "dA": dA, "dbias": dbias, "dD": dD, "vectors": vectors, "h_to_g": h_to_g, "L": p.length,
-        "plane": vectors[0].numel(), "HAS_D": p.D is not None and not wide_d,
+        "PASSING": plan.blocks, "plane": vectors[0].numel(), "HAS_D": has_d,
     }  # fmt: skip
     ddt_kernel[plan.tiles](**plan.filled(plan.dt | last))
     return Gradients(
@@ -107,43 +111,39 @@ def _launch(
     size = (2, max(chunks for *_, chunks in turns), p.routes, p.heads, p.head_dim, p.state)
     states = torch.empty(size, dtype=plan.product_dtype, device=p.x.device)
     for first, count, first_chunk, chunks in turns:
-        plan.walk(
-            (count, 2), segments, **rows, dfinal=dfinal, dinitial=dinitial, h_enter=h_enter, g_enter=g_enter,
-            h_out=states[0], g_out=states[1], STORE=True, BOTH=True, first_segment=first, first_chunk=first_chunk,
-        )  # fmt: skip
+        for adjoint in (False, True):
+            plan.walk(
+                (count,), segments, **rows, dfinal=dfinal, dinitial=dinitial, h_enter=h_enter, g_enter=g_enter,
+                h_out=states[0], g_out=states[1], h_to_g=outputs["h_to_g"], STORE=True, BOTH=False, ADJOINT=adjoint,
+                first_segment=first, first_chunk=first_chunk,
+            )  # fmt: skip
         given = {"h_in": states[0], "g_in": states[1], "first_chunk": first_chunk, "L": p.length}
         _chunks(plan, rows | outputs | given, chunks, parts)
 
 
 def _chunks(plan: Plan, given: dict[str, Any], chunks: int, parts: int) -> None:
-    """Runs the two kernels that take all chunks at once."""
+    """Runs the kernel that takes all chunks at once."""
     p = plan.p
     heads, each = p.heads // p.groups, p.routes * p.groups * chunks
-    shared = plan.shared | given | {"BLOCKS": plan.shared["blocks"], "num_stages": plan.stages}
-    groups = {
-        "parts": parts, "heads_each": triton.cdiv(heads, parts), "part_size": given["dB"][0].numel(), "num_warps": 8,
-    }  # fmt: skip
-    groups_kernel[(each * parts,)](**plan.filled(_without(shared | groups, "D", "dx", "dz", "dD")))
-    parts = min(heads, 4 * parts)  # nothing is summed over heads here
     own = {
         "D": plan.D, "d_h": plan.d_strides[0], "d_p": plan.d_strides[1], "HAS_D": p.D is not None,
         "WIDE_D": p.D is not None and p.D.ndim == 3, "parts": parts, "heads_each": triton.cdiv(heads, parts),
-        "num_warps": plan.warps,
+        "part_size": given["dB"][0].numel(), "BLOCKS": plan.shared["blocks"], "num_warps": plan.warps,
+        "num_stages": plan.stages,
     }  # fmt: skip
-    heads_kernel[(each * parts,)](**plan.filled(_without(shared | own, "dB", "dC", "h_to_g")))
-
-
-def _without(arguments: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The arguments without those that a kernel doesn't take."""
-    return {n: t for n, t in arguments.items() if n not in ("blocks", *names)}
+    arguments = plan.shared | given | own
+    del arguments["blocks"], arguments["h_to_g"]
+    chunks_kernel[(2 * each * parts,)](**plan.filled(arguments))
 
 
 def _turns(plan: Plan, segments: Segments) -> list[tuple[int, int, int, int]]:
     """First segment, number of segments, first chunk, number of chunks of each turn; chunks count over all rows."""
     p = plan.p
-    each = 2 * segments.length * p.routes * p.heads * p.head_dim * p.state * plan.product_dtype.itemsize
-    most = max(1, triton_plan.WORKSPACE // max(1, each))
     total, turns = plan.rows * segments.count, []
+    state = 2 * p.routes * p.heads * p.head_dim * p.state  # of h and g together
+    entering = total * state * p.dtype.itemsize if segments.count > 1 else 0
+    each = segments.length * state * plan.product_dtype.itemsize
+    most = max(1, (triton_plan.WORKSPACE - entering) // max(1, each))
 
     def chunk(segment: int) -> int:
         row, s = divmod(segment, segments.count)

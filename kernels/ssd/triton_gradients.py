@@ -23,169 +23,210 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.ssd.triton_steps import decays, gates, mask, product, read_dt, read_rows, read_tokens
+from kernels.ssd.triton_steps import decays, gates, mask, product, read_dt, read_rows, read_tokens, turned_mask
 
 
 @triton.jit
-def groups_kernel(x, dy, z, B, C, steps, tokens, owner, h_in, g_in, dB, dC, vectors, h_to_g, xs, ys, zs, Bs, Cs, t_b,
-                  t_k, per_row, first_chunk, plane, K, H, G, L, T, first, sign, P, N, parts, heads_each, part_size,
-                  TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr,
-                  EXACT: tl.constexpr, HAS_Z: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-                  Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
-    """dB, dC (parts, B, L, K, G, N) and what they share with da. One program a chunk, route, group, part of its heads.
+def gated_rows(dy, ys, z, zs, origin, token, there, p, live, FULL: tl.constexpr, HAS_Z: tl.constexpr,
+               DOT: tl.constexpr, real: tl.constexpr):  # fmt: skip
+    """dy after and before the gate's gradient (Q, P), what the latter loses as a product's operand, and the gate."""
+    after = read_rows(dy, ys[1], ys[4], origin, token, there, p, live, FULL)
+    dyf, lost, gate, sigmoid = after, after, after, after
+    if HAS_Z:
+        gate, sigmoid = gates(z, zs[1], zs[3], origin, token, there, p, live, FULL, real)
+        dyf = after.to(real) * gate * sigmoid
+        lost = dyf - dyf.to(DOT).to(real)
+    return after, dyf, lost, gate, sigmoid
 
-    vectors (4 or 5, B, K, H, chunks, Q) is for ``ddt_kernel``: here 0, the chunk's own <x, u>, 1, da's sum over pairs,
-    and 2, its share of h.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    part, group, k = pid % parts, pid // parts % G, pid // parts // G % K
-    local = pid // parts // G // K
-    b, c = (first_chunk + local) // per_row, (first_chunk + local) % per_row
+
+@triton.jit
+def state_tile(states, number, P, N, p, n, FULL: tl.constexpr):
+    """One of the states (P, N) of ``states``."""
+    at = states + number * P * N + (p[:, None] * N + n[None, :])
+    return tl.load(at) if FULL else tl.load(at, mask=(p < P)[:, None] & (n < N)[None, :], other=0)
+
+
+@triton.jit
+def row_side(x, dy, z, C_at, D, B_at, steps, h_in, dz, dC, dD, vectors, xs, ys, zs, Bs, Cs, entry, origin, token, there,
+             vector, each, number, chunk, skip_at, d_h, d_p, plane, K, H, P, N, begin, stop,
+             RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
+             HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr, DOT: tl.constexpr,
+             PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+             BLOCKS: tl.constexpr):  # fmt: skip
+    """What ends at a position: dC, dz, dD, and its share of da."""
     n = tl.arange(0, BN)
-    in_n = n < N
+    real: tl.constexpr = steps.dtype.element_ty
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    real: tl.constexpr = steps.dtype.element_ty
-    entry, origin, token, there, _ = read_tokens(tokens + b * t_b + k * t_k, c, T, first, sign, Q, TABLE, NEAR)
-    Bv = read_rows(B + b * Bs[0] + k * Bs[2] + group * Bs[3], Bs[1], Bs[4], origin, token, there, n, in_n).to(DOT)
-    Cv = read_rows(C + b * Cs[0] + k * Cs[2] + group * Cs[3], Cs[1], Cs[4], origin, token, there, n, in_n).to(DOT)
+    Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, n < N, FULL).to(DOT)
+    Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, n < N, FULL).to(DOT)
     S = product(Cv, tl.trans(Bv), DOT, PRECISION)
-    crossing = (i <= j).to(real).to(DOT)  # at (t, i): i >= t
-    T_sum = tl.zeros([Q, Q], real)
-    dBv, dCv = tl.zeros([Q, BN], real), tl.zeros([Q, BN], real)
-    begin = group * (H // G) + part * heads_each
-    for head in range(begin, tl.minimum(begin + heads_each, (group + 1) * (H // G))):
-        vector = (((b * K + k) * H + head) * per_row + c) * Q
-        step, high, low, segment, enter, leave, through = decays(steps + vector, plane, entry, Q, EXACT, RESTART)
-        Lm = mask(S, high, low, segment, Q, EXACT, RESTART)
-        inside, from_h, along = tl.zeros([Q], real), tl.zeros([Q], real), tl.zeros([Q], real)
-        both = tl.zeros([BN], real)
-        x_at, dy_at = x + b * xs[0] + k * xs[2] + head * xs[3], dy + b * ys[0] + k * ys[2] + head * ys[3]
+    T_sum, dCv = tl.zeros([Q, Q], real), tl.zeros([Q, BN], real)
+    for head in range(begin, stop):
+        step, high, low, segment, enter, _leave, _weight, _through = decays(steps + vector + head * each, plane, entry,
+                                                                            Q, EXACT, FOLDED, RESTART)  # fmt: skip
+        x_at, dy_at, z_at = x + head * xs[3], dy + head * ys[3], z + head * zs[2]
+        E = tl.zeros([Q, Q], real)
         for block in tl.static_range(BLOCKS):  # unrolled, so that the loop over heads is the innermost
             p = block * BP + tl.arange(0, BP)
-            in_p = p < P
-            xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, in_p).to(DOT)
-            dyf = read_rows(dy_at, ys[1], ys[4], origin, token, there, p, in_p)
-            if HAS_Z:
-                z_at = z + b * zs[0] + head * zs[2]
-                gate, sigmoid = gates(z_at, zs[1], zs[3], origin, token, there, p, in_p, real)
-                dyf = dyf.to(real) * gate * sigmoid
-            dyv = dyf.to(DOT)
-            at = ((local * K + k) * H + head) * P * N + (p[:, None] * N + n[None, :])
-            live = in_p[:, None] & in_n[None, :]
-            h, g = tl.load(h_in + at, mask=live, other=0), tl.load(g_in + at, mask=live, other=0)
-            both += tl.sum(h.to(real) * g.to(real), 0)
-            pairs = product(dyv, tl.trans(xv), DOT, PRECISION)
+            xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, p < P, FULL)
+            after, dyf, lost, gate, sigmoid = gated_rows(dy_at, ys, z_at, zs, origin, token, there, p, p < P, FULL,
+                                                         HAS_Z, DOT, real)  # fmt: skip
+            E = product(dyf, tl.trans(xv), DOT, PRECISION, E)
             if HAS_Z and not EXACT:  # what a gated dy loses would add up in dA
-                pairs += product(dyf - dyv.to(real), tl.trans(xv), DOT, PRECISION)
-            pairs *= Lm
-            T_sum += pairs * step[None, :]
-            pairs *= S
-            along += tl.sum(pairs, 0)
-            pairs *= step[None, :]
-            crossed = product(crossing, pairs, DOT, PRECISION)
-            if not EXACT:  # the sum must not lose what its terms have
-                crossed += product(crossing, pairs - pairs.to(DOT).to(real), DOT, PRECISION)
-            inside += tl.sum(tl.where(j < i, crossed, 0.0), 1)
-            from_start = product(dyv, h, DOT, PRECISION)
-            if HAS_Z and not EXACT:
-                from_start += product(dyf - dyv.to(real), h, DOT, PRECISION)
-            from_start *= enter[:, None]
-            dCv += from_start
-            from_h += tl.sum(from_start * Cv.to(real), 1)
-            dBv += product(xv, g, DOT, PRECISION) * (step * leave)[:, None]
-        to = vectors + vector + tl.arange(0, Q)
-        tl.store(to, along)
-        tl.store(to + plane, inside)
-        tl.store(to + 2 * plane, from_h)
-        tl.store(h_to_g + ((first_chunk + local) * K + k) * H + head, through * tl.sum(both, 0))
-    T_low = T_sum.to(DOT)
-    dCv += product(T_low, Bv, DOT, PRECISION)
-    dBv += product(tl.trans(T_low), Cv, DOT, PRECISION)
-    to = part * part_size + (((b * L + origin) * K + k) * G + group) * N + (token[:, None] * (K * G * N) + n[None, :])
-    store = there[:, None] & in_n[None, :]
-    tl.store(dB + to, dBv, mask=store)
-    tl.store(dC + to, dCv, mask=store)
+                E = product(lost, tl.trans(xv), DOT, PRECISION, E)
+        L = mask(high, low, segment, Q, EXACT, RESTART)
+        SL = S * L
+        T_sum += E * L * step[None, :]
+        if EXACT:
+            crossing = (i <= j).to(real)  # at (t, i): i >= t
+            crossed = product(crossing, E * SL * step[None, :], DOT, PRECISION)
+            pairs = tl.sum(tl.where(j < i, crossed, 0.0), 1)
+        else:  # with the numbers that <x, u> is from, so that their sums over all pairs cancel
+            pairs = tl.sum(E * SL.to(DOT).to(real) * step[None, :], 1)
+        from_h, dD_head = tl.zeros([Q], real), tl.zeros([Q], real)
+        for block in tl.static_range(BLOCKS):
+            p = block * BP + tl.arange(0, BP)
+            in_p = p < P
+            if BLOCKS > 1:
+                xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, in_p, FULL)
+                after, dyf, lost, gate, sigmoid = gated_rows(dy_at, ys, z_at, zs, origin, token, there, p, in_p, FULL,
+                                                             HAS_Z, DOT, real)  # fmt: skip
+            h = state_tile(h_in, number + head, P, N, p, n, FULL)
+            before = product(Cv, tl.trans(h), DOT, PRECISION) * enter[:, None]
+            from_h += tl.sum(before * dyf.to(real), 1)
+            if HAS_D and WIDE_D:
+                tl.store(dD + (chunk + head) * P + p, tl.sum(dyf.to(real) * xv.to(real), 0), mask=in_p)
+            elif HAS_D:
+                dD_head += tl.sum(dyf.to(real) * xv.to(real), 1)
+            if HAS_Z:
+                before = product(SL * step[None, :], xv, DOT, PRECISION, before)
+                if HAS_D:
+                    skip = tl.load(D + skip_at + head * d_h + p * d_p, mask=in_p, other=0)
+                    before += skip[None, :] * xv.to(real)
+                slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+                to = dz + (origin * K * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
+                tl.store(to, after.to(real) * before * slope, mask=there[:, None] & in_p[None, :])
+            dCv += product(dyf, h, DOT, PRECISION) * enter[:, None]
+        to = vectors + vector + head * each + tl.arange(0, Q)
+        if EXACT:
+            tl.store(to + 2 * plane, from_h)
+            tl.store(to + 3 * plane, pairs)
+        else:
+            tl.store(to + 2 * plane, from_h + pairs)
+        if HAS_D and not WIDE_D:
+            tl.store(to + (3 + EXACT) * plane, dD_head)
+    Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, n < N, FULL).to(DOT)
+    dCv = product(T_sum, Bv, DOT, PRECISION, dCv)
+    tl.store(dC + n[None, :], dCv, mask=there[:, None] & (n < N)[None, :])
 
 
 @triton.jit
-def heads_kernel(x, dy, z, B, C, D, steps, tokens, owner, h_in, g_in, dx, dz, dD, vectors, xs, ys, zs, Bs, Cs, t_b,
-                 t_k, d_h, d_p, per_row, first_chunk, plane, K, H, G, L, T, first, sign, P, N, parts, heads_each,
-                 TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr,
-                 EXACT: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr,
-                 DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-                 BLOCKS: tl.constexpr):  # fmt: skip
-    """dx, dz (B, L, K, H, P). One program a chunk, route, group and part of its heads.
-
-    Of vectors here 3, <x, u> from g, and with one D a head 4, its gradient; a wide dD (chunks, K, H, P).
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    part, group, k = pid % parts, pid // parts % G, pid // parts // G % K
-    local = pid // parts // G // K
-    b, c = (first_chunk + local) // per_row, (first_chunk + local) % per_row
+def column_side(x, dy, z, C_at, D, B_at, steps, g_in, dx, dB, vectors, xs, ys, zs, Bs, Cs, entry, origin, token, there,
+                vector, each, number, skip_at, d_h, d_p, plane, K, H, P, N, begin, stop,
+                RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
+                HAS_Z: tl.constexpr, HAS_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
+                BP: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
+    """What starts at a position: dB, dx, and <x, u>. Matrices of pairs are (j, i) here."""
     n = tl.arange(0, BN)
-    in_n = n < N
     real: tl.constexpr = steps.dtype.element_ty
-    entry, origin, token, there, _ = read_tokens(tokens + b * t_b + k * t_k, c, T, first, sign, Q, TABLE, NEAR)
-    Bv = read_rows(B + b * Bs[0] + k * Bs[2] + group * Bs[3], Bs[1], Bs[4], origin, token, there, n, in_n).to(DOT)
-    Cv = read_rows(C + b * Cs[0] + k * Cs[2] + group * Cs[3], Cs[1], Cs[4], origin, token, there, n, in_n).to(DOT)
-    S = product(Cv, tl.trans(Bv), DOT, PRECISION)
-    begin = group * (H // G) + part * heads_each
-    for head in range(begin, tl.minimum(begin + heads_each, (group + 1) * (H // G))):
-        vector = (((b * K + k) * H + head) * per_row + c) * Q
-        step, high, low, segment, enter, leave, _through = decays(steps + vector, plane, entry, Q, EXACT, RESTART)
-        SL = S * mask(S, high, low, segment, Q, EXACT, RESTART)
-        to_g, dD_head = tl.zeros([Q], real), tl.zeros([Q], real)
-        x_at, dy_at = x + b * xs[0] + k * xs[2] + head * xs[3], dy + b * ys[0] + k * ys[2] + head * ys[3]
-        for block in tl.static_range(BLOCKS):  # unrolled, so that the loop over heads is the innermost
+    Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, n < N, FULL).to(DOT)
+    Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, n < N, FULL).to(DOT)
+    S = product(Bv, tl.trans(Cv), DOT, PRECISION)
+    T_sum, dBv = tl.zeros([Q, Q], real), tl.zeros([Q, BN], real)
+    for head in range(begin, stop):
+        step, high, low, segment, _enter, leave, weight, _through = decays(steps + vector + head * each, plane, entry,
+                                                                           Q, EXACT, FOLDED, RESTART)  # fmt: skip
+        x_at, dy_at, z_at = x + head * xs[3], dy + head * ys[3], z + head * zs[2]
+        E = tl.zeros([Q, Q], real)
+        for block in tl.static_range(BLOCKS):
+            p = block * BP + tl.arange(0, BP)
+            xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, p < P, FULL)
+            _, dyf, lost, _, _ = gated_rows(dy_at, ys, z_at, zs, origin, token, there, p, p < P, FULL, HAS_Z, DOT, real)
+            E = product(xv, tl.trans(dyf.to(DOT)), DOT, PRECISION, E)
+        L = turned_mask(high, low, segment, Q, EXACT, RESTART)
+        SL = S * L
+        T_sum += E * L * step[:, None]
+        own, end = tl.zeros([Q], real), tl.zeros([Q], real)
+        for block in tl.static_range(BLOCKS):
             p = block * BP + tl.arange(0, BP)
             in_p = p < P
-            xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, in_p)
-            dyv = read_rows(dy_at, ys[1], ys[4], origin, token, there, p, in_p)
-            dyf = dyv.to(real)
-            if HAS_Z:
-                z_at = z + b * zs[0] + head * zs[2]
-                gate, sigmoid = gates(z_at, zs[1], zs[3], origin, token, there, p, in_p, real)
-                after = dyf
-                dyf = dyf * gate * sigmoid
-                dyv = dyf
-            dyv = dyv.to(DOT)
+            if BLOCKS > 1:
+                xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, in_p, FULL)
+                _, dyf, lost, _, _ = gated_rows(dy_at, ys, z_at, zs, origin, token, there, p, in_p, FULL, HAS_Z, DOT,
+                                                real)  # fmt: skip
+            u = product(SL, dyf, DOT, PRECISION)
+            if HAS_Z and not EXACT:
+                u = product(SL, lost, DOT, PRECISION, u)
             xf = xv.to(real)
-            at = ((local * K + k) * H + head) * P * N + (p[:, None] * N + n[None, :])
-            live = in_p[:, None] & in_n[None, :]
-            g = tl.load(g_in + at, mask=live, other=0)
-            from_end = product(Bv, tl.trans(g), DOT, PRECISION) * leave[:, None]
-            to_g += tl.sum(xf * from_end, 1)
-            u = product(tl.trans(SL.to(DOT)), dyv, DOT, PRECISION) + from_end
-            u = u * step[:, None]
+            own += tl.sum(xf * u, 1)
+            g = state_tile(g_in, number + head, P, N, p, n, FULL)
+            back = product(Bv, tl.trans(g), DOT, PRECISION) * leave[:, None]
+            end += tl.sum(xf * back, 1)
+            dBv += product(xv, g, DOT, PRECISION) * weight[:, None]
+            u = (u + back) * step[:, None]
             if HAS_D:
-                skip = tl.load(D + k * H * d_h + head * d_h + p * d_p, mask=in_p, other=0)
-                u += skip[None, :] * dyf
-                if WIDE_D:
-                    to = dD + (((first_chunk + local) * K + k) * H + head) * P + p
-                    tl.store(to, tl.sum(dyf * xf, 0), mask=in_p)
-                else:
-                    dD_head += tl.sum(dyf * xf, 1)
-            store = there[:, None] & in_p[None, :]
-            out = (((b * L + origin) * K + k) * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
-            tl.store(dx + out, u, mask=store)
-            if HAS_Z:
-                h = tl.load(h_in + at, mask=live, other=0)
-                before = product(Cv, tl.trans(h), DOT, PRECISION) * enter[:, None]
-                before += product(SL * step[None, :], xv, DOT, PRECISION)
-                if HAS_D:
-                    before += skip[None, :] * xf
-                tl.store(dz + out, after * before * sigmoid * (1.0 + gate * (1.0 - sigmoid)), mask=store)
-        to = vectors + vector + tl.arange(0, Q)
-        tl.store(to + 3 * plane, to_g)
-        if HAS_D and not WIDE_D:
-            tl.store(to + 4 * plane, dD_head)
+                skip = tl.load(D + skip_at + head * d_h + p * d_p, mask=in_p, other=0)
+                u += skip[None, :] * dyf.to(real)
+            to = dx + (origin * K * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
+            if FULL:
+                tl.store(to, u)
+            else:
+                tl.store(to, u, mask=there[:, None] & in_p[None, :])
+        to = vectors + vector + head * each + tl.arange(0, Q)
+        tl.store(to, own)
+        tl.store(to + plane, end)
+    Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, n < N, FULL).to(DOT)
+    dBv = product(T_sum, Cv, DOT, PRECISION, dBv)
+    tl.store(dB + n[None, :], dBv, mask=there[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def chunks_kernel(x, dy, z, B, C, D, steps, tokens, owner, h_in, g_in, dx, dz, dB, dC, dD, vectors, xs, ys, zs,
+                  Bs, Cs, t_b, t_k, d_h, d_p, per_row, first_chunk, plane, K, H, G, L, T, first, sign, P, N, parts,
+                  heads_each, part_size, TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr,
+                  PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
+                  HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr, DOT: tl.constexpr,
+                  PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+                  BLOCKS: tl.constexpr):  # fmt: skip
+    """dx, dz (B, L, K, H, P); dB, dC (parts, B, L, K, G, N). Two programs a chunk, route, group, part of its heads.
+
+    They run side by side, so that the second to read a tile finds it in the cache. vectors (3 to 5, B, K, H, chunks, Q)
+    is for ``ddt_kernel``: 0, the chunk's own <x, u>; 1, <x, u> from g; 2, what ends at each position; 3, da's sum over
+    pairs (EXACT: else it follows from 2 and 0); and with one D a head 3 or 4, its gradient. A wide dD is (chunks, K,
+    H, P).
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    side = pid % 2
+    part, group, k = pid // 2 % parts, pid // 2 // parts % G, pid // 2 // parts // G % K
+    local = pid // 2 // parts // G // K
+    b, c = (first_chunk + local) // per_row, (first_chunk + local) % per_row
+    entry, origin, token, there, _ = read_tokens(tokens + b * t_b + k * t_k, c, T, first, sign, Q, TABLE, NEAR)
+    B_at, C_at = B + b * Bs[0] + k * Bs[2] + group * Bs[3], C + b * Cs[0] + k * Cs[2] + group * Cs[3]
+    begin = group * (H // G) + part * heads_each
+    stop = tl.minimum(begin + heads_each, (group + 1) * (H // G))
+    vector, each, number = ((b * K + k) * H * per_row + c) * Q, per_row * Q, (local * K + k) * H
+    x, dy = x + b * xs[0] + k * xs[2], dy + b * ys[0] + k * ys[2]
+    rows, keys = (b * L * K + k) * H * P, part * part_size + ((b * L + origin) * K + k) * G * N + group * N
+    keys = keys + token[:, None] * (K * G * N)
+    skip_at = k * H * d_h
+    if side == 0:
+        row_side(x, dy, z + b * zs[0], C_at, D, B_at, steps, h_in, dz + rows, dC + keys, dD, vectors, xs, ys, zs, Bs,
+                 Cs, entry, origin, token, there, vector, each, number, ((first_chunk + local) * K + k) * H, skip_at,
+                 d_h, d_p, plane, K, H, P, N, begin, stop, RESTART, EXACT, FOLDED, FULL, HAS_Z, HAS_D, WIDE_D,
+                 DOT, PRECISION, Q, BP, BN, BLOCKS)  # fmt: skip
+    else:
+        column_side(x, dy, z + b * zs[0], C_at, D, B_at, steps, g_in, dx + rows, dB + keys, vectors, xs, ys, zs, Bs,
+                    Cs, entry, origin, token, there, vector, each, number, skip_at, d_h, d_p, plane, K, H, P, N, begin,
+                    stop, RESTART, EXACT, FOLDED, FULL, HAS_Z, HAS_D, DOT, PRECISION, Q, BP, BN,
+                    BLOCKS)  # fmt: skip
 
 
 @triton.jit
 def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, t_b, t_k, per_row, K, H, L, T, first,
                sign, plane, blocks, TABLE: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
                LOW: tl.constexpr, HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
-               HAS_D: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+               FOLDED: tl.constexpr, HAS_D: tl.constexpr, PASSING: tl.constexpr, Q: tl.constexpr,
+               BH: tl.constexpr):  # fmt: skip
     """ddt (B, L, K, H); dA, dbias and dD chunk by chunk, (chunks, K, H)."""
     pid = tl.program_id(0).to(tl.int64)
     block, c, k, b = pid % blocks, pid // blocks % per_row, pid // blocks // per_row % K, pid // blocks // per_row // K
@@ -200,13 +241,19 @@ def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, 
                               LOW, HIGH, SOFTPLUS, CLAMP)  # fmt: skip
     at = vectors + (((b * K + k) * H + head[:, None]) * per_row + c) * Q + tl.arange(0, Q)[None, :]
     known = live[:, None] & (tl.arange(0, Q) >= 0)[None, :]
-    from_h = tl.load(at + 2 * plane, mask=known, other=0)
-    end = tl.load(at + 3 * plane, mask=known, other=0)
+    end = tl.load(at + plane, mask=known, other=0)
     to_g = step * end
     chunk = ((b * per_row + c) * K + k) * H + head
-    da = tl.load(at + plane, mask=known, other=0) + tl.load(h_to_g + chunk, mask=live, other=0)[:, None]
-    da += tl.cumsum(from_h, 1, reverse=True) + (tl.cumsum(to_g, 1) - to_g)
-    slope = tl.load(at, mask=known, other=0) + end + A_h[:, None] * da
+    own, ends = tl.load(at, mask=known, other=0), tl.load(at + 2 * plane, mask=known, other=0)
+    if not EXACT:
+        ends -= step * own
+    da = tl.cumsum(ends, 1, reverse=True)
+    da += tl.cumsum(to_g, 1) - to_g
+    for block in tl.static_range(PASSING):
+        da += tl.load(h_to_g + chunk * PASSING + block, mask=live, other=0)[:, None]
+    if EXACT:
+        da += tl.load(at + 3 * plane, mask=known, other=0)
+    slope = own + end + A_h[:, None] * da
     if CLAMP:
         inside = (free >= tl.zeros_like(free) + LOW) & (free <= tl.zeros_like(free) + HIGH)
         slope = tl.where(inside, slope, 0.0)
@@ -218,4 +265,4 @@ def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, 
     if HAS_BIAS:
         tl.store(dbias + chunk, tl.sum(slope, 1), mask=live)
     if HAS_D:
-        tl.store(dD + chunk, tl.sum(tl.load(at + 4 * plane, mask=known, other=0), 1), mask=live)
+        tl.store(dD + chunk, tl.sum(tl.load(at + (3 + EXACT) * plane, mask=known, other=0), 1), mask=live)

@@ -27,7 +27,7 @@ CHUNK = {torch.bfloat16: 64, torch.float32: 32, torch.float64: 16}  # Q by the d
 SHORTEST = 8  # chunks of a segment in the forward, at least
 SHORT = 32  # and in the backward, at most
 STATES = 64  # rows of the state that a program of ``states_kernel`` holds
-WORKSPACE = 320 << 20  # bytes for the states between chunks in the backward; more take turns
+WORKSPACE = 320 << 20  # bytes for the states between chunks and segments in the backward; more take turns
 
 
 class Segments(NamedTuple):
@@ -71,6 +71,17 @@ class Plan:
     def chunk(self) -> int:
         """Q: half as long for large states, whose tiles would not fit into shared memory."""
         return CHUNK[self.product_dtype] // (2 if power(self.p.state) > 128 and self.product_dtype.itemsize < 8 else 1)
+
+    @property
+    def exact(self) -> bool:
+        """Whether sums of exponents are kept in two parts; bfloat16 products have no use for that."""
+        return self.product_dtype != torch.bfloat16
+
+    @property
+    def folded(self) -> bool:
+        """Whether log2(dt) can go into the exponents: no dt is negative."""
+        low, high = self.p.dt_limit
+        return not self.exact and (self.p.dt_softplus or low >= 0) and high >= 0
 
     @property
     def table(self) -> bool:
@@ -193,7 +204,7 @@ class Plan:
             "t_b": routes * size if rows > 1 else 0, "t_k": size if routes > 1 else 0, "per_row": self.per_row,
             "K": p.routes, "H": p.heads, "T": p.positions, "first": p.positions - 1 if p.reverse else 0,
             "sign": -1 if p.reverse else 1, "TABLE": self.table, "Q": self.chunk,
-            "EXACT": self.product_dtype != torch.bfloat16,
+            "EXACT": self.exact, "FOLDED": self.folded,
         }  # fmt: skip
 
     @cached_property
@@ -222,7 +233,7 @@ class Plan:
     @cached_property
     def steps(self) -> Tensor:
         """dt and the exponents' running sums, see ``steps_kernel``."""
-        steps = self.vectors(2 + self.order["EXACT"])
+        steps = self.vectors(2 + (self.exact or self.folded))
         steps_kernel[self.tiles](steps=steps, plane=steps[0].numel(), **self.dt)
         return steps
 
@@ -233,6 +244,13 @@ class Plan:
         wide = p.routes * p.heads * max(p.head_dim, 1)
         strides = [abs(s) for t in (p.x, p.z, p.B, p.C) if t is not None for s in t.stride()]
         return not self.table and SLOT * max(wide, *strides) < 2**30
+
+    @property
+    def full(self) -> bool:
+        """Whether every tile of x, B and C is full, so that nothing needs a mask."""
+        p = self.p
+        odd = p.positions % self.chunk or p.head_dim % self.width or p.state != power(p.state)
+        return not self.table and not odd
 
     def by_chunk(self, t: Tensor) -> Tensor:
         """Memory for one tensor like t a chunk."""
@@ -253,24 +271,34 @@ class Plan:
             "P": p.head_dim, "N": p.state, "blocks": triton.cdiv(p.head_dim, self.width), "RESTART": p.code is not None,
             "PACKED": p.cu_seqlens is not None, "HAS_Z": p.z is not None,
             "DOT": getattr(tl, str(self.product_dtype).removeprefix("torch.")),
-            "NEAR": self.near, "PRECISION": precision, "BP": self.width, "BN": power(p.state), **self.order,
+            "NEAR": self.near, "FULL": self.full, "PRECISION": precision, "BP": self.width, "BN": power(p.state),
+            **self.order,
         }  # fmt: skip
+
+    @property
+    def blocks(self) -> int:
+        """Programs that share a head's states."""
+        return triton.cdiv(self.p.head_dim, min(STATES, self.width))
 
     def walk(self, grid: tuple[int, ...], segments: Segments, **arguments: Any) -> None:
         """Launches ``states_kernel``."""
-        p = self.p
-        width = min(STATES, self.width)
-        pointers = ("dy", "dfinal", "dinitial", "h_enter", "g_enter", "h_out", "g_out", "h_total", "g_total", "h_decay",
-                    "g_decay")  # fmt: skip
-        blank = dict.fromkeys(pointers) | {"ys": (0, 0, 0, 0, 0), "first_segment": 0, "first_chunk": 0}
+        p, width = self.p, min(STATES, self.width)
+        pointers = ("dy", "dfinal", "dinitial", "h_enter", "g_enter", "h_out", "g_out", "h_to_g", "h_total", "g_total",
+                    "h_decay", "g_decay")  # fmt: skip
+        blank = dict.fromkeys(pointers) | {
+            "ys": (0, 0, 0, 0, 0),
+            "first_segment": 0,
+            "first_chunk": 0,
+            "ADJOINT": False,
+        }
         own = {
             "initial": self.initial, "HAS_INITIAL": self.initial is not None, "segments": segments.count,
-            "length": segments.length, "BP": width, "blocks": triton.cdiv(p.head_dim, width), "num_warps": 4,
+            "length": segments.length, "BP": width, "blocks": self.blocks, "num_warps": 4,
             "num_stages": 3 if self.product_dtype == torch.bfloat16 else 1,
             "HAS_DFINAL": arguments.get("dfinal") is not None, "FROM_H": arguments.get("h_enter") is not None,
             "FROM_G": arguments.get("g_enter") is not None,
         }  # fmt: skip
-        programs = p.routes * p.heads * triton.cdiv(p.head_dim, width)
+        programs = p.routes * p.heads * self.blocks
         states_kernel[(grid[0] * programs, *grid[1:])](**self.filled(self.shared | blank | own | arguments))
 
     def filled(self, arguments: dict[str, Any]) -> dict[str, Any]:

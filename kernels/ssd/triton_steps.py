@@ -6,7 +6,8 @@ or behind the end). Elsewhere the token follows from the position: ``first + sig
 
 Exponents are powers of two. Their running sums in a chunk are kept in two parts, ``high`` in multiples of 1/256, exact,
 and a small ``low``: so the difference of two sums is as good as the sum of what lies between (``EXACT``; bfloat16
-products have no use for it).
+products have no use for it). Where no dt is negative, bfloat16 products get in place of ``low`` the sum less log2(dt):
+exp2 of a difference then gives decay times dt without a product (``FOLDED``).
 
 B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk.
 """
@@ -24,9 +25,13 @@ FLOOR = tl.constexpr(-160.0)  # 2 ** -160 is zero in float32; below it the sums 
 
 
 @triton.jit
-def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """A matrix product on tensor cores, summed in float32 (float64 for float64)."""
-    return tl.dot(a.to(DOT), b.to(DOT), input_precision=PRECISION)
+def product(a, b, DOT: tl.constexpr, PRECISION: tl.constexpr, plus=None):
+    """A matrix product on tensor cores, summed in float32 (float64 for float64), onto ``plus``."""
+    if plus is None:
+        found = tl.dot(a.to(DOT), b.to(DOT), input_precision=PRECISION)
+    else:
+        found = tl.dot(a.to(DOT), b.to(DOT), plus, input_precision=PRECISION, out_dtype=plus.dtype)
+    return found
 
 
 @triton.jit
@@ -83,9 +88,9 @@ def exponents(step, A):
 @triton.jit
 def steps_kernel(dt, A, dt_bias, tokens, steps, ts, t_b, t_k, per_row, K, H, T, first, sign, plane, blocks,
                  TABLE: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOW: tl.constexpr,
-                 HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, Q: tl.constexpr,
-                 BH: tl.constexpr):  # fmt: skip
-    """steps (2 or 3, B, K, H, chunks, Q): dt, and the running sum of exponents in each chunk in one or two parts."""
+                 HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
+                 Q: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+    """steps (2 or 3, B, K, H, chunks, Q): dt, the running sum of exponents in each chunk or its ``high``; ``low``."""
     pid = tl.program_id(0).to(tl.int64)
     block, c, k, b = pid % blocks, pid // blocks % per_row, pid // blocks // per_row % K, pid // blocks // per_row // K
     head = block * BH + tl.arange(0, BH)
@@ -107,14 +112,17 @@ def steps_kernel(dt, A, dt_bias, tokens, steps, ts, t_b, t_k, per_row, K, H, T, 
         tl.store(steps + 2 * plane + to, low, mask=mask)
     else:
         tl.store(steps + plane + to, high + low, mask=mask)
+        if FOLDED:
+            tl.store(steps + 2 * plane + to, high + low - tl.log2(step), mask=mask)
 
 
 @triton.jit
-def decays(steps, plane, entry, Q: tl.constexpr, EXACT: tl.constexpr, RESTART: tl.constexpr):
+def decays(steps, plane, entry, Q: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, RESTART: tl.constexpr):
     """What a chunk of a head needs of ``steps_kernel``'s results, with ``steps`` at its first position.
 
-    Returns dt, the running sums ``high`` and ``low``, the number ``segment`` of restarts up to each position, and three
-    decays: ``enter`` from before the chunk to each position, ``leave`` from each position to the end, ``through``.
+    Returns dt, the running sums ``high`` and ``low``, the number ``segment`` of restarts up to each position, and the
+    decays: ``enter`` from before the chunk to each position, ``leave`` from each position to the end, ``weight``, that
+    times dt, and ``through``.
     """
     j = tl.arange(0, Q)
     step, high = tl.load(steps + j), tl.load(steps + plane + j)
@@ -126,43 +134,72 @@ def decays(steps, plane, entry, Q: tl.constexpr, EXACT: tl.constexpr, RESTART: t
         through = tl.exp2(last_high + last_low)
     else:
         enter, leave, through = tl.exp2(high), tl.exp2(last_high - high), tl.exp2(last_high)
+    if FOLDED:
+        low = tl.load(steps + 2 * plane + j)
+        weight = tl.exp2(last_high - low)
+    else:
+        weight = step * leave
     segment = entry
     if RESTART:
         restart = (entry <= -3).to(tl.int32)
         segment = tl.cumsum(restart, 0)
         last = tl.sum(restart, 0)
         enter = tl.where(segment == 0, enter, 0.0)
-        leave = tl.where(segment == last, leave, 0.0)
+        leave, weight = tl.where(segment == last, leave, 0.0), tl.where(segment == last, weight, 0.0)
         through = tl.where(last == 0, through, 0.0)
-    return step, high, low, segment, enter, leave, through
+    return step, high, low, segment, enter, leave, weight, through
 
 
 @triton.jit
-def mask(scores, high, low, segment, Q: tl.constexpr, EXACT: tl.constexpr, RESTART: tl.constexpr):
-    """The structured mask L (Q, Q): at (i, j) the decay from position j to i >= j, zero across a restart.
-
-    The scores that it goes with are added times zero: so the compiler lays the mask out as it lays out them, else it
-    would carry it over through shared memory.
-    """
-    i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    keep = i >= j
-    if RESTART:
-        keep = keep & (segment[:, None] == segment[None, :])
-    sums = scores * 0.0 + high[:, None] - high[None, :]
+def mask(high, low, segment, Q: tl.constexpr, EXACT: tl.constexpr, RESTART: tl.constexpr):
+    """The structured mask L (Q, Q): at (i, j) the decay from position j to i >= j, zero across a restart."""
+    sums = high[:, None] - high[None, :]
     if EXACT:
         sums = sums + low[:, None] - low[None, :]
+    return tl.exp2(tl.where(kept(segment, Q, RESTART), sums, float("-inf")))
+
+
+@triton.jit
+def turned_mask(high, low, segment, Q: tl.constexpr, EXACT: tl.constexpr, RESTART: tl.constexpr):
+    """The mask's transpose: at (j, i) the decay from position j to i >= j."""
+    sums = high[None, :] - high[:, None]
+    if EXACT:
+        sums = sums + low[None, :] - low[:, None]
+    keep = tl.arange(0, Q)[:, None] <= tl.arange(0, Q)[None, :]
+    if RESTART:
+        keep = keep & (segment[:, None] == segment[None, :])
     return tl.exp2(tl.where(keep, sums, float("-inf")))
 
 
 @triton.jit
-def read_rows(source, s_l, s_i, origin, token, there, i, live):
-    """Rows of tokens, (Q, columns i), zero where there is no token or no column."""
-    at = source + origin * s_l + (token[:, None] * s_l + i[None, :] * s_i)
-    return tl.load(at, mask=there[:, None] & live[None, :], other=0)
+def weighted_mask(step, high, low, segment, Q: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
+                  RESTART: tl.constexpr):  # fmt: skip
+    """The mask with column j times dt_j."""
+    if FOLDED:
+        found = tl.exp2(tl.where(kept(segment, Q, RESTART), high[:, None] - low[None, :], float("-inf")))
+    else:
+        found = mask(high, low, segment, Q, EXACT, RESTART) * step[None, :]
+    return found
 
 
 @triton.jit
-def gates(z, z_l, z_p, origin, token, there, p, live, real: tl.constexpr):
+def kept(segment, Q: tl.constexpr, RESTART: tl.constexpr):
+    """Whether j may reach i (Q, Q): not after it, and with no restart between."""
+    keep = tl.arange(0, Q)[:, None] >= tl.arange(0, Q)[None, :]
+    if RESTART:
+        keep = keep & (segment[:, None] == segment[None, :])
+    return keep
+
+
+@triton.jit
+def read_rows(source, s_l, s_i, origin, token, there, i, live, FULL: tl.constexpr):
+    """Rows of tokens, (Q, columns i), zero where there is no token or no column; with FULL all are there."""
+    at = source + origin * s_l + (token[:, None] * s_l + i[None, :] * s_i)
+    return tl.load(at) if FULL else tl.load(at, mask=there[:, None] & live[None, :], other=0)
+
+
+@triton.jit
+def gates(z, z_l, z_p, origin, token, there, p, live, FULL: tl.constexpr, real: tl.constexpr):
     """The gate z and silu's factor sigmoid(z), (Q, P)."""
-    gate = read_rows(z, z_l, z_p, origin, token, there, p, live).to(real)
+    gate = read_rows(z, z_l, z_p, origin, token, there, p, live, FULL).to(real)
     return gate, 1.0 / (1.0 + tl.exp(-gate))

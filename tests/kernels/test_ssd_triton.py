@@ -5,6 +5,7 @@ On a machine without a GPU: ``TRITON_INTERPRET=1 python -m pytest tests/kernels/
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -111,6 +112,7 @@ EMULATED = {
     "gated": Case(B=1, L=130, H=2, P=16, N=16, G=2),
     "packed": Case(B=1, L=100, H=2, P=10, N=20, packed=True),
     "route": Case(B=1, L=70, H=2, P=16, N=16, K=2),
+    "dt_of_any_sign": Case(B=1, L=70, H=2, P=16, N=16, dt_softplus=False, dt_limit=(-math.inf, math.inf)),
 }
 
 
