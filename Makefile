@@ -6,6 +6,7 @@ PY := $(VENV)/bin/python
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 INSTALLED := $(VENV)/.installed
+PROCESSES := -n 2 --dist worksteal
 TRITON_TESTS := $(wildcard tests/kernels/test_*_triton.py)
 
 .PHONY: help install demo test test-all timm-suite lint bench clean
@@ -32,12 +33,12 @@ demo: $(INSTALLED)
 	$(PY) -m core.report runs/demo --title "Triscan: images, genomes and sound"
 
 test: $(INSTALLED)
-	$(PY) -m pytest -q -m "not slow and not gpu" $(addprefix --ignore=,$(TRITON_TESTS))
-	TRITON_INTERPRET=1 $(PY) -m pytest -q -m "not slow and not gpu" $(TRITON_TESTS)
+	$(PY) -m pytest -q $(PROCESSES) -m "not slow and not gpu" $(addprefix --ignore=,$(TRITON_TESTS))
+	TRITON_INTERPRET=1 $(PY) -m pytest -q $(PROCESSES) -m "not slow and not gpu" $(TRITON_TESTS)
 
 test-all: $(INSTALLED) lint
-	$(PY) -m pytest -q $(addprefix --ignore=,$(TRITON_TESTS))
-	TRITON_INTERPRET=1 $(PY) -m pytest -q $(TRITON_TESTS)
+	$(PY) -m pytest -q $(PROCESSES) $(addprefix --ignore=,$(TRITON_TESTS))
+	TRITON_INTERPRET=1 $(PY) -m pytest -q $(PROCESSES) $(TRITON_TESTS)
 	$(MAKE) timm-suite
 
 timm-suite: $(INSTALLED)
