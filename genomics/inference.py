@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.checkpoints import CONFIG, PUBLISHED_WEIGHTS, download, load_into, load_lm, read_weights
+from core.checkpoints import CONFIG, PUBLISHED_WEIGHTS, download, load_into, read_weights
 from core.errors import UserError
 from core.lm import MambaLM
+from core.published import load_lm
 from genomics import caduceus, hyenadna_published
 from genomics.caduceus import Caduceus
 from genomics.fasta import Fasta

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kernels.causal_conv1d.triton_shape import processors
 from kernels.causal_conv1d.triton_steps import sigmoid
-from kernels.causal_conv1d.triton_walk import on
+from kernels.plans import on_device
 
 PIXELS = 64  # of a tile of the forward
 STEP = 16  # pixels of a tile of the backward, which keeps a sum for each tap
@@ -164,7 +164,7 @@ def _convolve(
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """y ``(B, H, W, D)``; see ``depthwise_conv2d``."""
-    with on(x):
+    with on_device(x):
         return _convolve(x, _taps(weight), weight.shape[2:], bias, activation, False)
 
 
@@ -172,7 +172,7 @@ def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias (empty without one)."""
-    with on(x):
+    with on_device(x):
         x, dy, taps = _dense(x), dy.contiguous(), _taps(weight)
         (B, H, W, D), (U, V) = x.shape, weight.shape[2:]
         pixels, channels = B * H * W, min(CHANNELS, triton.next_power_of_2(D))

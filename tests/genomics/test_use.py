@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from core.checkpoints import save_lm, save_weights
+from core.checkpoints import save_weights
 from core.errors import UserError
+from core.published import save_lm
 from genomics import caduceus, hyenadna_published
 from genomics.caduceus import Caduceus, CaduceusConfig
 from genomics.embed import embed
