@@ -126,7 +126,7 @@ def positions(q: Tensor, k: Tensor, v: Tensor, terms: Terms) -> Positions:
     rank = q.shape[2]
     behind = torch.arange(rank - 1, -1, -1, device=q.device, dtype=q.dtype) * SLIVER  # decay after each position
     share = torch.full_like(behind, SLIVER)
-    share[0] = 1 - (rank - 1) * SLIVER
+    share[:1].fill_(1 - (rank - 1) * SLIVER)  # filled: an assignment would copy from the CPU, which no CUDA graph takes
     decay = terms.decay[:, :, None]  # (B, L, 1, H)
     dt = (decay * share[:, None]).clamp(min=SMALLEST)
     made_up = torch.exp(decay * behind[:, None])

@@ -128,8 +128,7 @@ def _chunks(plan: Plan, given: dict[str, Any], chunks: int, parts: int) -> None:
     own = {
         "D": plan.D, "d_h": plan.d_strides[0], "d_p": plan.d_strides[1], "HAS_D": p.D is not None,
         "WIDE_D": p.D is not None and p.D.ndim == 3, "parts": parts, "heads_each": triton.cdiv(heads, parts),
-        "part_size": given["dB"][0].numel(), "BLOCKS": plan.shared["blocks"], "num_warps": plan.warps,
-        "num_stages": plan.stages,
+        "part_size": given["dB"][0].numel(), "BLOCKS": plan.shared["blocks"], **plan.pipeline,
     }  # fmt: skip
     arguments = plan.shared | given | own
     del arguments["blocks"], arguments["h_to_g"]

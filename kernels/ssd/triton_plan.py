@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.selective_scan.cuda_shape import properties
 from kernels.selective_scan.problem import CHUNK as SLOT
 from kernels.selective_scan.triton_steps import tokens_kernel
 from kernels.ssd.problem import Problem
@@ -152,6 +153,13 @@ class Plan:
     @property
     def stages(self) -> int:
         return 2 if power(self.p.state) <= 128 and self.product_dtype == torch.bfloat16 else 1
+
+    @property
+    def pipeline(self) -> dict[str, int]:
+        """Warps and stages of the backward's kernel over chunks: more of both where shared memory holds them."""
+        if self.stages == 1 or not self.p.x.is_cuda or torch.version.hip or properties(self.p.x.device)[1] < 200 << 10:
+            return {"num_warps": self.warps, "num_stages": self.stages}
+        return {"num_warps": 8, "num_stages": 3}
 
     @property
     def segments(self) -> Segments:

@@ -43,7 +43,7 @@ def walk(rows, r_l, r_p, z, z_l, z_p, keys, k_l, k_n, steps, plane, tokens, owne
     left = tl.full((), 1.0, real)
     if STORE and ADJOINT:  # one chunk ahead: the compiler prefetches only what products take
         entered = passing + (stop - 1 - first_chunk) * chunk_stride + tile
-        ahead = tl.load(entered) if FULL else tl.load(entered, mask=live, other=0)
+        ahead = tl.load(entered, mask=live & (begin < stop), other=0)  # a row without positions has no chunk
     for step_number in range(begin, stop):
         c = begin + stop - 1 - step_number if ADJOINT else step_number
         if PACKED:

@@ -14,6 +14,12 @@ every_model = pytest.mark.parametrize("name", timm.list_models("test_*", module=
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def float32_convolutions(monkeypatch):
+    """cuDNN would round float32 inputs to 10 bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def pair(name: str) -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:
     """A model on the CPU, the same on the GPU, and images whose side windows don't tile."""
     torch.manual_seed(0)
