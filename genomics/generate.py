@@ -3,37 +3,45 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from core.cli import run
 from core.errors import UserError
-from core.generate import Sampling, stream
+from core.sampling import Sampling, sample
 from core.training.report import Report
 from genomics.fasta import Fasta
 from genomics.inference import load_model
 from genomics.output import Results
 from genomics.vocabulary import BOS, A, T, decode, encode
 
-
-class BasesOnly(nn.Module):
-    """A language model whose head knows only A, C, G and T, as ``core.generate`` takes it."""
-
-    def __init__(self, net: Any) -> None:
-        super().__init__()
-        self.backbone, self.config, self.init_state = net.backbone, net.config, net.init_state
-        self.lm_head = _BasesHead(net.lm_head)
+PREFILL = 65536  # tokens of all prompts that go through the model at once
 
 
-class _BasesHead(nn.Module):
-    def __init__(self, head: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self._head = head.weight, head
+@torch.inference_mode()
+def continuations(net: Any, prompts: Tensor, length: int, sampling: Sampling, seed: int) -> Tensor:
+    """Draws A, C, G and T after prompts, token after token from the model's state; any causal model of DNA has one.
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        logits = self._head(hidden)
-        keep = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        keep[A : T + 1] = True
-        return logits.masked_fill(~keep, float("-inf"))
+    Args:
+        net: The model, with ``init_state``, ``backbone.forward_state`` and ``lm_head``.
+        prompts: (B, L) int64.
+        length: Bases to draw for each.
+        sampling: How they are drawn.
+        seed: Of the draws.
+
+    Returns:
+        (B, length) int64.
+    """
+    generator = torch.Generator(prompts.device).manual_seed(seed)
+    state, hidden, drawn = net.init_state(len(prompts)), None, []
+    for piece in prompts.split(max(1, PREFILL // len(prompts)), dim=1):
+        hidden, state = net.backbone.forward_state(piece, state)
+    while True:
+        assert hidden is not None
+        logits = net.lm_head(hidden[:, -1])[:, A : T + 1].float()
+        drawn.append(A + sample(logits, sampling, generator))
+        if len(drawn) == length:
+            return torch.stack(drawn, dim=1)
+        hidden, state = net.backbone.forward_state(drawn[-1][:, None], state)
 
 
 def generate(
@@ -80,7 +88,6 @@ def generate(
         records = Fasta(prompt_fasta)
         prompts = {name: records.read(name) for name in records.lengths}
     longest = loaded.longest
-    net: Any = BasesOnly(loaded.net)
     with Results("generate", out) as results, (results.path / "generated.fa").open("w", encoding="utf-8") as file:
         for number, (name, ids) in enumerate(prompts.items()):
             tokens = ids.tolist() if loaded.start is None and len(ids) else [BOS, *ids.tolist()]
@@ -89,9 +96,7 @@ def generate(
                     f"{name}: {len(tokens)} tokens and {length} bases exceed the model's {longest:,} positions"
                 )
             start = torch.tensor([tokens] * count, device=loaded.device)
-            with torch.inference_mode():
-                steps = [step.tokens for step in stream(net, start, length, sampling, seed=seed + number)]
-            for i, row in enumerate(torch.stack(steps, dim=1).tolist()):
+            for i, row in enumerate(continuations(loaded.net, start, length, sampling, seed + number).tolist()):
                 bases = decode(ids) + decode(row)
                 lines = "\n".join(bases[j : j + 80] for j in range(0, len(bases), 80))
                 file.write(f">{name}_{i + 1} prompt={len(ids)} seed={seed + number}\n{lines}\n")

@@ -154,8 +154,9 @@ def test_mutagenesis_of_a_masked_model(tmp_path: Path, genome: str, rcps: bool) 
         generate(model, "ACGT", device="cpu", out=str(tmp_path / "g"))
 
 
-def test_generation(tmp_path: Path, genome: str) -> None:
-    model = checkpoint(tmp_path)
+@pytest.mark.parametrize("mixer", ["mamba", "hyena"])
+def test_generation(tmp_path: Path, genome: str, mixer: str) -> None:
+    model = checkpoint(tmp_path, mixer=mixer)
     for name, seed in (("one", 3), ("two", 3), ("three", 4)):
         generate(model, "ACGT", length=90, count=2, seed=seed, device="cpu", out=str(tmp_path / name))
     one, two, three = (Fasta(tmp_path / name / "generated.fa") for name in ("one", "two", "three"))
