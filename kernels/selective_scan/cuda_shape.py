@@ -87,9 +87,6 @@ def shape_of(
     """
     cores, memory = properties(device)
     lanes = 1 if state <= 4 else 2 if state <= 8 else 4 if state <= 16 else 8
-    if not backward:  # few channels: more lanes with fewer states beat segments, which need a first pass
-        while lanes < min(8, state) and 2 * scans * -(-channels * lanes // (32 * WARPS)) <= cores:
-            lanes *= 2
     states = -(-state // lanes)
     states += pairs and states % 2
     most = 2 * WARPS if states > 4 and backward and memory >= 224 << 10 else WARPS
@@ -101,11 +98,14 @@ def shape_of(
         small = lanes == 1 or (states <= 4 and not extra and (wide or slots <= SHORT))
         resident = 1 if warps > WARPS or lanes == 1 else 2 if extra else 3
     else:
-        extra = 2 * warps if lanes == 1 else warps
+        extra = 2 * warps if lanes == 1 else min(2, warps) if lanes == 8 and states > 4 else warps
         small = lanes <= 2 or states > 4 or wide or slots <= SHORT // 4
-        resident = 4 if small and states <= 4 and not wide and lanes == 4 else 3 if lanes in (2, 4) else 2
+        resident = 3 if lanes in (2, 4) or extra < warps else 2
+        resident += small and states <= 4 and not wide and lanes == 4
     # Segments cost a pass that finds the states they end in: only where blocks are few.
     fit = cores * resident * WARPS // min(warps, WARPS) // max(1, scans * blocks)
+    if not backward and fit > 8:  # so many shorten what waits for the first pass no more, and each has one
+        fit = fit * 2 // 3
     segments = 1 if fit < 3 else max(1, min(fit, 64, slots))
     tile, part = 16 if small else 32, 8 if states <= 4 else 4
     return Shape(lanes, states, tile, part, warps, extra, resident, width, blocks, segments)

@@ -125,9 +125,9 @@ def test_scan_step(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(weight=torch.zeros(3, 4, dtype=torch.float64)), r"weight: got shape \(3, 4\), wanted \(O, K\)"),
+        (dict(weight=torch.zeros(3, 4).to(DEVICE, torch.float64)), r"weight: got shape \(3, 4\), wanted \(O, K\)"),
         (dict(groups=5), "groups: got 5, wanted a divisor of K = 6"),
-        (dict(gate=torch.zeros(2, 5, dtype=torch.float64)), r"gate: got shape \(2, 5\)"),
+        (dict(gate=torch.zeros(2, 5).to(DEVICE, torch.float64)), r"gate: got shape \(2, 5\)"),
     ],
 )
 def test_refusals(change: dict, message: str) -> None:
