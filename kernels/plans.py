@@ -34,20 +34,21 @@ class Plans:
             tensors: The op's tensors: real ones, none that is being traced.
             flags: Its other arguments.
         """
-        key = (
-            flags,
-            os.environ.get("TRISCAN_BACKEND"),
-            tuple([
-                None if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16)
-                for t in tensors
-            ]),
-        )  # fmt: skip
+        key = (flags, os.environ.get("TRISCAN_BACKEND"), *signature(tensors))
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= KEPT:
                 self._plans.clear()
             plan = self._plans[key] = {}
         return plan
+
+
+def signature(tensors: Sequence[Tensor | None]) -> list[object]:
+    """What plans follow from, of tensors; their devices by number, as none is on the CPU while another is not."""
+    return [
+        None if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16, t.is_neg())
+        for t in tensors
+    ]  # fmt: skip
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:

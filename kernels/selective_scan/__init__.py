@@ -16,8 +16,8 @@ from torch.utils.flop_counter import register_flop_formula
 from kernels import recompute
 from kernels.backend import resolve
 from kernels.checks import autocast_dtype, owned
-from kernels.plans import Plans
-from kernels.registration import op
+from kernels.plans import Plans, on_device
+from kernels.registration import op, plain, simple, unwatched
 from kernels.selective_scan.problem import Problem, make_problem
 
 __all__ = ["selective_scan"]
@@ -26,6 +26,7 @@ TENSORS: tuple[str, ...] = (
     "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_weight", "route", "initial_state", "cu_seqlens", "seq_idx",
 )  # fmt: skip
 KERNELS = ("cpu", "cuda", "triton")  # backends with a forward and a backward of their own
+INITIAL = TENSORS.index("initial_state")
 DIFFERENTIABLE: tuple[str, ...] = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_weight", "initial_state")
 
 
@@ -106,9 +107,23 @@ def selective_scan(
     if backend in ("torch", "reference"):  # plain operators: differentiable twice, exportable
         y, state = _implementation(backend).scan(make_problem(*tensors, *flags))
         state = state if route is not None else state.squeeze(1)
-    else:
+    elif torch.compiler.is_compiling():
         y, state, _ = torch.ops.triscan.selective_scan(*tensors, *flags, return_final_state, backend)
+    else:
+        y, state = _eager(tensors, (*flags, return_final_state, backend))
     return (y, state) if return_final_state else y
+
+
+def _eager(tensors: tuple[Tensor | None, ...], flags: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
+    """y and the final state, by the shortest way."""
+    if unwatched() and simple(tensors):
+        straight = _plans.find(tensors, flags).get("straight")
+        if straight:
+            inputs = (*tensors[:8], tensors[INITIAL])
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+                return _Straight.apply(straight, flags, *inputs)
+            return straight.forward(inputs, keep=False)[:2]
+    return _selective_scan(*tensors, *flags)[:2]
 
 
 def _resolve(p: Problem, backend: str) -> str:
@@ -143,6 +158,16 @@ def _implementation(name: str) -> Any:
     return module
 
 
+def _straight(p: Problem, backend: str, final: bool) -> Any:
+    """The ``Straight`` of a problem's signature, or False."""
+    if backend != "cuda":
+        return False
+    from kernels.selective_scan import cuda_straight
+
+    with on_device(p.x):
+        return cuda_straight.supports(p) and cuda_straight.Straight(p, final)
+
+
 _plans, _backward_plans = Plans(), Plans()
 _loaded = functools.cache(_implementation)  # an import statement takes microseconds; inside an op nothing is traced
 
@@ -172,8 +197,15 @@ def _selective_scan(
     """y, the final state (empty if not asked for) and the saved states (zeros where the backward needs none)."""
     tensors = (x, dt, A, B, C, D, z, dt_bias, dt_weight, route, initial_state, cu_seqlens, seq_idx)
     flags = (dt_softplus, route_params, merge, reverse)
-    p = make_problem(*tensors, *flags, _plans.find(tensors, (*flags, return_final_state, backend)))
+    plan = _plans.find(tensors, (*flags, return_final_state, backend))
+    straight = plan.get("straight")
+    if straight:
+        y, state, saved = straight.forward((*tensors[:8], initial_state), keep=True)
+        return y, x.new_empty(0, dtype=saved.dtype) if state is None else state, saved
+    p = make_problem(*tensors, *flags, plan)
     name = _resolve(p, backend)
+    if straight is None and dt_weight is None:
+        plan["straight"] = _straight(p, name, return_final_state)
     if name in KERNELS:
         kernel = _loaded(name)
         y, state, saved = kernel.forward(p, return_final_state) if name == "cuda" else kernel.forward(p)
@@ -306,6 +338,37 @@ def _backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: Tensor | No
 
 
 _selective_scan.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Straight(torch.autograd.Function):
+    """A ``cuda_straight.Straight`` with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, straight: Any, flags: tuple[Any, ...], *inputs: Tensor | None) -> Any:
+        y, state, saved = straight.forward(inputs, keep=True)
+        ctx.save_for_backward(*inputs, saved)
+        ctx.straight, ctx.flags = straight, flags
+        ctx.set_materialize_grads(False)
+        return y, state
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        *inputs, saved = ctx.saved_tensors
+        if dy is None and dstate is None:
+            return (None,) * (2 + len(inputs))
+        if dy is None:
+            dy = torch.zeros_like(inputs[0], memory_format=torch.contiguous_format)
+        tensors = (*inputs[:8], None, None, inputs[8], None, None)
+        direct = not torch.is_grad_enabled() and plain((dy, dstate, saved)) and simple(inputs)
+        if (
+            direct and _plans.find(tensors, ctx.flags).get("straight") is ctx.straight
+        ):  # hooks may replace what is saved
+            return (None, None, *ctx.straight.backward(dy, dstate, saved, inputs))
+        *flags, _, backend = ctx.flags
+        grads = _selective_scan_backward(dy, dstate, saved, *tensors, *flags, backend)
+        by_name = dict(zip(DIFFERENTIABLE, grads, strict=True))
+        names = (*TENSORS[:8], TENSORS[INITIAL])
+        return (None, None, *(None if t is None else by_name[n] for n, t in zip(names, inputs, strict=True)))
 
 
 def _scan_flops(x: Any, A: Any, dt_weight: Any, route: Any) -> int:
