@@ -8,8 +8,8 @@ that PyTorch calls for autograd runs the implementation itself, and a call of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _ARGUMENTS = _TENSORS | {type(None), bool, int, float, str, torch.dtype}
 
 
-def plain(arguments: tuple[Any, ...] | list[Any]) -> bool:
+def plain(arguments: Sequence[Any]) -> bool:
     """Whether an op may run on these without the dispatcher: eager mode, nobody watches, tensors are what they seem."""
-    lazy = any(a.is_neg() or a.is_conj() or a.is_meta for a in arguments if isinstance(a, Tensor))
-    return unwatched() and simple(arguments) and not lazy
+    if not (unwatched() and simple(arguments)):
+        return False
+    return not any(a.is_neg() or a.is_conj() or a.is_meta for a in arguments if isinstance(a, Tensor))
 
 
 def simple(arguments: Iterable[Any]) -> bool:
@@ -52,6 +53,8 @@ class Op:
             as the op, with one underscore in front.
     """
 
+    named: ClassVar[dict[str, Op]] = {}  # all of them
+
     def __init__(self, function: Callable[..., Any]) -> None:
         self.name = function.__name__.removeprefix("_")
         _library.define(
@@ -65,6 +68,7 @@ class Op:
         _library.impl(self.name, kernel, "Autograd", with_keyset=True)
         for f in (function, kernel):
             _leave_to_python(f)
+        self.named[self.name] = self
 
     def __call__(self, *arguments: Any) -> Any:
         """Calls the op: through PyTorch's dispatcher where anything but the implementation and autograd has a part."""
