@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey
+from torch._C import DispatchKey, _autograd, _functorch  # type: ignore[attr-defined]
 
 _library = torch.library.Library("triscan", "FRAGMENT")
 _below = torch._C._after_ADInplaceOrView_keyset
@@ -39,8 +39,8 @@ def unwatched() -> bool:
     return not (
         torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
+        or _functorch.peek_interpreter_stack() is not None
+        or _autograd._profiler_enabled()
         or torch._C._get_tracing_state()
     )
 

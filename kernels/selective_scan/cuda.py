@@ -169,7 +169,7 @@ def _backward_part(
     }  # fmt: skip
     fields |= launch.carries("backward", launch.backward_bytes(ends=True), fields, **macros)
     for i in reversed(range(launch.sums.slices)):
-        more: Fields = launch.sums.bounds(i) | held.states(i) | ({"dinitial": start} if i == 0 else {})
+        more: Fields = {**launch.sums.bounds(i), **held.states(i), **({"dinitial": start} if i == 0 else {})}
         launch.run("backward", launch.backward_bytes(ends=False), fields | more, **macros)
         launch.start("reduce", launch.sums.blocks(i), THREADS, 0, fields | more)
     return maps, held, start

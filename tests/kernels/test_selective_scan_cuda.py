@@ -5,7 +5,6 @@ They have no interpreter: without a GPU only their compilation is tested.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import pytest
@@ -15,7 +14,7 @@ from scan_options import CASES, FULL, check, inputs, run
 
 from kernels import nvrtc, selective_scan
 from kernels.plans import Plans
-from kernels.selective_scan import cuda_launch, cuda_shape
+from kernels.selective_scan import cuda_launch, cuda_shape, op
 from kernels.selective_scan.problem import CHUNK
 
 MACROS = {
@@ -165,7 +164,7 @@ def test_restarts_and_skipped_tokens_in_segments(reverse: bool) -> None:
 def cut_in(segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = cuda_launch.shape_of
     monkeypatch.setattr(cuda_launch, "_recipes", {})
-    monkeypatch.setattr(importlib.import_module("kernels.selective_scan"), "_plans", Plans())
+    monkeypatch.setattr(op, "_plans", Plans())
     monkeypatch.setattr(cuda_launch, "shape_of", lambda *args: rule(*args)._replace(segments=segments))
 
 

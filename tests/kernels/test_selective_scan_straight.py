@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +11,9 @@ from scan_options import FULL, inputs, run
 
 from kernels import nvrtc, selective_scan
 from kernels.plans import Plans
-from kernels.selective_scan import cuda, cuda_few, cuda_launch, cuda_shape, cuda_straight
+from kernels.selective_scan import cuda, cuda_few, cuda_launch, cuda_shape, cuda_straight, op
 from kernels.selective_scan.problem import CHUNK
 
-scan = importlib.import_module("kernels.selective_scan")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on an NVIDIA GPU")
 Launched = list[tuple[Any, ...]]
 
@@ -24,8 +22,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch, segments: int) -> None:
     """No plans yet; scans that are cut in so many segments."""
     rule = cuda_launch.shape_of
     monkeypatch.setattr(cuda_launch, "_recipes", {})
-    monkeypatch.setattr(scan, "_plans", Plans())
-    monkeypatch.setattr(scan, "_backward_plans", Plans())
+    monkeypatch.setattr(op, "_plans", Plans())
+    monkeypatch.setattr(op, "_backward_plans", Plans())
     monkeypatch.setattr(cuda_launch, "shape_of", lambda *args: rule(*args)._replace(segments=segments))
 
 
@@ -46,7 +44,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     for module in (cuda, cuda_few, cuda_shape):
         monkeypatch.setattr(module, "properties", lambda device: (132, 227 << 10))
     monkeypatch.setattr(nvrtc, "kernel", kernel)
-    monkeypatch.setattr(scan, "_choose", lambda p, backend: "cuda")
+    monkeypatch.setattr(op, "_choose", lambda p, backend: "cuda")
     return seen
 
 
@@ -61,7 +59,7 @@ def test_launches_what_the_long_way_does(
         leaves = {n: t.float().requires_grad_() for n, t in tensors.items()}
         calls = []
         for takes in (True, False):
-            monkeypatch.setattr(scan, "_plans", Plans())
+            monkeypatch.setattr(op, "_plans", Plans())
             monkeypatch.setattr(cuda_straight, "supports", lambda p, takes=takes: takes)
             for _ in range(2):  # the first call makes the plan
                 launched.clear()
@@ -103,7 +101,7 @@ def test_equals_the_long_way_bit_by_bit(dtype: torch.dtype, segments: int, monke
     tensors = inputs(B=2, L=30 * CHUNK + 5, D=72, N=16, options=FULL)
     run(tensors, "cuda", dtype, "cuda", reverse=True)
     short = run(tensors, "cuda", dtype, "cuda", reverse=True)
-    monkeypatch.setattr(scan, "_plans", Plans())
+    monkeypatch.setattr(op, "_plans", Plans())
     monkeypatch.setattr(cuda_straight, "supports", lambda p: False)
     long = run(tensors, "cuda", dtype, "cuda", reverse=True)
     assert all(torch.equal(t, long[n]) for n, t in short.items())
