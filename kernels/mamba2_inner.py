@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels import causal_conv1d, norm, ssd  # noqa: F401  registers the ops that this one is made of
 from kernels.checks import check_float, check_shape
+from kernels.registration import Op, op
 
 __all__ = ["mamba2_inner"]
 
@@ -78,7 +79,7 @@ def mamba2_inner(
     Raises:
         ValueError: If a shape, dtype, device or value doesn't fit.
     """
-    out, state, _, _, _ = torch.ops.triscan.mamba2_inner(
+    out, state, _, _, _ = _mamba2_inner(
         zxbcdt, conv_weight, conv_bias, dt_bias, A, D, norm_weight, out_weight, out_bias, initial_state, cu_seqlens,
         seq_idx, headdim, ngroups, eps, norm_before_gate, float(dt_limit[0]), float(dt_limit[1]), reverse,
         return_final_state, backend,
@@ -133,7 +134,7 @@ def _check(
 
 def _convolve(xbc: Tensor, weight: Tensor, bias: Tensor | None, cu: Tensor | None, idx: Tensor | None,
               reverse: bool, backend: str) -> Tensor:  # fmt: skip
-    return torch.ops.triscan.causal_conv1d(xbc, weight, bias, None, None, cu, idx, "silu", reverse, False, backend)[0]
+    return Op.named["causal_conv1d"](xbc, weight, bias, None, None, cu, idx, "silu", reverse, False, backend)[0]
 
 
 def _heads(xbc: Tensor, A: Tensor, headdim: int, ngroups: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,13 +147,13 @@ def _heads(xbc: Tensor, A: Tensor, headdim: int, ngroups: int) -> tuple[Tensor, 
 
 def _normed(y: Tensor, z: Tensor, weight: Tensor, ngroups: int, eps: float, first: bool, backend: str) -> Any:
     """Norm and gate of y (B, L, F), and the statistics."""
-    y, _, mean, rstd = torch.ops.triscan.norm(
+    y, _, mean, rstd = Op.named["norm"](
         y, weight, None, None, z, "rms", eps, y.shape[-1] // ngroups, first, True, backend
     )
     return y, mean, rstd
 
 
-@torch.library.custom_op("triscan::mamba2_inner", mutates_args=())
+@op
 def _mamba2_inner(
     zxbcdt: Tensor,
     conv_weight: Tensor,
@@ -182,7 +183,7 @@ def _mamba2_inner(
     xbc = _convolve(parts.xbc, conv_weight, conv_bias, cu_seqlens, seq_idx, reverse, backend)
     x, B, C = _heads(xbc, A, headdim, ngroups)
     gate = parts.z.unflatten(-1, (-1, headdim)) if norm_weight is None else None
-    y, state = torch.ops.triscan.ssd(
+    y, state = Op.named["ssd"](
         x, parts.dt, A, B, C, D, gate, dt_bias, None, initial_state, cu_seqlens, seq_idx, True, dt_min, dt_max, "sum",
         reverse, return_final_state, backend,
     )  # fmt: skip
@@ -223,7 +224,7 @@ def _(
     return out, zxbcdt.new_empty(size, dtype=wide), y, mean, rstd
 
 
-@torch.library.custom_op("triscan::mamba2_inner_backward", mutates_args=())
+@op
 def _mamba2_inner_backward(
     dout: Tensor,
     dstate: Tensor | None,
@@ -264,13 +265,13 @@ def _mamba2_inner_backward(
     dy = _mlp_backward(dy, parts.mlp, grads.mlp)
     dnorm, gate = zxbcdt.new_empty(0), parts.z.unflatten(-1, (-1, headdim))
     if norm_weight is not None:
-        dy, dnorm, _, _, dz = torch.ops.triscan.norm_backward(
+        dy, dnorm, _, _, dz = Op.named["norm_backward"](
             dy.contiguous(), None, mean, rstd, flat, norm_weight, None, None, parts.z, None, *norm_flags
         )
         grads.z.copy_(dz)
     xbc = _convolve(parts.xbc, conv_weight, conv_bias, cu_seqlens, seq_idx, reverse, backend)
     x, B, C = _heads(xbc, A, headdim, ngroups)
-    dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial = torch.ops.triscan.ssd_backward(
+    dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial = Op.named["ssd_backward"](
         dy.unflatten(-1, (-1, headdim)), dstate, x, parts.dt, A, B, C, D, gate if norm_weight is None else None,
         dt_bias, None, initial_state, cu_seqlens, seq_idx, True, dt_min, dt_max, "sum", reverse, backend,
     )  # fmt: skip
@@ -280,7 +281,7 @@ def _mamba2_inner_backward(
     del dy, xbc, x, B, C
     dxbc = torch.cat([dx.flatten(2), dB.flatten(2), dC.flatten(2)], dim=-1)
     del dx, dB, dC
-    dconv_in, dconv, dconv_bias, _ = torch.ops.triscan.causal_conv1d_backward(
+    dconv_in, dconv, dconv_bias, _ = Op.named["causal_conv1d_backward"](
         dxbc, None, parts.xbc, conv_weight, conv_bias, None, None, cu_seqlens, seq_idx, "silu", reverse, backend
     )
     grads.xbc.copy_(dconv_in)
@@ -337,7 +338,7 @@ def _backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None, *_: Tensor |
     if dout is None:
         shape, dtype, device = ctx.out
         dout = torch.zeros(shape, dtype=dtype, device=device)
-    grads = torch.ops.triscan.mamba2_inner_backward(dout, dstate, *ctx.saved_tensors, *ctx.flags)
+    grads = _mamba2_inner_backward(dout, dstate, *ctx.saved_tensors, *ctx.flags)
     return (*(g if given else None for g, given in zip(grads, ctx.given, strict=True)), *none)
 
 

@@ -156,21 +156,20 @@ class Kernel:
         if status:
             raise RuntimeError(f"CUDA driver: could not {step} (status {status})")
 
-    def __call__(self, blocks: int, threads: int, fields: Sequence[int]) -> None:
+    def __call__(self, blocks: int, threads: int, fields: array[int]) -> None:
         """Launches on the current stream of the current device.
 
         Args:
             blocks: Number of blocks, in one dimension.
             threads: Threads of a block.
-            fields: The struct: pointers and integers in their order.
+            fields: The struct, 8 bytes each: pointers and integers in their order. It is copied.
         """
         if blocks == 0:
             return
         if not getattr(_thread, "entered", False):  # a context stays current until another one is made so
             self._enter()
             _thread.entered = True
-        values = array("q", fields)
-        argument = _Pointer(values.buffer_info()[0])
+        argument = _Pointer(fields.buffer_info()[0])
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
         status = _driver().cuLaunchKernel(
             self.function, blocks, 1, 1, threads, 1, 1, self.shared, stream, argument, None

@@ -36,14 +36,7 @@ class Plans:
             tensors: The op's tensors: real ones, none that is being traced.
             flags: Its other arguments.
         """
-        key = (
-            flags,
-            os.environ.get("TRISCAN_BACKEND"),
-            tuple([
-                None if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16)
-                for t in tensors
-            ]),
-        )  # fmt: skip
+        key = (flags, os.environ.get("TRISCAN_BACKEND"), *signature(tensors))
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= KEPT:
@@ -66,6 +59,14 @@ class kept(Generic[T]):  # noqa: N801  a decorator, as ``property`` is
         if self not in plan:
             plan[self] = self._function(instance)
         return plan[self]
+
+
+def signature(tensors: Sequence[Tensor | None]) -> list[object]:
+    """What plans follow from, of tensors; their devices by number, as none is on the CPU while another is not."""
+    return [
+        None if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16, t.is_neg())
+        for t in tensors
+    ]  # fmt: skip
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:

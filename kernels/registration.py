@@ -3,20 +3,46 @@
 ``torch.library.custom_op`` looks every argument up in the schema, checks outputs for aliases and goes through the
 dispatcher twice, which takes longer than a short scan takes a GPU. An ``Op`` has the same interface and the same
 properties (fake tensors, tracing, autograd, any device), but where tensors are plain and nobody watches, the kernel
-that PyTorch calls for autograd runs the implementation itself.
+that PyTorch calls for autograd runs the implementation itself, and a call of the ``Op`` leaves the dispatcher out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
-from torch._C import DispatchKey
+from torch import Tensor
+from torch._C import DispatchKey, _autograd, _functorch  # type: ignore[attr-defined]
 
 _library = torch.library.Library("triscan", "FRAGMENT")
 _below = torch._C._after_ADInplaceOrView_keyset
 _PLAIN = (DispatchKey.CPU, DispatchKey.CUDA, DispatchKey.XPU)
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_ARGUMENTS = _TENSORS | {type(None), bool, int, float, str, torch.dtype}
+
+
+def plain(arguments: Sequence[Any]) -> bool:
+    """Whether an op may run on these without the dispatcher: eager mode, nobody watches, tensors are what they seem."""
+    if not (unwatched() and simple(arguments)):
+        return False
+    return not any(a.is_neg() or a.is_conj() or a.is_meta for a in arguments if isinstance(a, Tensor))
+
+
+def simple(arguments: Iterable[Any]) -> bool:
+    """Whether no argument is of a class that PyTorch calls back: a traced tensor, a distributed one."""
+    return _ARGUMENTS.issuperset(map(type, arguments))
+
+
+def unwatched() -> bool:
+    """Whether no mode, transform, tracer or profiler wants to see the ops that are called."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or _functorch.peek_interpreter_stack() is not None
+        or _autograd._profiler_enabled()
+        or torch._C._get_tracing_state()
+    )
 
 
 class Op:
@@ -26,6 +52,8 @@ class Op:
         function: The implementation for every device; its annotated signature, without defaults, is the schema. Named
             as the op, with one underscore in front.
     """
+
+    named: ClassVar[dict[str, Op]] = {}  # all of them
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.name = function.__name__.removeprefix("_")
@@ -40,10 +68,15 @@ class Op:
         _library.impl(self.name, kernel, "Autograd", with_keyset=True)
         for f in (function, kernel):
             _leave_to_python(f)
+        self.named[self.name] = self
 
     def __call__(self, *arguments: Any) -> Any:
-        """Calls the op through PyTorch's dispatcher."""
-        return self.overload(*arguments)
+        """Calls the op: through PyTorch's dispatcher where anything but the implementation and autograd has a part."""
+        if torch.compiler.is_compiling() or not plain(arguments):
+            return self.overload(*arguments)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            return self._autograd.apply(None, *arguments)
+        return self._function(*arguments)
 
     def register_fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Gives the op, as a decorator, the function that returns empty outputs, for meta and traced tensors."""
@@ -78,10 +111,15 @@ class Op:
 
         return kernel
 
-    def _run(self, keyset: torch._C.DispatchKeySet, arguments: tuple[Any, ...]) -> Any:
-        """The outputs: from the implementation where no mode, subclass or wrapper stands between, else dispatched."""
+    def _run(self, keyset: torch._C.DispatchKeySet | None, arguments: tuple[Any, ...]) -> Any:
+        """The outputs: from the implementation where no mode, subclass or wrapper stands between, else dispatched.
+
+        Args:
+            keyset: What the dispatcher called with; None if it didn't.
+            arguments: Of the op.
+        """
         with torch._C._AutoDispatchBelowAutograd():
-            if (keyset & _below).highestPriorityTypeId() in _PLAIN:
+            if keyset is None or (keyset & _below).highestPriorityTypeId() in _PLAIN:
                 return self._function(*arguments)
             return self.overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
@@ -92,7 +130,11 @@ def _not_differentiable(name: str) -> Any:
     def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
             op = getattr(torch.ops.triscan, name).default
-            return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            return (
+                op(*arguments)
+                if keyset is None
+                else op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+            )
 
     def backward(ctx: Any, *grads: Any) -> None:
         raise RuntimeError(f"triscan::{name} has no derivative; use backend='torch', whose operators have")

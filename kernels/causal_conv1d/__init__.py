@@ -81,7 +81,7 @@ def causal_conv1d(
         y, state = _implementation(backend).conv(p)
         y, state = y.reshape(p.y_shape), state.reshape(p.state_shape)
     else:
-        y, state = torch.ops.triscan.causal_conv1d(*tensors, activation or "", reverse, return_final_state, backend)
+        y, state = _causal_conv1d(*tensors, activation or "", reverse, return_final_state, backend)
     return (y, state) if return_final_state else y
 
 

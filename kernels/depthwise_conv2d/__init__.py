@@ -18,6 +18,7 @@ from kernels import recompute
 from kernels.backend import resolve
 from kernels.checks import check_float, check_shape, owned
 from kernels.depthwise_conv2d.reference import conv
+from kernels.registration import op
 
 __all__ = ["depthwise_conv2d"]
 
@@ -55,7 +56,7 @@ def depthwise_conv2d(
     if backend in ("torch", "reference"):  # plain operators: differentiable twice, exportable
         _check(x, weight, bias, activation or "")
         return conv(x, weight, bias, activation or "")
-    return torch.ops.triscan.depthwise_conv2d(x, weight, bias, activation or "", backend)
+    return _depthwise_conv2d(x, weight, bias, activation or "", backend)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
@@ -78,7 +79,7 @@ def _runs_triton(x: Tensor, weight: Tensor, backend: str) -> bool:
     return name == "triton" and weight.shape[2] * weight.shape[3] <= MAX_TAPS
 
 
-@torch.library.custom_op("triscan::depthwise_conv2d", mutates_args=())
+@op
 def _depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, backend: str) -> Tensor:
     """y ``(B, H, W, D)``, dense."""
     _check(x, weight, bias, activation)
@@ -95,7 +96,7 @@ def _(x, weight, bias, activation, backend):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("triscan::depthwise_conv2d_backward", mutates_args=())
+@op
 def _depthwise_conv2d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +125,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
-    dx, dweight, dbias = torch.ops.triscan.depthwise_conv2d_backward(dy, x, weight, bias, ctx.activation, ctx.backend)
+    dx, dweight, dbias = _depthwise_conv2d_backward(dy, x, weight, bias, ctx.activation, ctx.backend)
     return dx, dweight, None if bias is None else dbias, None, None
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from kernels.checks import check_float, check_shape
+from kernels.registration import op
 
 __all__ = ["gelu_mlp", "plain"]
 
@@ -39,7 +40,7 @@ def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: 
     Raises:
         ValueError: If a shape, dtype or device doesn't fit; the message names the tensor and the fix.
     """
-    return torch.ops.triscan.gelu_mlp(x, weight1, bias1, weight2, bias2)
+    return _gelu_mlp(x, weight1, bias1, weight2, bias2)
 
 
 def _check(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> None:
@@ -58,7 +59,7 @@ def plain(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Ten
     return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
 
 
-@torch.library.custom_op("triscan::gelu_mlp", mutates_args=())
+@op
 def _gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     """y ``(..., O)``."""
     _check(x, weight1, bias1, weight2, bias2)
@@ -72,7 +73,7 @@ def _(x, weight1, bias1, weight2, bias2):
     return x.new_empty((*x.shape[:-1], weight2.shape[0]))
 
 
-@torch.library.custom_op("triscan::gelu_mlp_backward", mutates_args=())
+@op
 def _gelu_mlp_backward(
     dy: Tensor, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -110,7 +111,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
-    *grads, dbias2 = torch.ops.triscan.gelu_mlp_backward(dy, *ctx.saved_tensors)
+    *grads, dbias2 = _gelu_mlp_backward(dy, *ctx.saved_tensors)
     return (*grads, dbias2.to(ctx.bias2_dtype))
 
 

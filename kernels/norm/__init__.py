@@ -68,7 +68,7 @@ def norm(
     if backend in ("torch", "reference"):  # plain operators: differentiable twice, exportable
         y, s, _, _ = _implementation(backend).norm(make_problem(*arguments))
     else:
-        y, s, _, _ = torch.ops.triscan.norm(*arguments, backend)
+        y, s, _, _ = _norm(*arguments, backend)
     if not return_residual:
         return y
     if residual is None:

@@ -18,10 +18,18 @@ import torch
 from torch import Tensor
 
 from kernels import nvrtc, plans
-from kernels.selective_scan.cuda_launch import TYPES, Launch, shape_for
+from kernels.selective_scan.cuda_launch import (
+    TYPES,
+    Fields,
+    Launch,
+    backward_macros,
+    dense_float32,
+    forward_macros,
+    shape_for,
+)
 from kernels.selective_scan.cuda_shape import properties
 from kernels.selective_scan.cuda_states import Part, doubled, joined, parts_of, real, saved_from
-from kernels.selective_scan.cuda_sums import Sums
+from kernels.selective_scan.cuda_sums import THREADS, Held
 from kernels.selective_scan.outputs import MapGradients, finished_y, new_map, new_y
 from kernels.selective_scan.problem import Problem
 
@@ -84,7 +92,7 @@ def _forward(p: Problem, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
 def _forward_part(part: Part, exact: bool, saved: Tensor, y: Tensor, before: Tensor | None) -> Tensor:
     """The scan over some states: fills ``saved``, and y on top of ``before``; returns the final state."""
     launch, p = Launch(part), part.p
-    shared, macros = 4 * launch.shape.forward_words, {"T": launch.shape.tile, "EXACT": int(exact)}
+    shared, macros = 4 * launch.shape.forward_words, forward_macros(launch.shape, exact)
     final = launch.float32(p.sequences, p.routes, p.channels, p.state)
     found = launch.carries("forward", shared, {}, **macros)
     launch.run("forward", shared, {"saved": saved, "final": final, "y": y, "partial": before, **found}, **macros,
@@ -115,53 +123,53 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> G
     dy = (dy.unsqueeze(2) if dy.ndim == 3 else dy).contiguous()
     if dstate is not None and p.is_complex:
         dstate = real(dstate)
-    parts, found, maps = parts_of(p), [], None
+    parts, found, maps, starts = parts_of(p), [], None, []
     for i, part in enumerate(parts):
         if i > 0:  # D belongs to one of them
             part = replace(part, p=replace(part.p, D=None))
         end = dstate if dstate is None else dstate[..., part.first : part.first + part.p.state]
-        more, sums = _backward_part(part, dy, end, saved_from(saved, part), wide=len(parts) > 1)
+        more, held, start = _backward_part(part, dy, end, saved_from(saved, part), wide=len(parts) > 1)
         maps = more if maps is None else maps.plus(more)
-        found.append(sums)
+        found.append(held)
+        starts.append(start)
     assert maps is not None
 
     def states(name: str) -> Tensor:
-        return joined([sums.total(name) for sums in found], False)
+        return joined([held.total(name) for held in found], False)
 
-    dC = doubled(states("dC")) if p.is_complex else states("dC")
-    bias = sum(sums.total("dbias") for sums in found) if p.dt_bias is not None else None
+    dC = doubled(states("C")) if p.is_complex else states("C")
+    bias = sum(held.total("bias") for held in found) if p.dt_bias is not None else None
     return Gradients(
         x=maps.merged_x,
         dt=maps.dt,
-        A=joined([states("dA")], p.is_complex),
-        B=joined([states("dB")], p.is_complex),
+        A=joined([states("A")], p.is_complex),
+        B=joined([states("B")], p.is_complex),
         C=joined([dC], p.is_complex),
-        D=None if p.D is None else found[0].total("dD"),
+        D=None if p.D is None else found[0].total("D"),
         z=maps.merged_z,
         dt_bias=bias,  # type: ignore[arg-type]
-        initial_state=None if p.initial_state is None else joined([sums.g[0] for sums in found], p.is_complex),
+        initial_state=None if p.initial_state is None else joined(starts, p.is_complex),
     )
 
 
 def _backward_part(
     part: Part, dy: Tensor, dstate: Tensor | None, saved: Tensor, wide: bool
-) -> tuple[MapGradients, Sums]:
-    """The gradients that come from some states; of maps as float32 if there are others to add (``wide``)."""
+) -> tuple[MapGradients, Held, Tensor]:
+    """The gradients that come from some states, and that of the initial ones.
+
+    Gradients of maps are float32 if there are others to add (``wide``).
+    """
     launch, p = Launch(part, dy), part.p
     maps = MapGradients.new(p, torch.float32 if wide else None)
-    sums = Sums.new(p, launch.shape, dstate)
-    macros: dict[str, str | int] = {
-        "TDY": TYPES[dy.dtype],
-        "TDX": TYPES[maps.x.dtype],
-        "TDDT": TYPES[maps.dt.dtype],
-        "TDZ": "float" if maps.z is None else TYPES[maps.z.dtype],
-        "HAS_FINAL": int(dstate is not None or sums.slices > 1),
-    }
-    given = {"dy": dy, "dy_k": dy.shape[2], "saved": saved, "dx": maps.x, "ddt": maps.dt, "dz": maps.z}
-    for i in reversed(range(sums.slices)):
-        fields = given | sums.fields(i)
-        fields |= launch.carries("backward", 4 * launch.shape.backward_words(ends=True), fields, **macros)
-        launch.run("backward", 4 * launch.shape.backward_words(ends=False), fields, **macros)
-        if sums.parts is not None:  # of the blocks' channels, in their order
-            launch.start("reduce", -(-sums.entries(i) // 256), 256, 0, fields)
-    return maps, sums
+    held, start = Held(p, launch.sums), launch.float32(p.sequences, p.routes, p.channels, p.state)
+    macros = backward_macros(dy, maps.x, maps.dt, maps.z)
+    fields: Fields = {
+        "dy": dy, "dy_k": dy.shape[2], "saved": saved, "dx": maps.x, "ddt": maps.dt, "dz": maps.z,
+        "dfinal": dense_float32(dstate), **held.fields,
+    }  # fmt: skip
+    fields |= launch.carries("backward", launch.backward_bytes(ends=True), fields, **macros)
+    for i in reversed(range(launch.sums.slices)):
+        more: Fields = {**launch.sums.bounds(i), **held.states(i), **({"dinitial": start} if i == 0 else {})}
+        launch.run("backward", launch.backward_bytes(ends=False), fields | more, **macros)
+        launch.start("reduce", launch.sums.blocks(i), THREADS, 0, fields | more)
+    return maps, held, start

@@ -19,24 +19,26 @@ __device__ __forceinline__ void multiply(float (&to)[4], const unsigned (&first)
         : "r"(first[0]), "r"(first[1]), "r"(first[2]), "r"(first[3]), "r"(second[0]), "r"(second[1]));
 }
 
+// Parts of eleven bits that a product is multiplied in: three hold a float32, two what it is in a sum over rounded inputs.
+constexpr int PRODUCTS = PRECISE ? 3 : !CONST_B && sizeof(TB) == 4 || !CONST_C && sizeof(TC) == 4 ? 2 : 1;
+
 // Adds dB and dC of two states, summed over lane % 4, to what lane % 4 == token % 4 holds: dB, dB, dC, dC.
 __device__ __forceinline__ void add_up(float (&to)[4], const float (&one)[8], int token, const float (&db)[2], const float (&dc)[2]) {
     const float first = one[2 * token % 8], second = one[(2 * token + 1) % 8];
     const unsigned ones[2] = {bits(first), bits(second)};
-#if PRECISE  // three parts of eleven bits hold a float32
-    const unsigned mask = 0xffffe000u;
-    float rest[4] = {db[0], dc[0], db[1], dc[1]};
+    if constexpr (PRODUCTS > 1) {
+        float rest[4] = {db[0], dc[0], db[1], dc[1]};
 #pragma unroll
-    for (int i = 0; i < 3; i++) {
-        unsigned part[4];
+        for (int i = 0; i < PRODUCTS; i++) {
+            unsigned part[4];
 #pragma unroll
-        for (int m = 0; m < 4; m++) part[m] = bits(rest[m]) & mask, rest[m] -= __uint_as_float(part[m]);
-        multiply(to, part, ones);
+            for (int m = 0; m < 4; m++) part[m] = bits(rest[m]) & 0xffffe000u, rest[m] -= __uint_as_float(part[m]);
+            multiply(to, part, ones);
+        }
+    } else {
+        constexpr unsigned half = CUT ? 0 : 0x1000u;  // rounds
+        multiply(to, {bits(db[0]) + half, bits(dc[0]) + half, bits(db[1]) + half, bits(dc[1]) + half}, ones);
     }
-#else
-    constexpr unsigned half = CUT ? 0 : 0x1000u;  // rounds
-    multiply(to, {bits(db[0]) + half, bits(dc[0]) + half, bits(db[1]) + half, bits(dc[1]) + half}, ones);
-#endif
 }
 
 // A sum over this launch's steps, added to those of the launches before.
@@ -100,8 +102,10 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     const int row0 = (LOCAL ? lane : tid) / WR, col = (LOCAL ? tid / 32 * (4 * GR) : 0) + tid % WR * V, dc = p.d0 + col;
     const int row_chan = slot_of(2 * col), row_y = slot_of(col * LN), row_uw = slot_of(2 * col * LN);
     const bool channel = dc < p.dend, own = p.walks() && d < p.dend;
-    const i64 first = p.from(a, p.seg);
-    i64 last = p.from(a, p.seg + 1);
+    const int begin = (int)(p.from(a, p.seg) + a.lo), end = (int)p.from(a, p.seg + 1);  // of this launch's slice
+    const int first = min(begin, end);
+    int last = min(begin + (int)(a.hi - a.lo), end);
+    const int shares = PACKED ? 0 : (int)(p.s * a.segments + p.seg) * (int)(a.hi - a.lo) - begin;  // of a slot, in this launch
 
     float bias[V], skip[V], sum_D[V] = {}, sum_bias[V] = {};
 #pragma unroll
@@ -113,16 +117,18 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     float g[S], B[S], C[S], sum_A[S] = {}, sum_B[S] = {}, sum_C[S] = {};
     Sum total = 0;
     const i64 state = ((p.s * a.K + p.k) * a.channels + d) * a.N;
+    const i64 here = ((p.s * a.segments + p.seg) * a.K + p.k) * a.channels + d;  // among what each segment has
+    const float* later = a.g_in ? reinterpret_cast<const float*>(a.g_in) + here * a.N : reinterpret_cast<const float*>(a.dfinal) + state;
 #pragma unroll
     for (int i = 0; i < S; i++) {
         int n = p.q * S + i;
         bool live = own && n < a.N;
         i64 at = (p.k * a.channels + d) * a.N + n;
-        g[i] = !ENDS && HAS_FINAL && live ? reinterpret_cast<const float*>(a.dfinal)[state + n] : 0.0f;
+        g[i] = !ENDS && live && (a.g_in || a.dfinal) ? later[n] : 0.0f;
         B[i] = CONST_B && live ? reinterpret_cast<const float*>(a.B)[at] : 0.0f;
         C[i] = CONST_C && live ? reinterpret_cast<const float*>(a.C)[at] : 0.0f;
     }
-    for (i64 i = a.segments - 1; !ENDS && i > p.seg; i--) rates.pass<true>(g, a, p, own, i);
+    for (i64 i = a.segments - 1; !ENDS && !a.g_in && i > p.seg; i--) rates.pass<true>(g, a, p, own, i);
     float one[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) one[i] = lane >> 2 == i ? 1.0f : 0.0f;
@@ -142,15 +148,15 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     float* partial = reinterpret_cast<float*>(a.partial) + part_of * (a.slots * a.K * a.G * CHUNK * 2 * a.N);
 
 #if ENDS && SOFTPLUS
-    i64 stop = first + reach<true>(a, p, rates.slowest, first, last, reinterpret_cast<float*>(memory));
+    int stop = first + reach<true>(a, p, rates.slowest, first, last, reinterpret_cast<float*>(memory));
     if (stop < last) total = __int_as_float(0x7f800000);  // what came after has decayed
     last = stop;
     __syncthreads();
 #endif
     if (LOCAL && SUMS && !ENDS && tid == 0) set_up(s_stored, NW), set_up(s_read, NW);
     int turn = 0;  // parts so far
-    for (i64 slot = last - 1; slot >= first; slot--) {
-        const int place = (int)(slot - p.base) * CHUNK;
+    for (int slot = last - 1; slot >= first; slot--) {
+        const int place = (slot - (int)p.base) * CHUNK;
         const int parts = PACKED ? PARTS : (min(CHUNK, (int)a.P - place) + T - 1) / T;
         // 1. Everything the slot's steps need: first all loads, then what is made of them.
         float h[S];
@@ -418,8 +424,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         if (LOCAL) __syncthreads();
         // 5. The slot's dB and dC.
         if (SUMS) {
-            const i64 at = PACKED ? slot : p.s * (a.hi - a.lo) + slot - p.begin;  // among the slots of this launch
-            float* to = partial + ((at * a.K + p.k) * a.G + p.g) * CHUNK * 2 * a.N;
+            float* to = partial + (((slot + shares) * a.K + p.k) * a.G + p.g) * CHUNK * 2 * a.N;
 #pragma unroll 4
             for (int i = tid * VN; i < CHUNK * 2 * NP; i += NT * VN) {
                 int j = i / (2 * NP), which = i / NP & 1, n = i % NP;
@@ -435,15 +440,15 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #if ENDS
     leave_segment(a, p, g, total, own);
 #else
-    const i64 at = ((p.s * a.segments + p.seg) * a.K + p.k) * a.channels + d;
 #pragma unroll
     for (int i = 0; i < S; i++) {
         int n = p.q * S + i;
         if (!(own && n < a.N)) continue;
-        leave(a, a.dA, at * a.N + n, sum_A[i]);
-        if (CONST_B) leave(a, a.dB, at * a.N + n, sum_B[i]);
-        if (CONST_C) leave(a, a.dC, at * a.N + n, sum_C[i]);
-        if (p.seg == 0) reinterpret_cast<float*>(a.dinitial)[state + n] = g[i];
+        leave(a, a.dA, here * a.N + n, sum_A[i]);
+        if (CONST_B) leave(a, a.dB, here * a.N + n, sum_B[i]);
+        if (CONST_C) leave(a, a.dC, here * a.N + n, sum_C[i]);
+        if (a.g_out) reinterpret_cast<float*>(a.g_out)[here * a.N + n] = g[i];
+        if (a.dinitial && p.seg == 0) reinterpret_cast<float*>(a.dinitial)[state + n] = g[i];
     }
     // dD and d dt_bias: the rows of threads that hold the same channels, one after another
     float(*s_row)[2][BD] = reinterpret_cast<float(*)[2][BD]>(memory);

@@ -99,7 +99,7 @@ __device__ __forceinline__ float sigmoid_of_softplus(float dt) {
 __device__ __forceinline__ float softplus(float v) {
 #if !SOFTPLUS
     return v;
-#elif PRECISE
+#elif PRECISE || PAIRS  // an angle grows with dt: what dt is off by counts more there
     return v > 20.0f ? v : fmaxf(v, 0.0f) + log1pf(expf(-fabsf(v)));
 #else
     float t = -LOG2E * fabsf(v), e = ex2(t);  // log(1 + e) as e times a polynomial
@@ -178,7 +178,7 @@ template <class E> struct Rows {
 
 // This thread's place in the block.
 struct Place {
-    i64 s, k, g, begin, end, seg;      // sequence, route, group; its slots of this launch, of which the block takes one segment
+    i64 s, k, g, begin, end, seg;      // sequence, route, group; its slots, of which the block takes one segment
     i64 b, base;                       // row of tokens, and its first slot
     int d0, dend;                      // channels [d0, d0 + BD) of the group that ends at dend
     int q, ch;                         // S states from q S on, of channel d0 + ch
@@ -206,7 +206,7 @@ struct Place {
         b = 0; base = 0; begin = from / CHUNK + s;
         end = begin + (to - from + CHUNK - 1) / CHUNK;
 #else
-        b = s; base = s * a.per_row; begin = base + a.lo; end = base + a.hi;
+        b = s; base = begin = s * a.per_row; end = base + a.per_row;
 #endif
     }
     // Whether this thread holds states.

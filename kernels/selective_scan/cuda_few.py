@@ -13,6 +13,7 @@ B batch, L tokens, D channels, N state, K routes, P positions, G groups, S seque
 from __future__ import annotations
 
 import functools
+from array import array
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -205,8 +206,8 @@ class Launch:
                 _kernels.clear()
             _kernels[key] = compiled
         values = ((self.shared | fields).get(n) for n in POINTERS + INTEGERS)
-        numbers = [0 if v is None else v.data_ptr() if isinstance(v, Tensor) else int(v) for v in values]
-        compiled(blocks, 32 * shape.warps if scans else 256, numbers)
+        numbers = (0 if v is None else v.data_ptr() if isinstance(v, Tensor) else int(v) for v in values)
+        compiled(blocks, 32 * shape.warps if scans else 256, array("q", numbers))
 
     @cached_property
     def seen(self) -> Tensor:

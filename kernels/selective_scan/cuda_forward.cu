@@ -202,7 +202,7 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates&
 #pragma unroll 1
     for (int tile = 0; tile < tiles; tile++) {
         const int buf = tile & 1;
-        if (!ENDS && tile % (CHUNK / T) == 0) {
+        if (!ENDS && a.saved && tile % (CHUNK / T) == 0) {
 #pragma unroll
             for (int i = 0; i < S; i++)
                 if (own && (WHOLE_N || p.q * S + i < (int)a.N)) *saved_at(a, p, slot, i) = h[i];
@@ -246,7 +246,7 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates&
         meet();
     }
     if (ENDS) leave_segment(a, p, h, total, own);
-    else if (p.seg == a.segments - 1) {
+    else if (a.final && p.seg == a.segments - 1) {
 #pragma unroll
         for (int i = 0; i < S; i++) {
             int n = p.q * S + i;

@@ -9,6 +9,7 @@ B batch, L tokens, D channels, N state, K routes, P positions, G groups, S seque
 from __future__ import annotations
 
 import functools
+from array import array
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from kernels import nvrtc
 from kernels.selective_scan.cuda_shape import Shape, shape_of
 from kernels.selective_scan.cuda_states import MOST, Part, reals
+from kernels.selective_scan.cuda_sums import Sums
 from kernels.selective_scan.problem import Problem
 from kernels.selective_scan.triton_plan import Plan
 
@@ -27,12 +29,13 @@ TYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 POINTERS = (
     "x", "dt", "A", "B", "C", "D", "z", "bias", "tokens", "bounds", "initial", "dfinal", "saved", "final", "y",
     "ends", "sums", "dy", "dx", "ddt", "dz", "dA", "dB", "dC", "dD", "dbias", "dinitial", "partial",
+    "g_in", "g_out", "sum_A", "sum_B", "sum_C", "sum_D", "sum_bias",
 )  # fmt: skip
 INTEGERS = (
     "x_b", "x_l", "x_k", "dt_b", "dt_l", "dt_k", "z_b", "z_l",
     "B_b", "B_l", "B_k", "B_g", "B_n", "C_b", "C_l", "C_k", "C_g", "C_n",
     "t_b", "t_k", "per_row", "first", "sign", "K", "G", "N", "L", "P", "channels", "blocks", "segments", "slots",
-    "lo", "hi", "add", "dy_k", "saved_n",
+    "lo", "hi", "add", "dy_k", "saved_n", "rows", "part_blocks",
 )  # fmt: skip
 
 
@@ -93,12 +96,14 @@ class Recipe:
         shape: How the scan is cut.
         macros: What all its kernels are compiled with.
         base: The struct, with zeros for addresses.
+        sums: What the backward leaves in parts.
         kernels: Those used so far, by name and further macros.
     """
 
     shape: Shape
     macros: dict[str, str | int]
-    base: list[int]
+    base: array[int]
+    sums: Sums
     kernels: dict[tuple[object, ...], nvrtc.Kernel] = field(default_factory=dict)
 
 
@@ -109,7 +114,7 @@ def macros_of(part: Part, dy: Tensor | None, shape: Shape) -> dict[str, str | in
     widest = 4 if dy is None else 2  # in the backward all threads of a block have gradients to write then
     real = {n: TYPES[t.dtype] for n, t in (("TX", p.x), ("TDT", p.dt), ("TB", p.B), ("TC", p.C))}
     return {
-        "ENDS": 0, "T": shape.part, "TY": "float", "HAS_INITIAL": 0, "HAS_FINAL": 0, "EXACT": 0, "ADD": 0, **real,
+        "ENDS": 0, "T": shape.part, "TY": "float", "HAS_INITIAL": 0, "EXACT": 0, "ADD": 0, **real,
         "FORWARD": dy is None, "PAIRS": part.pairs, "RESTARTS": p.code is not None,
         "S": shape.states, "LN": shape.lanes, "NW": shape.warps, "EXTRA": shape.extra, "BLOCKS": shape.resident,
         "V": vector(widest, (p.channels // p.groups, shape.width, p.channels), rows),
@@ -138,8 +143,19 @@ def integers_of(part: Part, shape: Shape) -> dict[str, int]:
         "per_row": p.per_row, "first": p.positions - 1 if p.reverse else 0, "sign": -1 if p.reverse else 1,
         "K": p.routes, "G": p.groups, "N": p.state, "L": p.length, "P": p.positions, "channels": p.channels,
         "blocks": shape.blocks, "segments": shape.segments, "slots": p.slots, "lo": 0, "hi": p.per_row,
-        "saved_n": part.of,
+        "saved_n": part.of, "rows": p.sequences * shape.segments,
     }  # fmt: skip
+
+
+def forward_macros(shape: Shape, exact: bool) -> dict[str, str | int]:
+    """What both passes of the forward are compiled with, besides ``macros_of``."""
+    return {"T": shape.tile, "EXACT": int(exact)}
+
+
+def backward_macros(dy: Tensor, dx: Tensor, ddt: Tensor, dz: Tensor | None) -> dict[str, str | int]:
+    """The same of the backward."""
+    found = {"TDY": dy, "TDX": dx, "TDDT": ddt, "TDZ": dz}
+    return {n: "float" if t is None else TYPES[t.dtype] for n, t in found.items()}
 
 
 _recipes: dict[tuple[object, ...], Recipe] = {}
@@ -160,8 +176,10 @@ def recipe_for(part: Part, dy: Tensor | None) -> Recipe:
     if found is None:
         shape = shape_for(part.p, dy is not None, part.pairs)
         integers = integers_of(part, shape)
-        base = [0] * len(POINTERS) + [integers.get(n, 0) for n in INTEGERS]
-        found = Recipe(shape, macros_of(part, dy, shape), base)
+        sums = Sums(part.p, shape)
+        integers["part_blocks"] = sums.part_blocks
+        base = array("q", [0] * len(POINTERS) + [integers.get(n, 0) for n in INTEGERS])
+        found = Recipe(shape, macros_of(part, dy, shape), base, sums)
         if len(_recipes) >= KEPT:
             _recipes.clear()
         _recipes[key] = found
@@ -174,11 +192,12 @@ class Launch:
     Attributes:
         p: The problem.
         shape: How it is cut.
+        sums: What the backward leaves in parts.
     """
 
     def __init__(self, part: Part, dy: Tensor | None = None) -> None:
         self.part, self.p, self.recipe = part, part.p, recipe_for(part, dy)
-        self.shape = self.recipe.shape
+        self.shape, self.sums = self.recipe.shape, self.recipe.sums
 
     @cached_property
     def inputs(self) -> Fields:
@@ -196,25 +215,41 @@ class Launch:
             fields |= {"tokens": table, "t_b": routes * size if rows > 1 else 0, "t_k": size if routes > 1 else 0}
         return fields
 
-    def start(self, name: str, blocks: int, threads: int, shared: int, fields: Fields, **macros: str | int) -> None:
-        """Compiles a kernel on first use and launches it with ``inputs`` and ``fields``."""
+    def kernel(self, name: str, shared: int, **macros: str | int) -> nvrtc.Kernel:
+        """A kernel, compiled on first use."""
         recipe, key = self.recipe, (name, *macros.items())
-        kernel = recipe.kernels.get(key)
-        if kernel is None:
+        found = recipe.kernels.get(key)
+        if found is None:
             defines = lines(tuple((recipe.macros | macros).items()))
-            kernel = recipe.kernels[key] = nvrtc.kernel(source(name), name, defines, shared)
-        values = recipe.base.copy()
+            found = recipe.kernels[key] = nvrtc.kernel(source(name), name, defines, shared)
+        return found
+
+    def start(self, name: str, blocks: int, threads: int, shared: int, fields: Fields, **macros: str | int) -> None:
+        """Launches a kernel with ``inputs`` and ``fields``."""
+        kernel, values = self.kernel(name, shared, **macros), self.recipe.base[:]
         for given in (self.inputs, fields):
             for n, v in given.items():
                 if v is not None:
                     values[PLACES[n]] = v.data_ptr() if isinstance(v, Tensor) else v
         kernel(blocks, threads, values)
 
+    @property
+    def blocks(self) -> int:
+        """Blocks of a scan: one a segment, route, group and channel block."""
+        return self.p.sequences * self.shape.segments * self.p.routes * self.p.groups * self.shape.blocks
+
+    @property
+    def threads(self) -> int:
+        """Threads of a scan's block."""
+        return 32 * (self.shape.warps + self.shape.extra)
+
+    def backward_bytes(self, ends: bool) -> int:
+        """Shared memory of the backward, or of its first pass."""
+        return 4 * self.shape.backward_words(ends)
+
     def run(self, name: str, shared: int, fields: Fields, **macros: str | int) -> None:
-        """Starts a scan: a block a segment, route, group and channel block."""
-        p, shape = self.p, self.shape
-        blocks = p.sequences * shape.segments * p.routes * p.groups * shape.blocks
-        self.start(name, blocks, 32 * (shape.warps + shape.extra), shared, fields, **macros)
+        """Starts a scan."""
+        self.start(name, self.blocks, self.threads, shared, fields, **macros)
 
     def carries(self, name: str, shared: int, more: Fields, **macros: str | int) -> Fields:
         """What the scan of each segment leaves, from zero: ``ends`` and ``sums``; nothing for one segment."""

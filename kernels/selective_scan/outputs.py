@@ -1,4 +1,4 @@
-"""The tensors that GPU kernels write maps to, one row a token and route, and what becomes of them.
+"""The tensors that GPU kernels write maps to, one row a token and route, and how gradients come into shape.
 
 B batch, L tokens, D channels, K routes.
 """
@@ -72,3 +72,25 @@ class MapGradients:
         if self.z is None:
             return None
         return self.z.sum(2) if self.p.routes > 1 else self.z.squeeze(2)
+
+
+def unprojected(ddt: Tensor, dt: Tensor, weight: Tensor | None, routed: bool) -> tuple[Tensor, Tensor | None]:
+    """Gradients of a low-rank dt and its weight from that of the projected dt ``(B, L, K, D)``."""
+    if weight is None:
+        return ddt, None
+    if not routed:
+        rows, low = ddt.flatten(0, 2), dt.flatten(0, 1).to(ddt.dtype)
+        return rows @ weight.to(ddt.dtype), rows.T @ low
+    low = torch.einsum("blkd,kdr->blkr", ddt, weight.to(ddt.dtype))
+    return low, torch.einsum("blkd,blkr->kdr", ddt, dt.to(ddt.dtype))
+
+
+def like(grad: Tensor | None, tensor: Tensor | None, x: Tensor) -> Tensor:
+    """A gradient in the shape and dtype of its input; an empty tensor where there is no input."""
+    if tensor is None or grad is None:
+        return x.new_empty(0)
+    if grad.dtype != tensor.dtype:
+        grad = grad.to(tensor.dtype)
+    if grad.shape != tensor.shape:
+        grad = grad.reshape(tensor.shape)
+    return grad.contiguous()

@@ -112,7 +112,7 @@ def ssd(
     flags = (dt_softplus, float(dt_limit[0]), float(dt_limit[1]), merge, reverse)
     plain = _plain_mode(mode, backend)
     if plain is None:
-        y, state = torch.ops.triscan.ssd(*tensors, *flags, return_final_state, backend)
+        y, state = _ssd(*tensors, *flags, return_final_state, backend)
     else:  # plain operators: differentiable twice, exportable
         y, state = _implementation(plain).scan(make_problem(*tensors, *flags))
         state = state if route is not None else state.squeeze(1)

@@ -13,13 +13,14 @@ from accuracy import assert_as_accurate, relative_rms
 from scan_options import CASES, FULL, check, inputs, run
 
 from kernels import nvrtc, selective_scan
-from kernels.selective_scan import cuda_launch, cuda_shape
+from kernels.plans import Plans
+from kernels.selective_scan import cuda_launch, cuda_shape, op
 from kernels.selective_scan.problem import CHUNK
 
 MACROS = {
     "S": 4, "LN": 4, "NW": 4, "EXTRA": 4, "V": 4, "VN": 4, "BLOCKS": 3, "TX": "bf16", "TDT": "f16", "TB": "bf16",
     "TC": "float", "TZ": "float", "TY": "bf16", "TDY": "bf16", "TDX": "bf16", "TDZ": "float", "HAS_D": 1,
-    "HAS_Z": 1, "HAS_BIAS": 1, "HAS_INITIAL": 1, "HAS_FINAL": 1, "CONST_B": 0, "CONST_C": 0, "SOFTPLUS": 1,
+    "HAS_Z": 1, "HAS_BIAS": 1, "HAS_INITIAL": 1, "CONST_B": 0, "CONST_C": 0, "SOFTPLUS": 1,
     "TABLE": 1, "PACKED": 1, "AT_TOKEN": 0, "PRECISE": 0, "ENDS": 0, "EXACT": 0, "T": 8, "CUT": 0, "WHOLE_N": 0,
     "TDDT": "f16", "RESTARTS": 1, "PAIRS": 0, "ADD": 1, "FORWARD": 1,
 }  # fmt: skip
@@ -163,6 +164,7 @@ def test_restarts_and_skipped_tokens_in_segments(reverse: bool) -> None:
 def cut_in(segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = cuda_launch.shape_of
     monkeypatch.setattr(cuda_launch, "_recipes", {})
+    monkeypatch.setattr(op, "_plans", Plans())
     monkeypatch.setattr(cuda_launch, "shape_of", lambda *args: rule(*args)._replace(segments=segments))
 
 
