@@ -134,6 +134,9 @@ class SpeciesClassifier(TrainingModule):
         """Log and print the accuracies of both protocols, beside those of simple methods on the same reads."""
         self.log("test/accuracy", self._accuracy("known"))
         self.log("test/unseen_loci_accuracy", self._accuracy("unseen"))
+        if self.trainer.is_global_zero:  # the baselines of a large panel take minutes
+            known, unseen = (_percent(self._accuracy(name)) for name in ("known", "unseen"))
+            print(f"accuracy: known loci {known}, loci never seen {unseen}; now the baselines", flush=True)
         for name, accuracy in self._data.baselines().items():
             self.log(f"baseline/{name}", accuracy, rank_zero_only=True)
         if self.trainer.is_global_zero:
@@ -173,6 +176,7 @@ class SpeciesClassifier(TrainingModule):
                 "protocol": title,
                 "model": _percent(found[f"test/{name}"]),
                 "k-mer logistic regression": _percent(found[f"baseline/kmer_{name}"]),
+                "exact 31-mer vote": _percent(found[f"baseline/vote_{name}"]),
                 "chance": _percent(found[f"baseline/chance_{name}"]),
             }
             for title, name in lines

@@ -53,7 +53,7 @@ class Loaded:
     @property
     def carries(self) -> bool:
         """Whether the state has one size however long the sequence is."""
-        return isinstance(self.net, MambaLM) or self.classifier is not None
+        return self.classifier is not None or (isinstance(self.net, MambaLM) and not self.net.has_attention)
 
     @property
     def longest(self) -> int | None:
@@ -117,7 +117,7 @@ def _from_checkpoint(path: Path) -> Loaded:
         load_into(model, _only(state, model), str(path))
         return Loaded(model, None, model, tuple(options.get("class_names") or ()))
     accepted = inspect.signature(build_lm).parameters
-    sizes = {key: value for key, value in options.items() if key in accepted}
+    sizes = {key: value for key, value in options.items() if key in accepted and value is not None}
     try:
         net = build_lm(**sizes, l_max=options.get("context", 1024) + 2)
     except ValueError as error:
