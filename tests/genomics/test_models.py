@@ -57,7 +57,7 @@ def test_attention_everywhere_and_in_hybrids() -> None:
         assert not torch.equal(model(ids)[:, 9:], model(later)[:, 9:])
     with pytest.raises(ValueError, match=r"attention_layers: got \[3\], wanted blocks from 0 to 2"):
         build_lm("mamba", attention_layers=[3], **sizes)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="attention_layers: got .* for hyena, causal; wanted none"):
+    with pytest.raises(ValueError, match=r"attention_layers: got .* for hyena, causal; wanted none"):
         build_lm("hyena", attention_layers=[0], **sizes)  # type: ignore[arg-type]
 
 
