@@ -57,7 +57,9 @@ def measure(model: Loaded, fasta: Fasta, bases: int, piece: int, dtype: torch.dt
         "genome_streaming", f"target/{bases // 1000}kb_pieces_of_{piece}", "triscan", "forward", dtype,
         Timing(*[1000 * seconds] * 3, whole), 0.0, device,
     )  # fmt: skip
-    print(f"    {bases / seconds / 1000:.1f} kb/s; peak {short:.0f} MiB, of a contig four times as long {whole:.0f} MiB")
+    print(
+        f"    {bases / seconds / 1000:.1f} kb/s; peak {short:.0f} MiB, of a contig four times as long {whole:.0f} MiB"
+    )
     return made
 
 

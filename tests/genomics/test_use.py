@@ -65,9 +65,7 @@ def table(path: Path) -> list[list[str]]:
     return [line.split("\t") for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    ("piece", "options"), [(1000, {}), (32, {}), (7, {}), (1000, {"mixer": "attention"})], ids=str
-)
+@pytest.mark.parametrize(("piece", "options"), [(1000, {}), (32, {}), (7, {}), (1000, {"mixer": "attention"})], ids=str)
 def test_streaming_is_the_whole(tmp_path: Path, genome: str, piece: int, options: dict[str, str]) -> None:
     model, fasta = checkpoint(tmp_path, **options), Fasta(genome)
     perplexity(model, genome, piece=piece, device="cpu", out=str(tmp_path / "p"))
