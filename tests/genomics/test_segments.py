@@ -83,14 +83,14 @@ def test_five_species_by_the_recipe_with_lengths_that_grow(tmp_path: Path, capsy
         links={"data.num_classes": "model.num_classes"},
         argv=[
             "great_apes_genomes", *files, "--data.val_records", "[chr3]", "--data.test_records", "[chr1]",
-            "--data.read_length", "64", "--data.train_reads", "640", "--data.val_reads", "20",
+            "--data.read_length", "64", "--data.train_reads", "160", "--data.val_reads", "20",
             "--data.test_reads", "100", "--data.batch_size", "16", "--data.num_workers", "0",
-            "--trainer.max_epochs", "3",
+            "--trainer.max_epochs", "12",
             "--trainer.callbacks+=genomics.warmup.LengthWarmup", "--trainer.callbacks.start", "16",
             "--trainer.callbacks.epochs", "1", "--trainer.callbacks.constant", "batch",
             "--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
             "--trainer.log_every_n_steps", "1", "--model.d_model", "8", "--model.n_layer", "1", "--model.d_state", "4",
-            "--model.optimizer.lr", "3e-2", "--model.schedule.warmup_epochs", "0.2",
+            "--model.optimizer.lr", "3e-2", "--model.schedule.warmup_epochs", "1",
             "--model.gradient_checkpointing", "true", "--run_dir", str(tmp_path / "run"),
         ],
     )  # fmt: skip
