@@ -3,6 +3,7 @@
 Legend: B batch, L bases of a read, K classes.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -176,19 +177,24 @@ class SpeciesClassifier(TrainingModule):
         counts = self.confusion[name].compute().float()  # pyright: ignore
         return counts.diagonal().sum() / counts.sum().clamp(min=1)
 
+    def _interval(self, name: str) -> tuple[float, float]:
+        counts = self.confusion[name].compute()  # pyright: ignore
+        return wilson_interval(int(counts.diagonal().sum()), int(counts.sum()))
+
     def _rows(self) -> list[dict[str, Any]]:
         found = self.trainer.callback_metrics
         titles = KNOWN_AND_UNSEEN["genomes" if self._data.loci is None else "panel"]
-        lines = zip(titles, ("accuracy", "unseen_loci_accuracy"), strict=True)
+        lines = zip(titles, ("accuracy", "unseen_loci_accuracy"), ("known", "unseen"), strict=True)
         return [
             {
                 "protocol": title,
                 "model": _percent(found[f"test/{name}"]),
+                "95 % interval": "{:.1f} to {:.1f} %".format(*(100 * bound for bound in self._interval(stage))),
                 "k-mer logistic regression": _percent(found[f"baseline/kmer_{name}"]),
                 **({"exact 31-mer vote": _percent(found[vote])} if (vote := f"baseline/vote_{name}") in found else {}),
                 "chance": _percent(found[f"baseline/chance_{name}"]),
             }
-            for title, name in lines
+            for title, name, stage in lines
         ]
 
     @property
@@ -196,6 +202,20 @@ class SpeciesClassifier(TrainingModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, SpeciesData)
         return data
+
+
+def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval that holds the true share of right answers with 95 % confidence (Wilson 1927), for any share.
+
+    Args:
+        right: Right answers.
+        total: All answers, at least 1.
+        z: Quantile of the normal distribution: another confidence.
+    """
+    share = right / total
+    middle, spread = share + z * z / (2 * total), z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
+    scale = 1 + z * z / total
+    return (middle - spread) / scale, (middle + spread) / scale
 
 
 def _percent(value: Tensor) -> str:

@@ -14,6 +14,7 @@ from genomics.baselines import (
     markov_perplexities,
     vote_accuracies,
 )
+from genomics.classifier import wilson_interval
 from genomics.vocabulary import encode, reverse_complement
 
 
@@ -91,3 +92,10 @@ def test_the_vote_finds_exact_matches_on_either_strand_and_shares_ties() -> None
     stranger = np.full((4, 60), 7, np.uint8)
     found = vote_accuracies(references, [(reads, labels), (stranger, labels)])
     assert found == pytest.approx([(1 / 4 + 1 + 1 / 2 + 1 / 2) / 4, 1 / 4])
+
+
+def test_wilson_interval() -> None:
+    assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    low, high = wilson_interval(2000, 2000)
+    assert 0.998 < low < high == pytest.approx(1)
