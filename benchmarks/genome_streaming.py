@@ -10,33 +10,68 @@ import argparse
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks import processor
+from benchmarks.common import Row, Timing, row, write
+from core.memory import keep_freed_memory
 from genomics.fasta import Fasta
-from genomics.inference import Loaded, log_probability_pieces, surprisal
+from genomics.inference import Loaded
 from genomics.intervals import Interval
 from genomics.models import build_lm
+from genomics.predict import values
 
-PIECE = 16384
+BIN = 1024
+GPU_PIECES = (65536, 262144, 1048576)
 
 
-def read(model: Loaded, fasta: Fasta, bases: int) -> None:
-    """Surprisal of the first bases of the contig."""
-    for ids, scores in log_probability_pieces(model, fasta, Interval("contig", 0, bases), PIECE):
-        surprisal(ids, scores)
+def read(model: Loaded, fasta: Fasta, bases: int, piece: int) -> None:
+    """The track of the first bases of the contig."""
+    for _ in values(model, fasta, Interval("contig", 0, bases), "surprisal", BIN, piece):
+        pass
+
+
+def peak(function: Callable[[], None], device: str) -> float:
+    """MiB above what was held before."""
+    if device == "cpu":
+        return processor.peak_mib(function)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def measure(model: Loaded, fasta: Fasta, bases: int, piece: int, dtype: torch.dtype) -> Row:
+    """The row of one dtype and piece; prints its rate."""
+    device = model.device.type
+    read(model, fasta, min(2 * piece, bases), piece)  # compiles
+    short = peak(lambda: read(model, fasta, bases // 4, piece), device)
+    start = time.perf_counter()
+    whole = peak(lambda: read(model, fasta, bases, piece), device)
+    seconds = time.perf_counter() - start
+    made = row(
+        "genome_streaming", f"target/{bases // 1000}kb_pieces_of_{piece}", "triscan", "forward", dtype,
+        Timing(*[1000 * seconds] * 3, whole), 0.0, device,
+    )  # fmt: skip
+    print(
+        f"    {bases / seconds / 1000:.1f} kb/s; peak {short:.0f} MiB, of a contig four times as long {whole:.0f} MiB"
+    )
+    return made
 
 
 def main() -> None:
-    """Prints a line a dtype."""
+    """Prints a row a dtype and length of a piece, and writes ``results/genome_streaming[_cpu].csv``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kilobases", type=int, default=200)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     arguments = parser.parse_args()
     bases = arguments.kilobases * 1000
+    keep_freed_memory()
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder
         path = Path(folder) / "contig.fa"
@@ -45,16 +80,9 @@ def main() -> None:
         fasta = Fasta(path)
         for dtype in (torch.float32, torch.bfloat16):
             model = Loaded(build_lm(d_model=128, n_layer=12).to(arguments.device, dtype).eval())
-            read(model, fasta, min(PIECE, bases))  # compiles
-            start = time.perf_counter()
-            read(model, fasta, bases)
-            seconds = time.perf_counter() - start
-            line = f"{dtype}: {bases / seconds / 1000:.1f} kb/s on {arguments.device}"
-            if arguments.device == "cpu":
-                peaks = [processor.peak_mib(lambda n=n, m=model: read(m, fasta, n)) for n in (bases // 4, bases)]
-                threads = f"{torch.get_num_threads()} threads"
-                line += f", {threads}; peak {peaks[0]:.0f} MiB, of a contig four times as long {peaks[1]:.0f} MiB"
-            print(line, flush=True)
+            for piece in (model.piece,) if arguments.device == "cpu" else GPU_PIECES:
+                rows.append(measure(model, fasta, bases, piece, dtype))
+                write("genome_streaming" + ("_cpu" if arguments.device == "cpu" else ""), rows)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 import core
 from core.errors import UserError
+from core.memory import keep_freed_memory
 
 if TYPE_CHECKING:  # these imports take seconds, and --help and a misspelt recipe do not wait for them
     from lightning import LightningDataModule
@@ -102,6 +103,7 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None
     """
     from jsonargparse import ArgumentParser
 
+    keep_freed_memory()
     with exit_codes():
         parser = ArgumentParser(prog=_program(function), exit_on_error=False)
         parser.add_function_arguments(function, as_positional=True, fail_untyped=True)

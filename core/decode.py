@@ -173,6 +173,7 @@ class Decoder:
         ends: Tokens that finish a row.
         padding: What finished rows emit.
         room: Tokens that attention's caches must hold, prompts included.
+        allowed: The only tokens that are drawn; none is all.
         fused: Use fused kernels for the layers that have them; by default on GPUs.
         graph: Capture the step in a CUDA graph.
     """
@@ -186,6 +187,7 @@ class Decoder:
         ends: frozenset[int] = frozenset(),
         padding: int = 0,
         room: int = 0,
+        allowed: tuple[int, ...] = (),
         *,
         fused: bool | None = None,
         graph: bool = False,
@@ -206,6 +208,7 @@ class Decoder:
         self.finished = torch.zeros(batch, dtype=torch.bool, **new)
         self.logits = torch.zeros(batch, vocabulary, dtype=head.dtype, **new)
         self.end_tokens = torch.tensor(sorted(ends), dtype=torch.int64, **new)
+        self.allowed = torch.tensor(allowed, dtype=torch.int64, **new) if allowed else None
         penalised = sampling.repetition_penalty != 1
         self.seen = torch.zeros(batch, vocabulary, dtype=torch.bool, **new) if penalised else None
         self.busy = False  # with somebody's rows: the state is theirs until they are done
@@ -267,7 +270,10 @@ class Decoder:
     def _draw(self) -> None:
         penalty = self.sampling.repetition_penalty
         scores = self.logits if self.seen is None else penalize_repetition(self.logits, self.seen, penalty)
-        tokens = sample(scores, self.sampling, self.generator)
+        if self.allowed is None:
+            tokens = sample(scores, self.sampling, self.generator)
+        else:
+            tokens = self.allowed[sample(scores[:, self.allowed], self.sampling, self.generator)]
         if self.ends:
             tokens = tokens.masked_fill(self.finished, self.padding)
             self.finished |= (tokens[:, None] == self.end_tokens).any(dim=1)
@@ -296,18 +302,19 @@ _decoders: weakref.WeakKeyDictionary[MambaLM, OrderedDict[Any, Decoder]] = weakr
 
 
 def decoder_for(
-    model: MambaLM, batch: int, sampling: Sampling, ends: frozenset[int], padding: int, room: int, *, graph: bool
-) -> Decoder:
+    model: MambaLM, batch: int, sampling: Sampling, ends: frozenset[int], padding: int, room: int,
+    allowed: tuple[int, ...] = (), *, graph: bool,
+) -> Decoder:  # fmt: skip
     """A decoder that is not busy; with a graph one that may have served before: capturing takes long."""
     if not graph:
-        return Decoder(model, batch, sampling, ends, padding, room)
+        return Decoder(model, batch, sampling, ends, padding, room, allowed)
     kept = _decoders.setdefault(model, OrderedDict())
     weights = hash(tuple((p.data_ptr(), p.dtype) for p in model.parameters()))  # a graph reads them where they were
-    key = (batch, sampling, ends, padding, room, weights)
+    key = (batch, sampling, ends, padding, room, allowed, weights)
     if key not in kept:
-        kept[key] = Decoder(model, batch, sampling, ends, padding, room, graph=True)
+        kept[key] = Decoder(model, batch, sampling, ends, padding, room, allowed, graph=True)
     if kept[key].busy:
-        return Decoder(model, batch, sampling, ends, padding, room)
+        return Decoder(model, batch, sampling, ends, padding, room, allowed)
     kept.move_to_end(key)
     while len(kept) > KEPT_GRAPHS:
         kept.popitem(last=False)

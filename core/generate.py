@@ -123,6 +123,7 @@ def stream(
     padding_side: Literal["right", "left"] = "right",
     eos_token_id: int | Collection[int] | None = None,
     pad_token_id: int | None = None,
+    allowed_tokens: Sequence[int] | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
     prefill_chunk: int | None = None,
@@ -139,6 +140,7 @@ def stream(
         padding_side: On which side shorter prompts are padded.
         eos_token_id: A row is finished when it emits this token, or one of these.
         pad_token_id: What finished rows emit; the end token by default.
+        allowed_tokens: The only tokens that are drawn; all by default.
         seed: Makes the draws repeatable.
         generator: Instead of a seed: the source of randomness, on the model's device.
         prefill_chunk: See ``prefill``.
@@ -151,7 +153,9 @@ def stream(
         ValueError: For arguments out of range, at the first step.
     """
     ends = frozenset({eos_token_id} if isinstance(eos_token_id, int) else eos_token_id or ())
+    allowed = () if allowed_tokens is None else tuple(allowed_tokens)
     _check_request(model, input_ids, max_new_tokens, lengths, ends, pad_token_id, padding_side)
+    _check_allowed(allowed_tokens, model.config.vocab_size)
     if seed is not None and generator is not None:
         raise ValueError("seed and generator: got both, wanted one; a generator carries its own seed")
     if graph and (generator is not None or not input_ids.is_cuda):
@@ -164,7 +168,7 @@ def stream(
     hidden, state = prefill(model, input_ids, lengths, chunk=prefill_chunk, room=room)
     if graph is None:
         graph = input_ids.is_cuda and torch.version.hip is None and generator is None
-    decoder = decoder_for(model, input_ids.shape[0], sampling, ends, padding, room, graph=graph)
+    decoder = decoder_for(model, input_ids.shape[0], sampling, ends, padding, room, allowed, graph=graph)
     if generator is None:
         generator = decoder.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
     decoder.busy = True
@@ -307,6 +311,13 @@ def _check_request(
     for name, token in (*(("eos_token_id", end) for end in ends), ("pad_token_id", pad_token_id)):
         if token is not None and not 0 <= token < vocab_size:
             raise ValueError(f"{name}: got {token}, wanted a token from 0 to {vocab_size - 1}")
+
+
+def _check_allowed(tokens: Sequence[int] | None, vocab_size: int) -> None:
+    if tokens is not None and (not tokens or not 0 <= min(tokens) <= max(tokens) < vocab_size):
+        raise ValueError(
+            f"allowed_tokens: got {list(tokens)}, wanted one or more tokens from 0 to {vocab_size - 1}, or None for all"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What simple methods reach on the same data: Markov chains for perplexity, k-mer logistic regression for classes.
+"""What simple methods reach on the same data: Markov chains for perplexity; k-mer regression and a vote for classes.
 
-Legend: B reads, L bases of a read, F features, M bases of a context.
+Legend: B reads, L bases of a read, F features, M bases of a context, S species, P loci.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ MARKOV_ORDERS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
 SHOWN_ORDERS = (0, 3, 6)
 PRIOR_STRENGTH = 8.0  # counts that the shorter context's estimate weighs
 KMER_LENGTHS = (4, 6, 8, 12)
+VOTE_LENGTH = 31  # bases; two bits each, the longest odd k-mer that a 64-bit integer holds
 MAX_FEATURES = 1 << 16  # longer k-mers share features by their code modulo this
 
 
@@ -86,15 +87,46 @@ def kmer_features(reads: np.ndarray, k: int) -> csr_matrix:
     Returns:
         (B, F) float32, F = 4^k or, for long k-mers, a fixed number of features that several k-mers share.
     """
-    forward, good = kmer_codes(reads, k)
-    backward = kmer_codes(reverse_complement(reads), k)[0][:, ::-1]
+    codes, good = canonical_codes(reads, k)
     features = min(4**k, MAX_FEATURES)
-    columns = np.minimum(forward, backward) % features
+    columns = codes % features
     rows = np.broadcast_to(np.arange(len(reads))[:, None], columns.shape)
     ones = np.ones(int(good.sum()), np.float32)
     counts = csr_matrix((ones, (rows[good], columns[good])), shape=(len(reads), features))
     counts.data = np.sqrt(counts.data)
     return counts
+
+
+def canonical_codes(ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Number k-mers as ``kmer_codes`` does, a k-mer and its reverse complement alike: the smaller number."""
+    forward, good = kmer_codes(ids, k)
+    return np.minimum(forward, kmer_codes(reverse_complement(ids), k)[0][..., ::-1]), good
+
+
+def vote_accuracies(references: np.ndarray, tests: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+    """Let each exact 31-mer of a read, on either strand, vote for the species whose reference holds it.
+
+    A 31-mer that several species hold votes for all of them, so that those of one species decide. Where n species have
+    the most votes the answer counts as right by 1/n, if the true one is among them: what guessing gives on average.
+
+    Args:
+        references: (S, P, L) token ids of the loci that reads are from.
+        tests: Sets of reads (B, L) and labels (B,) to score.
+
+    Returns:
+        The accuracy on each set.
+    """
+    held = []
+    for loci in references:
+        codes, good = canonical_codes(loci, VOTE_LENGTH)
+        held.append(np.unique(codes[good]))
+    found = []
+    for reads, labels in tests:
+        codes, good = canonical_codes(reads, VOTE_LENGTH)
+        votes = np.stack([(np.isin(codes, known) & good).sum(1) for known in held], axis=1)
+        most = votes == votes.max(1, keepdims=True)
+        found.append(float((most[np.arange(len(labels)), labels] / most.sum(1)).mean()))
+    return found
 
 
 def kmer_accuracies(

@@ -3,6 +3,7 @@
 Legend: B batch, L bases of a read, K classes.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,10 @@ from core.training.report import Report
 from genomics.models import GenomeClassifier, Pooling, load_backbone
 from genomics.species import SpeciesData
 
+KNOWN_AND_UNSEEN = {
+    "panel": ("reads of known loci from unseen individuals", "reads of loci never seen"),
+    "genomes": ("segments of the chromosomes that trained", "segments of chromosomes never seen"),
+}
 NEAR_CHANCE = 0.1  # accuracy above chance that is still called near
 WHY_NEAR_CHANCE = """\
 Close relatives such as the great apes differ in 1 to 3 of 100 bases, and a difference at one locus says nothing about
@@ -41,6 +46,7 @@ class SpeciesClassifier(TrainingModule):
         pooling: What stands for a read: the maximum or mean over its positions, or the last one.
         average_strands: Score both strands when evaluating, and average.
         pretrained: Checkpoint of ``genomics.pretrain`` of the same sizes whose backbone to start from.
+        gradient_checkpointing: Compute blocks again in the backward pass instead of keeping their activations.
         optimizer: The optimizer and its parameter groups.
         schedule: The learning rate over the run.
         compile: Compile the model.
@@ -63,6 +69,7 @@ class SpeciesClassifier(TrainingModule):
         pooling: Pooling = "max",
         average_strands: bool = True,
         pretrained: str | None = None,
+        gradient_checkpointing: bool = False,
         optimizer: OptimizerOptions = OptimizerOptions(),
         schedule: ScheduleOptions = ScheduleOptions(),
         compile: bool = False,
@@ -75,6 +82,8 @@ class SpeciesClassifier(TrainingModule):
             raise
         except ValueError as error:
             raise UserError(f"--model.{error}") from error
+        for layer in self.net.backbone.layers:
+            layer.gradient_checkpointing = gradient_checkpointing
         if pretrained is not None:
             load_backbone(self.net, pretrained)
         stages = ("val", "known", "unseen")
@@ -134,6 +143,9 @@ class SpeciesClassifier(TrainingModule):
         """Log and print the accuracies of both protocols, beside those of simple methods on the same reads."""
         self.log("test/accuracy", self._accuracy("known"))
         self.log("test/unseen_loci_accuracy", self._accuracy("unseen"))
+        if self.trainer.is_global_zero:  # the baselines of a large panel take minutes
+            known, unseen = (_percent(self._accuracy(name)) for name in ("known", "unseen"))
+            print(f"accuracy: known loci {known}, loci never seen {unseen}; now the baselines", flush=True)
         for name, accuracy in self._data.baselines().items():
             self.log(f"baseline/{name}", accuracy, rank_zero_only=True)
         if self.trainer.is_global_zero:
@@ -148,34 +160,41 @@ class SpeciesClassifier(TrainingModule):
         report.table("Accuracy", self._rows(), note)
         if float(self._accuracy("unseen")) < 1 / data.num_classes + NEAR_CHANCE:
             report.text("Why loci never seen are near chance", WHY_NEAR_CHANCE)
-        for name, title in (("known", "known loci, unseen individuals"), ("unseen", "loci never seen")):
+        short = ("known loci, unseen individuals", "loci never seen")
+        for name, title in zip(("known", "unseen"), short if data.loci else KNOWN_AND_UNSEEN["genomes"], strict=True):
             counts = self.confusion[name].compute().cpu().numpy()  # pyright: ignore
             report.figure(
                 f"Confusion matrix: {title}", draw_confusion(counts, data.class_names), "Rows are the true species."
             )
         report.facts("Reads", _facts(data))
+        if data.loci is None:
+            return
         names = ["all species"] if data.homologous else data.class_names
-        rows = [dict(zip(names, map(str, place), strict=False)) for place in data.panel.places]
+        rows = [dict(zip(names, map(str, place), strict=False)) for place in data.loci[0].places]
         report.table("The panel", rows, "Loci that training and test reads of the first protocol come from.")
 
     def _accuracy(self, name: str) -> Tensor:
         counts = self.confusion[name].compute().float()  # pyright: ignore
         return counts.diagonal().sum() / counts.sum().clamp(min=1)
 
+    def _interval(self, name: str) -> tuple[float, float]:
+        counts = self.confusion[name].compute()  # pyright: ignore
+        return wilson_interval(int(counts.diagonal().sum()), int(counts.sum()))
+
     def _rows(self) -> list[dict[str, Any]]:
         found = self.trainer.callback_metrics
-        lines = (
-            ("reads of known loci from unseen individuals", "accuracy"),
-            ("reads of loci never seen", "unseen_loci_accuracy"),
-        )
+        titles = KNOWN_AND_UNSEEN["genomes" if self._data.loci is None else "panel"]
+        lines = zip(titles, ("accuracy", "unseen_loci_accuracy"), ("known", "unseen"), strict=True)
         return [
             {
                 "protocol": title,
                 "model": _percent(found[f"test/{name}"]),
+                "95 % interval": "{:.1f} to {:.1f} %".format(*(100 * bound for bound in self._interval(stage))),
                 "k-mer logistic regression": _percent(found[f"baseline/kmer_{name}"]),
+                **({"exact 31-mer vote": _percent(found[vote])} if (vote := f"baseline/vote_{name}") in found else {}),
                 "chance": _percent(found[f"baseline/chance_{name}"]),
             }
-            for title, name in lines
+            for title, name, stage in lines
         ]
 
     @property
@@ -183,6 +202,20 @@ class SpeciesClassifier(TrainingModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, SpeciesData)
         return data
+
+
+def wilson_interval(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval that holds the true share of right answers with 95 % confidence (Wilson 1927), for any share.
+
+    Args:
+        right: Right answers.
+        total: All answers, at least 1.
+        z: Quantile of the normal distribution: another confidence.
+    """
+    share = right / total
+    middle, spread = share + z * z / (2 * total), z * math.sqrt(share * (1 - share) / total + (z / (2 * total)) ** 2)
+    scale = 1 + z * z / total
+    return (middle - spread) / scale, (middle + spread) / scale
 
 
 def _percent(value: Tensor) -> str:
@@ -196,6 +229,14 @@ def _text_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _facts(data: SpeciesData) -> dict[str, Any]:
+    if data.loci is None:
+        sizes = {p: sum(len(i) for region in regions for i in region) for p, regions in data.parts.items()}
+        return {
+            "species": ", ".join(data.class_names),
+            "bases": ", ".join(f"{size:,} in {part}" for part, size in sizes.items()),
+            "segment": f"{data.read_length:,} bases without N, any start, either strand; case is not read",
+        }
+    panel, rest = data.loci
     kind = (
         "homologous: records with one name in all species"
         if data.homologous
@@ -203,8 +244,8 @@ def _facts(data: SpeciesData) -> dict[str, Any]:
     )
     return {
         "species": ", ".join(data.class_names),
-        "loci": f"{len(data.panel)} in the panel, {len(data.rest)} never seen; {kind}",
-        "locus": f"{data.panel.bases.shape[2]:,} bases without N; case is not read",
+        "loci": f"{len(panel)} in the panel, {len(rest)} never seen; {kind}",
+        "locus": f"{panel.bases.shape[2]:,} bases without N; case is not read",
         "read": f"{data.read_length:,} bases, any start, either strand, {100 * data.error_rate:g} % errors",
         "individuals": f"{data.individuals['train']} a species in training, {data.individuals['test']} others in the "
         f"test, each with {100 * data.mutation_rate:g} % of its reference's bases mutated",

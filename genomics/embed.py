@@ -21,7 +21,7 @@ def embed(
     bed: str | None = None,
     pooling: Literal["mean", "max", "last", "none"] = "mean",
     format: Literal["safetensors", "parquet"] = "safetensors",
-    piece: int = 65536,
+    piece: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
     out: str | None = None,
@@ -38,7 +38,8 @@ def embed(
         bed: Intervals to embed, named by the fourth column; null is every record.
         pooling: Mean, maximum or last position of each interval; none keeps every base.
         format: safetensors, or parquet (one row an interval; needs pyarrow, and a pooling).
-        piece: Bases that go through the model at a time.
+        piece: Bases that go through the model at a time; null is 8,192 where a processor carries a state on,
+            else 65,536.
         device: cpu, cuda, or auto.
         dtype: float32 or bfloat16.
         out: Folder for the results; null is the next one under runs/genomics/embed.

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from core.cli import run
 from core.errors import UserError
+from core.generate import generate as decode_tokens
+from core.lm import MambaLM
 from core.sampling import Sampling, sample
 from core.training.report import Report
 from genomics.fasta import Fasta
@@ -21,8 +23,11 @@ PREFILL = 65536  # tokens of all prompts that go through the model at once
 def continuations(net: Any, prompts: Tensor, length: int, sampling: Sampling, seed: int) -> Tensor:
     """Draws A, C, G and T after prompts, token after token from the model's state; any causal model of DNA has one.
 
+    Models on ``core.lm`` go through ``core.generate``, on NVIDIA GPUs as one CUDA graph a step. HyenaDNA, whose state
+    grows, goes through its ``forward_state``.
+
     Args:
-        net: The model, with ``init_state``, ``backbone.forward_state`` and ``lm_head``.
+        net: The model.
         prompts: (B, L) int64.
         length: Bases to draw for each.
         sampling: How they are drawn.
@@ -31,10 +36,15 @@ def continuations(net: Any, prompts: Tensor, length: int, sampling: Sampling, se
     Returns:
         (B, length) int64.
     """
+    piece = max(1, PREFILL // len(prompts))
+    if isinstance(net, MambaLM):
+        bases = range(A, T + 1)
+        made = decode_tokens(net, prompts, length, sampling, allowed_tokens=bases, seed=seed, prefill_chunk=piece)
+        return made.tokens
     generator = torch.Generator(prompts.device).manual_seed(seed)
     state, hidden, drawn = net.init_state(len(prompts)), None, []
-    for piece in prompts.split(max(1, PREFILL // len(prompts)), dim=1):
-        hidden, state = net.backbone.forward_state(piece, state)
+    for ids in prompts.split(piece, dim=1):
+        hidden, state = net.backbone.forward_state(ids, state)
     while True:
         assert hidden is not None
         logits = net.lm_head(hidden[:, -1])[:, A : T + 1].float()

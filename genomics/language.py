@@ -37,7 +37,8 @@ class LanguageModel(TrainingModule):
         d_state: State size of each channel; of Mamba.
         d_conv: Width of the causal convolution; of Mamba.
         expand: Inner width over ``d_model``; of Mamba.
-        mixer: Which layer mixes the sequence: mamba, mamba2, mamba3 or hyena (HyenaDNA).
+        mixer: Which layer mixes the sequence: mamba, mamba2, mamba3, hyena (HyenaDNA) or attention.
+        attention_layers: Blocks of a causal Mamba that hold attention instead, counted from 0.
         objective: Predict the next token (causal) or masked ones, from both sides (masked: Caduceus).
         rcps: Masked models only: reverse-complement equivariant (Caduceus-PS).
         context: Longest sequence of a Hyena model; follows the data's window.
@@ -61,6 +62,7 @@ class LanguageModel(TrainingModule):
         mixer: MixerName = "mamba",
         objective: Objective = "causal",
         rcps: bool = False,
+        attention_layers: list[int] | None = None,
         context: int = 1024,
         gradient_checkpointing: bool = False,
         offload: bool = False,
@@ -70,7 +72,9 @@ class LanguageModel(TrainingModule):
     ) -> None:
         super().__init__(optimizer, schedule, compile)
         try:
-            self.net = build_lm(mixer, objective, d_model, n_layer, d_state, d_conv, expand, rcps, context + 2)
+            self.net = build_lm(
+                mixer, objective, d_model, n_layer, d_state, d_conv, expand, rcps, attention_layers or (), context + 2
+            )
         except ValueError as error:
             raise UserError(f"--model.{error}") from error
         self.net.set_gradient_checkpointing(gradient_checkpointing)

@@ -3,6 +3,7 @@
 Legend: B batch, L length, D model width, V padded vocabulary (16), K classes.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from genomics.hyenadna import HyenaDNA, HyenaDNAConfig
 from genomics.vocabulary import COMPLEMENT, PAD, TOKENS
 
 Pooling = Literal["max", "mean", "last"]
-MixerName = Literal["mamba", "mamba2", "mamba3", "hyena"]
+MixerName = Literal["mamba", "mamba2", "mamba3", "hyena", "attention"]
 Objective = Literal["causal", "masked"]
 
 
@@ -33,16 +34,45 @@ class GenomeLM(MambaLM):
         d_conv: Width of the causal convolution. Wider than text models' 4, a block sees a whole k-mer at once.
         expand: Inner width over D.
         layer: Published name of the mixer, a key of ``MambaLM.mixers``.
+        attention_layers: Blocks that hold attention instead, counted from 0: heads of about 64 channels with rotary
+            positions, no biases.
+        d_mlp: Hidden width of a gated MLP in every block; 0 leaves it out.
 
     Raises:
-        ValueError: For sizes that do not fit, or an unknown mixer.
+        ValueError: For sizes that do not fit, an unknown mixer, or a block that there is not.
     """
 
     def __init__(
-        self, d_model: int, n_layer: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, layer: str = "Mamba1"
+        self,
+        d_model: int,
+        n_layer: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        layer: str = "Mamba1",
+        attention_layers: Sequence[int] = (),
+        d_mlp: int = 0,
     ) -> None:
-        mixer = {"layer": layer, "d_state": d_state, "d_conv": d_conv, "expand": expand}
-        super().__init__(MambaConfig(d_model=d_model, n_layer=n_layer, vocab_size=len(TOKENS), ssm_cfg=mixer))
+        wrong = [index for index in attention_layers if not 0 <= index < n_layer]
+        if wrong:
+            raise ValueError(f"attention_layers: got {wrong}, wanted blocks from 0 to {n_layer - 1}")
+        config = MambaConfig(
+            d_model=d_model,
+            n_layer=n_layer,
+            vocab_size=len(TOKENS),
+            ssm_cfg={"layer": layer, "d_state": d_state, "d_conv": d_conv, "expand": expand},
+            attn_layer_idx=list(attention_layers),
+            attn_cfg=_attention(d_model) if attention_layers else {},
+            d_intermediate=d_mlp,
+        )
+        super().__init__(config)
+
+
+def _attention(d_model: int) -> dict[str, Any]:
+    """Arguments of the attention of a width: that of Transformer++ (Gu & Dao 2023, section 4.2.1)."""
+    heads = next(count for count in range(max(d_model // 64, 1), 0, -1) if d_model % count == 0)
+    rotary = d_model // heads // 2 * 2
+    return {"num_heads": heads, "rotary_emb_dim": rotary, "qkv_proj_bias": False, "out_proj_bias": False}
 
 
 def build_lm(
@@ -54,12 +84,14 @@ def build_lm(
     d_conv: int = 4,
     expand: int = 2,
     rcps: bool = False,
+    attention_layers: Sequence[int] = (),
     l_max: int = 1026,
 ) -> "GenomeLM | HyenaDNA | Caduceus":
     """Build a language model of DNA by the name of its mixer and its objective.
 
-    Causal with ``mamba``, ``mamba2`` or ``mamba3`` is ``GenomeLM``; causal with ``hyena`` is ``HyenaDNA`` with the
-    filters of the released models; masked is ``Caduceus``, -PS with ``rcps``.
+    Causal with ``mamba``, ``mamba2`` or ``mamba3`` is ``GenomeLM``; with ``attention`` it is that too, every block
+    attention and a gated MLP of 8/3 D; causal with ``hyena`` is ``HyenaDNA`` with the filters of the released models;
+    masked is ``Caduceus``, -PS with ``rcps``.
 
     Args:
         mixer: Name of the mixer.
@@ -70,12 +102,18 @@ def build_lm(
         d_conv: Width of the short convolution; of Mamba.
         expand: Inner width over D; of Mamba.
         rcps: Reverse-complement equivariant; masked models only.
+        attention_layers: Blocks of a Mamba that hold attention instead; causal models only.
         l_max: Longest sequence; of Hyena.
 
     Raises:
         ValueError: For parts that do not go together.
     """
     mamba = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
+    if attention_layers and (objective == "masked" or mixer in ("hyena", "attention")):
+        raise ValueError(
+            f"attention_layers: got {list(attention_layers)} for {mixer}, {objective}; wanted none, or the causal "
+            "objective and one of mamba, mamba2, mamba3"
+        )
     if objective == "masked":
         if mixer != "mamba":
             raise ValueError(f"mixer: got {mixer!r}, wanted 'mamba' for the masked objective, which reads both ways")
@@ -86,8 +124,10 @@ def build_lm(
     if mixer == "hyena":
         layer = {"l_max": l_max, "emb_dim": 5, "filter_order": 64, "w": 10, "lr_pos_emb": 0.0}
         return HyenaDNA(HyenaDNAConfig(d_model=d_model, n_layer=n_layer, layer=layer, embed_dropout=0.0))
+    if mixer == "attention":
+        return GenomeLM(d_model, n_layer, attention_layers=range(n_layer), d_mlp=round(d_model / 3) * 8)
     layer_names = {"mamba": "Mamba1", "mamba2": "Mamba2", "mamba3": "Mamba3"}
-    return GenomeLM(d_model, n_layer, layer=layer_names[mixer], **mamba)
+    return GenomeLM(d_model, n_layer, layer=layer_names[mixer], attention_layers=attention_layers, **mamba)
 
 
 class GenomeClassifier(nn.Module):

@@ -13,7 +13,7 @@ def perplexity(
     model: str,
     fasta: str,
     bed: str | None = None,
-    piece: int = 65536,
+    piece: int | None = None,
     device: str = "auto",
     dtype: str = "float32",
     out: str | None = None,
@@ -27,7 +27,8 @@ def perplexity(
         model: Checkpoint, run folder, folder with config.json, or name on the Hugging Face hub.
         fasta: Sequences: FASTA or FASTQ, perhaps gzipped, or 2bit.
         bed: Intervals to score, named by the fourth column; null is every record.
-        piece: Bases that go through the model at a time.
+        piece: Bases that go through the model at a time; null is 8,192 where a processor carries a state on,
+            else 65,536.
         device: cpu, cuda, or auto.
         dtype: float32 or bfloat16.
         out: Folder for the results; null is the next one under runs/genomics/perplexity.

@@ -30,7 +30,7 @@ def predict(
     bed: str | None = None,
     track: Literal["classes", "surprisal", "entropy", "auto"] = "auto",
     bin: int = 1024,
-    piece: int = 65536,
+    piece: int | None = None,
     format: Literal["bedgraph", "bigwig"] = "bedgraph",
     device: str = "auto",
     dtype: str = "float32",
@@ -47,7 +47,8 @@ def predict(
         bed: Intervals to read, each from its start on; null is every record.
         track: classes for a classifier, surprisal or entropy for a language model; auto chooses.
         bin: Bases of a line of the track.
-        piece: Bases that go through the model at a time; rounded to a multiple of the bin.
+        piece: Bases that go through the model at a time; rounded to a multiple of the bin; null is 8,192 where a
+            processor carries a state on, else 65,536.
         format: bedgraph, or bigwig (needs pyBigWig), for surprisal and entropy.
         device: cpu, cuda, or auto.
         dtype: float32 or bfloat16.
@@ -60,7 +61,7 @@ def predict(
     if (wanted == "classes") != (loaded.classifier is not None):
         kind = "a classifier" if loaded.classifier else "a language model"
         raise UserError(f"--track is {wanted}, but the model is {kind}; leave --track out, or give another model")
-    piece = max(piece // bin, 1) * bin
+    piece = max((loaded.piece if piece is None else piece) // bin, 1) * bin
     places = [place for place, _ in intervals(genome, bed)]
     with Results("predict", out) as results:
         if wanted == "classes":

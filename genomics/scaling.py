@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from core.cli import run
 from core.errors import UserError
+from core.training.module import OptimizerOptions, create_optimizer
 from genomics.datasets import IGNORED, GenomeData, targets
 from genomics.models import MixerName, build_lm
 
@@ -25,18 +26,21 @@ SIZES: dict[str, dict[str, int]] = {
     "mamba2": {"d_model": 128, "n_layer": 12},
     "mamba3": {"d_model": 128, "n_layer": 12},
     "hyena": {"d_model": 128, "n_layer": 6},
+    "attention": {"d_model": 128, "n_layer": 6},
 }
-RATES = {"mamba": 8e-3, "mamba2": 8e-3, "mamba3": 8e-3, "hyena": 1e-3}  # the paper's
-COLUMNS = ("data", "mixer", "context", "seed", "tokens", "parameters", "perplexity", "seconds", "device", "date")
+RATES = {"mamba": 8e-3, "mamba2": 8e-3, "mamba3": 8e-3, "hyena": 1e-3, "attention": 2e-3}  # the paper's
+KEY = ("data", "mixer", "context", "seed", "tokens", "rate")
+COLUMNS = (*KEY, "parameters", "perplexity", "seconds", "device", "date")
 
 
 def scaling(
     fasta: str | None = None,
-    mixers: tuple[MixerName, ...] = ("mamba", "hyena"),
+    mixers: tuple[MixerName, ...] = ("mamba", "mamba2", "hyena"),
     contexts: tuple[int, ...] = (1024, 4096, 16384, 65536, 262144, 1048576),
     tokens: int = 100_000_000,
     tokens_per_step: int = 1 << 20,
     test_tokens: int = 1 << 21,
+    rates: dict[str, float] | None = None,
     d_model: int | None = None,
     n_layer: int | None = None,
     seed: int = 0,
@@ -51,11 +55,12 @@ def scaling(
 
     Args:
         fasta: Genome file; null is the excerpt that comes with the package.
-        mixers: Which layers to compare: mamba, mamba2, mamba3, hyena.
+        mixers: Which layers to compare: mamba, mamba2, mamba3, hyena, attention.
         contexts: Bases of a window.
         tokens: Bases that each run trains on.
         tokens_per_step: Bases of a step; windows longer than this are steps of one.
         test_tokens: Bases of the test, at most.
+        rates: Peak learning rates by mixer instead of the paper's: --rates.hyena 2e-3.
         d_model: Width instead of that of 1.3 to 1.4 M parameters, for trials.
         n_layer: Number of blocks instead of that of 1.3 to 1.4 M parameters, for trials.
         seed: Of weights and order.
@@ -69,8 +74,9 @@ def scaling(
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     new = 0
     for mixer in mixers:
+        rate = (rates or {}).get(mixer, RATES[mixer])
         for context in contexts:
-            if (name, mixer, str(context), str(seed), str(tokens)) in done:
+            if tuple(map(str, (name, mixer, context, seed, tokens, rate))) in done:
                 continue
             if most_runs is not None and new >= most_runs:
                 break
@@ -83,7 +89,7 @@ def scaling(
             if any(max(map(len, data.windows[part])) < context for part in ("train", "test")):
                 print(f"{mixer} at {context:,}: left out: no stretch of training or test sequence is that long")
                 continue
-            row = one_run(data, mixer, context, sizes, tokens, tokens_per_step, test_tokens, seed, place)
+            row = one_run(data, mixer, context, sizes, tokens, tokens_per_step, test_tokens, seed, rate, place)
             append(path, {"data": name, **row})
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             new += 1
@@ -94,23 +100,23 @@ def scaling(
 
 def one_run(
     data: GenomeData, mixer: MixerName, context: int, sizes: dict[str, int], tokens: int, per_step: int,
-    test_tokens: int, seed: int, device: torch.device,
+    test_tokens: int, seed: int, rate: float, device: torch.device,
 ) -> dict[str, Any]:  # fmt: skip
     """Train and test one model; returns its row without the data's name."""
     start = time.perf_counter()
     torch.manual_seed(seed)
     net = build_lm(mixer, l_max=context + 2, **sizes).to(device)  # type: ignore[arg-type]
     net.set_gradient_checkpointing(device.type == "cuda" and context >= 1 << 18)
-    optimizer = torch.optim.AdamW(net.parameters(), RATES[mixer], (0.9, 0.95), weight_decay=0.1)
+    optimizer = create_optimizer(net, OptimizerOptions(lr=rate, betas=(0.9, 0.95), weight_decay=0.1))
     data.batch_size = max(min(per_step // context, len(data.windows["train"])), 1)
     steps = max(tokens // (data.batch_size * context), 1)
     warm = max(steps // 10, 1)
     step = 0
     while step < steps:
         for batch in data.train_dataloader():
-            rate = min((step + 1) / warm, max(steps - step, 1) / max(steps - warm, 1))
+            share = min((step + 1) / warm, max(steps - step, 1) / max(steps - warm, 1))
             for group in optimizer.param_groups:
-                group["lr"] = RATES[mixer] * rate
+                group["lr"] = rate * share
             nats, count = summed(net, batch.to(device))
             (nats / count.clamp(min=1)).backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -121,7 +127,7 @@ def one_run(
                 break
     perplexity = test(net, data, test_tokens, device)
     return {
-        "mixer": mixer, "context": context, "seed": seed, "tokens": tokens,
+        "mixer": mixer, "context": context, "seed": seed, "tokens": tokens, "rate": rate,
         "parameters": sum(p.numel() for p in net.parameters()), "perplexity": f"{perplexity:.5f}",
         "seconds": f"{time.perf_counter() - start:.1f}",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "date": time.strftime("%Y-%m-%d"),
@@ -150,7 +156,7 @@ def test(net: torch.nn.Module, data: GenomeData, most: int, device: torch.device
 
 
 def read_table(path: Path) -> set[tuple[str, ...]]:
-    """Which runs a table holds: data, mixer, context, seed and tokens of each row.
+    """Which runs a table holds: data, mixer, context, seed, tokens and rate of each row.
 
     Raises:
         UserError: If the file is no such table.
@@ -161,7 +167,7 @@ def read_table(path: Path) -> set[tuple[str, ...]]:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise UserError(f"{path} is no table of this command; wanted the columns {', '.join(COLUMNS)}")
-        return {tuple(row[key] for key in COLUMNS[:5]) for row in reader}
+        return {tuple(row[key] for key in KEY) for row in reader}
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -176,22 +182,23 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def draw(path: Path) -> Figure:
-    """Draw perplexity against context, a line a data set and mixer."""
-    lines: dict[str, list[tuple[int, float]]] = {}
+    """Draw perplexity against context, a panel a data set and a line a mixer (the best of its learning rates)."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            lines.setdefault(f"{row['mixer']}, {row['data']}", []).append(
-                (int(row["context"]), float(row["perplexity"]))
-            )
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axis = figure.add_subplot()
-    for label, points in lines.items():
-        x, y = zip(*sorted(points), strict=True)
-        axis.plot(x, y, marker="o", label=label)
-    axis.set_xscale("log", base=2)
-    axis.set_xlabel("context (bases)")
-    axis.set_ylabel("test perplexity a base")
-    axis.legend(fontsize=8, frameon=False)
+            points = found.setdefault(row["data"], {}).setdefault(row["mixer"], {})
+            context, value = int(row["context"]), float(row["perplexity"])
+            points[context] = min(points.get(context, value), value)
+    figure = Figure(figsize=(5 * len(found), 4), layout="constrained")
+    for axis, (data, lines) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        for label, points in lines.items():
+            x, y = zip(*sorted(points.items()), strict=True)
+            axis.plot(x, y, marker="o", label=label)
+        axis.set_title(data)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("context (bases)")
+        axis.set_ylabel("test perplexity a base")
+        axis.legend(fontsize=8, frameon=False)
     return figure
 
 

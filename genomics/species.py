@@ -1,6 +1,8 @@
-"""Which species is a read from? The data module: genomes in, simulated reads with labels out."""
+"""Which species is a read from? The data module: genomes in, reads or segments with labels out."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning import LightningDataModule
@@ -11,26 +13,33 @@ from core.training.rng import ResumableLoader
 from genomics import baselines
 from genomics.datasets import EXCERPT
 from genomics.fasta import Fasta
-from genomics.reads import Reads, choose_loci
+from genomics.reads import Loci, Reads, choose_loci
+from genomics.segments import Segments, split_genomes
 
+BASELINE_READS = 20_000  # that the k-mer regression learns from, at most
+BASELINE_BASES = 1 << 28  # the same in bases
 APES = ("human", "chimpanzee", "gorilla", "orangutan")
 
 
 class SpeciesData(LightningDataModule):
-    """Reads of two or more species, in two protocols.
+    """Reads of two or more species.
 
-    *Known loci*: training and test reads come from the same panel of loci, those of the test from individuals that
-    were never seen. *Unseen loci*: test reads from a part of the genome that no training read came from. How loci are
-    chosen and reads simulated is in ``genomics.reads``.
+    Of a panel: *known loci* are those that training and test reads come from, the latter from individuals that were
+    never seen; *unseen loci* are from a part of the genome that no training read came from. How loci are chosen and
+    reads simulated is in ``genomics.reads``. Of whole genomes: segments from anywhere, as in the published task;
+    *known* ones lie in the part that trains, *unseen* ones in the part held out (``genomics.segments``).
 
     Args:
+        source: Reads of a panel of loci, or segments of whole genomes.
         fasta: FASTA file of each species by name, ``--data.fasta.human a.fa --data.fasta.chimp b.fa``; None is the
             excerpt of four great apes that comes with the package.
+        val_records: Of whole genomes: records, such as chromosomes, for validation; without names 10 % are.
+        test_records: The same for the test; without names 20 % are.
         panel: Loci of the panel.
-        unseen: Loci of the second protocol, at most.
-        locus_length: Bases of a locus.
+        unseen: Of a panel: loci held out, at most.
+        locus_length: Of a panel: bases of a locus.
         read_length: Bases of a read.
-        individuals: Individuals of each species that training reads come from.
+        individuals: Of a panel: individuals of each species that training reads come from.
         test_individuals: The same for validation, and again for the test.
         mutation_rate: Share of an individual's bases that differ from its species' reference.
         error_rate: Share of a read's bases that are wrong.
@@ -47,7 +56,10 @@ class SpeciesData(LightningDataModule):
 
     def __init__(
         self,
+        source: Literal["panel", "genomes"] = "panel",
         fasta: dict[str, str] | None = None,
+        val_records: Sequence[str] = (),
+        test_records: Sequence[str] = (),
         panel: int = 16,
         unseen: int = 200,
         locus_length: int = 640,
@@ -71,7 +83,7 @@ class SpeciesData(LightningDataModule):
         for name, value in {**positive, **sizes, "read_length": read_length}.items():
             if value < 1:
                 raise UserError(f"--data.{name} is {value}; wanted at least 1")
-        if read_length > locus_length:
+        if source == "panel" and read_length > locus_length:
             raise UserError(
                 f"--data.read_length is {read_length}, longer than --data.locus_length {locus_length}; reads lie "
                 "within a locus, so give a longer locus or shorter reads"
@@ -83,77 +95,98 @@ class SpeciesData(LightningDataModule):
                 raise UserError(f"--data.{name} is {rate}; wanted a share from 0 to 1")
         self.class_names = list(files)
         self.excerpt = fasta is None
-        genomes = [Fasta(path) for path in files.values()]
-        self.panel, self.rest, self.homologous = choose_loci(genomes, panel, unseen, locus_length, seed)
+        self.genomes = [Fasta(path) for path in files.values()]
+        self.loci: tuple[Loci, Loci] | None = None  # of the panel, and held out
+        self.homologous = False
+        if source == "panel":
+            *loci, self.homologous = choose_loci(self.genomes, panel, unseen, locus_length, seed)
+            self.loci = loci[0], loci[1]
+        else:
+            self.parts = split_genomes(self.genomes, val_records, test_records)
         self.individuals = {"train": individuals, "val": test_individuals, "test": test_individuals}
         self.read_length, self.mutation_rate, self.error_rate = read_length, mutation_rate, error_rate
         self.counts = {"train": train_reads, "val": val_reads, "test": test_reads}
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.kmer_length = 0  # of the baseline, once it was trained
+        # Bases of a read and reads of a batch in the epoch at hand, while lengths warm up (genomics.warmup).
+        self.stage_of: Callable[[], tuple[int, int]] | None = None
 
     @property
     def num_classes(self) -> int:
         """Number of species."""
         return len(self.class_names)
 
-    def reads(self, part: str, known: bool = True, count: int | None = None, fixed: bool = False) -> Reads:
+    @property
+    def window(self) -> int:
+        """Bases of a read, by the name that length warm-up knows."""
+        return self.read_length
+
+    def reads(
+        self,
+        part: str,
+        known: bool = True,
+        count: int | None = None,
+        fixed: bool = False,
+        length: int | None = None,
+    ) -> Reads | Segments:
         """Return the reads of a part.
 
         Args:
             part: ``train``, ``val`` or ``test``.
-            known: From the panel; otherwise from the loci held out.
+            known: From the panel, or of whole genomes from where training reads are; otherwise from what is held out.
             count: Number of reads instead of the part's own.
             fixed: Training reads that stay the same.
+            length: Bases of a read instead of ``read_length``.
         """
+        count = self.counts[part] if count is None else count
+        length = self.read_length if length is None else length
+        if self.loci is None:
+            regions = self.parts["train" if known and part != "val" else part]
+            rate = self.mutation_rate + self.error_rate
+            return Segments(self.genomes, regions, part, count, length, rate, known, self.seed, fixed)
         return Reads(
-            self.panel if known else self.rest,
-            part,
-            self.counts[part] if count is None else count,
-            self.individuals[part],
-            self.read_length,
-            self.mutation_rate,
-            self.error_rate,
-            known,
-            self.seed,
-            fixed,
-        )
+            self.loci[0 if known else 1], part, count, self.individuals[part], length, self.mutation_rate,
+            self.error_rate, known, self.seed, fixed,
+        )  # fmt: skip
 
     def baselines(self) -> dict[str, float]:
-        """Return the accuracies of chance and of a k-mer logistic regression, on the same test reads.
+        """Return the accuracies of chance, a k-mer logistic regression and, of a panel, an exact 31-mer vote.
 
-        The regression is trained on eight epochs' worth of reads from the same individuals.
+        The vote knows the panel's loci of every species without errors, and nothing else of the genomes.
+
+        The regression is trained on eight epochs' worth of reads from the same individuals, at most 20,000.
         """
-        train = self.reads("train", count=8 * self.counts["train"], fixed=True).arrays()
+        most = min(8 * self.counts["train"], BASELINE_READS, max(BASELINE_BASES // self.read_length, 64))
+        train = self.reads("train", count=most, fixed=True).arrays()
         tests = [self.reads("test", known).arrays() for known in (True, False)]
-        self.kmer_length, (known, unseen) = baselines.kmer_accuracies(train, self.reads("val").arrays(), tests)
-        chance = 1 / self.num_classes
-        return {
-            "kmer_accuracy": known,
-            "chance_accuracy": chance,
-            "kmer_unseen_loci_accuracy": unseen,
-            "chance_unseen_loci_accuracy": chance,
-        }
+        self.kmer_length, kmers = baselines.kmer_accuracies(train, self.reads("val").arrays(), tests)
+        found = {"kmer": kmers, "chance": [1 / self.num_classes] * 2}
+        if self.loci is not None:
+            found["vote"] = baselines.vote_accuracies(self.loci[0].bases, tests)
+        known = {f"{name}_accuracy": both[0] for name, both in found.items()}
+        return known | {f"{name}_unseen_loci_accuracy": both[1] for name, both in found.items()}
 
     def train_dataloader(self) -> DataLoader:
         """New reads every epoch; the last, smaller batch is left out."""
-        return self._loader(self.reads("train"), shuffle=True, drop_last=True)
+        length, size = self.stage_of() if self.stage_of is not None else (self.read_length, self.batch_size)
+        return self._loader(self.reads("train", length=length), size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
-        """Fixed reads of known loci, from individuals of their own."""
-        return self._loader(self.reads("val"))
+        """Fixed reads: of known loci, from individuals of their own; of whole genomes, from their validation part."""
+        return self._loader(self.reads("val"), self.batch_size)
 
     def test_dataloader(self) -> DataLoader:
         """Fixed reads of known loci, then of unseen ones."""
-        return self._loader(ConcatDataset([self.reads("test", known) for known in (True, False)]))
+        return self._loader(ConcatDataset([self.reads("test", known) for known in (True, False)]), self.batch_size)
 
     def predict_dataloader(self) -> DataLoader:
         """The test's reads."""
         return self.test_dataloader()
 
-    def _loader(self, data: Dataset, shuffle: bool = False, drop_last: bool = False) -> DataLoader:
+    def _loader(self, data: Dataset, size: int, shuffle: bool = False, drop_last: bool = False) -> DataLoader:
         return ResumableLoader(
             data,
-            batch_size=self.batch_size,
+            batch_size=size,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             shuffle=shuffle,

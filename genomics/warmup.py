@@ -7,13 +7,15 @@ from lightning.pytorch.callbacks import Callback
 
 from core.errors import UserError
 from genomics.datasets import GenomeData
+from genomics.species import SpeciesData
 
 
 class LengthWarmup(Callback):
     """Trains ``epochs`` epochs at each length ``start``, 2 ``start``, ... and the rest at the data's own window.
 
     ``--trainer.callbacks+=genomics.warmup.LengthWarmup``. With ``tokens`` constant the batch shrinks as the windows
-    grow (Gu & Dao 2023, appendix E.3.2); with ``batch`` constant it doesn't (Nguyen et al. 2023, section 3.2).
+    grow (Gu & Dao 2023, appendix E.3.2); with ``batch`` constant it doesn't (Nguyen et al. 2023, section 3.2; Gu & Dao
+    2023, appendix E.3.3, for species). Windows are ``--data.window`` of pretraining, ``--data.read_length`` of reads.
     Validation and test keep the final length. The stage follows from the epoch alone, so a resumed run is where it was.
 
     Args:
@@ -42,11 +44,12 @@ class LengthWarmup(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if stage != "fit":
             return
-        if not isinstance(data, GenomeData):
-            raise UserError("LengthWarmup works with the data of genomics.pretrain")
+        if not isinstance(data, GenomeData | SpeciesData):
+            raise UserError("LengthWarmup works with the data of genomics.pretrain and genomics.classify")
         if self.start >= data.window:
-            raise UserError(f"LengthWarmup starts at {self.start:,} bases, but --data.window is {data.window:,}")
-        if self.constant == "batch" and trainer.max_steps == -1:
+            option = "window" if isinstance(data, GenomeData) else "read_length"
+            raise UserError(f"LengthWarmup starts at {self.start:,} bases, but --data.{option} is {data.window:,}")
+        if self.constant == "batch" and trainer.max_steps == -1 and isinstance(data, GenomeData):
             raise UserError("LengthWarmup with constant batch: epochs differ in steps; give --trainer.max_steps")
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         data.stage_of = lambda: self.stage(trainer.current_epoch, data.window, data.batch_size)

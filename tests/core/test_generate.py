@@ -72,6 +72,15 @@ def test_padding_rows_are_never_drawn(model: MambaLM):
     assert generate(model, prompts(8), 20, seed=0).tokens.max() < VOCAB
 
 
+def test_allowed_tokens_are_drawn_by_the_models_odds_among_them(model: MambaLM):
+    ids, allowed = torch.tensor([[1, 2, 3]]), [9, 4, 6]
+    greedy = next(stream(model, ids, 1, GREEDY, allowed_tokens=allowed))
+    assert int(greedy.tokens) == allowed[int(greedy.logits[0, allowed].argmax())]
+    drawn = generate(model, ids.expand(400, -1), 1, allowed_tokens=allowed, seed=0).tokens[:, 0]
+    shares = torch.tensor([(drawn == token).double().mean() for token in allowed])
+    torch.testing.assert_close(shares, greedy.logits[0, allowed].double().softmax(0), rtol=0, atol=0.1)
+
+
 def test_unequal_prompts_equal_each_alone(model: MambaLM):
     rows = [prompts(1, length)[0] for length in (9, 1, 5)]
     ids, lengths = pad_prompts([row.tolist() for row in rows])
@@ -276,6 +285,8 @@ def test_bad_sampling(options: dict, message: str):
         (prompts(), {"pad_token_id": -1}, "pad_token_id: got -1"),
         (prompts(), {"seed": 0, "generator": torch.Generator()}, "seed and generator"),
         (prompts(), {"padding_side": "top"}, "padding_side: got 'top'"),
+        (prompts(), {"allowed_tokens": []}, r"allowed_tokens: got \[\], wanted one or more"),
+        (prompts(), {"allowed_tokens": [3, 21]}, r"allowed_tokens: got \[3, 21\]"),
         (prompts(), {"graph": True}, "graph: got True, wanted a model on an NVIDIA GPU"),
     ],
 )

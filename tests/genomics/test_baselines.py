@@ -6,7 +6,15 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from genomics.baselines import PRIOR_STRENGTH, kmer_accuracies, kmer_codes, kmer_features, markov_perplexities
+from genomics.baselines import (
+    PRIOR_STRENGTH,
+    kmer_accuracies,
+    kmer_codes,
+    kmer_features,
+    markov_perplexities,
+    vote_accuracies,
+)
+from genomics.classifier import wilson_interval
 from genomics.vocabulary import encode, reverse_complement
 
 
@@ -72,3 +80,22 @@ def test_kmer_regression_tells_apart_what_differs_and_not_what_does_not() -> Non
     assert k in (4, 6, 8, 12)
     assert easy > 0.95
     assert 0.3 < hard < 0.7
+
+
+def test_the_vote_finds_exact_matches_on_either_strand_and_shares_ties() -> None:
+    references = np.random.default_rng(0).integers(7, 11, (4, 2, 90)).astype(np.uint8)
+    references[3] = references[2]
+    labels = np.arange(4)
+    reads = references[:, 1, 20:80].copy()
+    reads[1] = reverse_complement(reads[1])
+    reads[0, ::20] = 7 + (reads[0, ::20] - 6) % 4  # no 31-mer is left whole: all four tie
+    stranger = np.full((4, 60), 7, np.uint8)
+    found = vote_accuracies(references, [(reads, labels), (stranger, labels)])
+    assert found == pytest.approx([(1 / 4 + 1 + 1 / 2 + 1 / 2) / 4, 1 / 4])
+
+
+def test_wilson_interval() -> None:
+    assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert wilson_interval(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+    low, high = wilson_interval(2000, 2000)
+    assert 0.998 < low < high == pytest.approx(1)

@@ -8,7 +8,7 @@ import torch
 from core.checkpoints import save_weights
 from core.errors import UserError
 from core.lm import MambaLM
-from genomics.models import GenomeClassifier, GenomeLM, load_backbone, pool
+from genomics.models import GenomeClassifier, GenomeLM, build_lm, load_backbone, pool
 from genomics.vocabulary import PAD
 
 SIZES = {"d_model": 8, "n_layer": 2, "d_state": 3, "d_conv": 5}
@@ -36,6 +36,29 @@ def test_language_model_is_the_core_one_with_16_tokens() -> None:
 def test_the_published_1k_size_has_the_published_parameters() -> None:
     parameters = sum(p.numel() for p in GenomeLM(d_model=128, n_layer=12).parameters())
     assert abs(parameters - 1.4e6) < 0.05e6  # Gu & Dao 2023, table 11
+
+
+def test_attention_everywhere_and_in_hybrids() -> None:
+    sizes = {"d_model": 128, "n_layer": 3}
+    net = build_lm("attention", **sizes)  # type: ignore[arg-type]
+    mixer = net.backbone.layers[0].mixer
+    assert [type(layer.mixer).__name__ for layer in net.backbone.layers] == ["Attention"] * 3
+    assert (mixer.num_heads, mixer.rotary_emb_dim, mixer.causal) == (2, 64, True)
+    assert mixer.in_proj.bias is None
+    assert net.backbone.layers[0].mlp is not None
+    hybrid = build_lm("mamba2", attention_layers=[1], **sizes)  # type: ignore[arg-type]
+    assert [type(layer.mixer).__name__ for layer in hybrid.backbone.layers] == ["Mamba2", "Attention", "Mamba2"]
+    assert hybrid.backbone.layers[1].mlp is None
+    ids = sequences(12, 12)
+    later = ids.clone()
+    later[:, 8:] = 7
+    for model in (net, hybrid):
+        assert torch.equal(model(ids)[:, :8], model(later)[:, :8])
+        assert not torch.equal(model(ids)[:, 9:], model(later)[:, 9:])
+    with pytest.raises(ValueError, match=r"attention_layers: got \[3\], wanted blocks from 0 to 2"):
+        build_lm("mamba", attention_layers=[3], **sizes)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"attention_layers: got .* for hyena, causal; wanted none"):
+        build_lm("hyena", attention_layers=[0], **sizes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("pooling", ["max", "mean", "last"])

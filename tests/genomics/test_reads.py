@@ -162,13 +162,13 @@ def test_individuals_of_the_parts_are_not_the_same(excerpt: SpeciesData) -> None
 
 
 def test_reads_come_from_their_loci_on_either_strand(excerpt: SpeciesData) -> None:
-    clean = Reads(excerpt.panel, "test", 80, 4, 200, 0.0, 0.0, True, 0)
+    clean = Reads(excerpt.loci[0], "test", 80, 4, 200, 0.0, 0.0, True, 0)
     strands = []
     for i in range(80):
         ids, species, known = clean[i]
         assert known
         assert species == i % 4
-        texts = [decode(locus) for locus in excerpt.panel.bases[species]]
+        texts = [decode(locus) for locus in excerpt.loci[0].bases[species]]
         forward = decode(ids.tolist())
         backward = decode(reverse_complement(ids.numpy()))
         assert any(forward in text or backward in text for text in texts)
@@ -180,8 +180,8 @@ def test_unseen_reads_share_no_long_kmer_with_the_panel(excerpt: SpeciesData) ->
     def kmers(ids: np.ndarray, k: int = 32) -> set[bytes]:
         return {row[i : i + k].tobytes() for row in ids for i in range(row.shape[-1] - k + 1)}
 
-    seen = kmers(excerpt.panel.bases.reshape(-1, 256))
-    reads, species = Reads(excerpt.rest, "test", 100, 4, 200, 0.0, 0.0, False, 0).arrays()
+    seen = kmers(excerpt.loci[0].bases.reshape(-1, 256))
+    reads, species = Reads(excerpt.loci[1], "test", 100, 4, 200, 0.0, 0.0, False, 0).arrays()
     shared = [len(kmers(row[None]) & seen) / 169 for row in reads]
     assert np.mean(shared) < 0.01
     assert np.bincount(species).tolist() == [25] * 4

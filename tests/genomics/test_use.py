@@ -65,9 +65,9 @@ def table(path: Path) -> list[list[str]]:
     return [line.split("\t") for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("piece", [1000, 32, 7])
-def test_streaming_is_the_whole(tmp_path: Path, genome: str, piece: int) -> None:
-    model, fasta = checkpoint(tmp_path), Fasta(genome)
+@pytest.mark.parametrize(("piece", "options"), [(1000, {}), (32, {}), (7, {}), (1000, {"mixer": "attention"})], ids=str)
+def test_streaming_is_the_whole(tmp_path: Path, genome: str, piece: int, options: dict[str, str]) -> None:
+    model, fasta = checkpoint(tmp_path, **options), Fasta(genome)
     perplexity(model, genome, piece=piece, device="cpu", out=str(tmp_path / "p"))
     embed(model, genome, pooling="none", piece=piece, device="cpu", out=str(tmp_path / "e"))
     predict(model, genome, bin=16, piece=piece, device="cpu", out=str(tmp_path / "t"))
@@ -154,7 +154,7 @@ def test_mutagenesis_of_a_masked_model(tmp_path: Path, genome: str, rcps: bool) 
         generate(model, "ACGT", device="cpu", out=str(tmp_path / "g"))
 
 
-@pytest.mark.parametrize("mixer", ["mamba", "hyena"])
+@pytest.mark.parametrize("mixer", ["mamba", "hyena", "attention"])
 def test_generation(tmp_path: Path, genome: str, mixer: str) -> None:
     model = checkpoint(tmp_path, mixer=mixer)
     for name, seed in (("one", 3), ("two", 3), ("three", 4)):
