@@ -1,18 +1,25 @@
 """Layers that mix a sequence, (B, L, D) -> (B, L, D), one a file; ``Mixer`` says what they have in common."""
 
+from core.mixers.around import AroundState
 from core.mixers.attention import Attention, AttentionCache, AttentionState
 from core.mixers.bidirectional import BiMamba
 from core.mixers.contract import Mixer
+from core.mixers.gated import GatedBlock
+from core.mixers.h3 import H3
 from core.mixers.hyena import Hyena, HyenaState
 from core.mixers.mamba import Mamba, MambaState
 from core.mixers.mamba2 import Mamba2, Mamba2State
 from core.mixers.mamba3 import Mamba3, Mamba3State
+from core.mixers.ungated import UngatedBlock
 
 __all__ = [
+    "H3",
+    "AroundState",
     "Attention",
     "AttentionCache",
     "AttentionState",
     "BiMamba",
+    "GatedBlock",
     "Hyena",
     "HyenaState",
     "Mamba",
@@ -22,4 +29,5 @@ __all__ = [
     "Mamba3State",
     "MambaState",
     "Mixer",
+    "UngatedBlock",
 ]
