@@ -4,16 +4,21 @@ from core.mixers.around import AroundState
 from core.mixers.attention import Attention, AttentionCache, AttentionState
 from core.mixers.bidirectional import BiMamba
 from core.mixers.contract import Mixer
+from core.mixers.dss import DSS
 from core.mixers.gated import GatedBlock
 from core.mixers.h3 import H3
 from core.mixers.hyena import Hyena, HyenaState
 from core.mixers.mamba import Mamba, MambaState
 from core.mixers.mamba2 import Mamba2, Mamba2State
 from core.mixers.mamba3 import Mamba3, Mamba3State
+from core.mixers.retention import LinearAttention, Retention, RetentionState
+from core.mixers.s5 import S5, S5State
 from core.mixers.ungated import UngatedBlock
 
 __all__ = [
+    "DSS",
     "H3",
+    "S5",
     "AroundState",
     "Attention",
     "AttentionCache",
@@ -22,6 +27,7 @@ __all__ = [
     "GatedBlock",
     "Hyena",
     "HyenaState",
+    "LinearAttention",
     "Mamba",
     "Mamba2",
     "Mamba2State",
@@ -29,5 +35,8 @@ __all__ = [
     "Mamba3State",
     "MambaState",
     "Mixer",
+    "Retention",
+    "RetentionState",
+    "S5State",
     "UngatedBlock",
 ]
