@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core.mixers.inner import Inner
-from core.mixers.mamba import last_inputs
 from core.mixers.packed import run_packed
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core import hippo
+from core.mixers.dss import DSSKernel
 from core.mixers.hyena_filter import HyenaFilter, long_convolution
 from core.mixers.mamba import decay_rates
 from core.mixers.s4 import S4Kernel
@@ -44,7 +45,8 @@ class Inner(Protocol):
 class S6(nn.Module):
     """The selective state space of Mamba by itself (Gu & Dao 2023, algorithm 2), and its ablations.
 
-    dt, B, C = x_proj(u); dt = softplus(dt_proj(dt)); h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t; y_t = <C_t, h_t> + D u_t.
+    dt, B, C = x_proj(u); dt = softplus(dt_weight dt + dt_bias);
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t; y_t = <C_t, h_t> + D u_t.
 
     A part that is not selective is a parameter: dt one number a channel, B and C N numbers a channel (B of ones, C
     normal, as S4D begins). With none selective this is S4D-Real with Euler's rule for B.
@@ -233,8 +235,8 @@ class LongConvolution(nn.Module):
         joined = u if state is None else torch.cat([state.to(u.dtype), u], dim=1)
         if joined.shape[1] > self.l_max:
             raise ValueError(
-                f"LongConvolution: got {joined.shape[1]:,} positions, wanted at most l_max = {self.l_max:,}: the filter "
-                "is defined no further; cut the sequence, or build the layer with a longer l_max"
+                f"LongConvolution: got {joined.shape[1]:,} positions, wanted at most l_max = {self.l_max:,}: the "
+                "filter is defined no further; cut the sequence, or build the layer with a longer l_max"
             )
         y = long_convolution(joined, self.filter_fn.filter(joined.shape[1]), u.shape[1])
         return self.filter_fn.add_bias(y, u, slice(None)), None if state is None else joined
@@ -249,7 +251,7 @@ class LongConvolution(nn.Module):
 
 
 # Name -> state space or transformation. A new one is a line.
-SPACES: dict[str, Callable[..., nn.Module]] = {"s4": S4Kernel, "s4d": S4DKernel}
+SPACES: dict[str, Callable[..., nn.Module]] = {"s4": S4Kernel, "s4d": S4DKernel, "dss": DSSKernel}
 OTHERS: dict[str, Callable[..., nn.Module]] = {"s6": S6, "hyena": LongConvolution}
 
 
@@ -260,7 +262,7 @@ def make_inner(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Inner:
-    """A transformation by name: "s4", "s4d", "s6" or "hyena".
+    """A transformation by name: "s4", "s4d", "dss", "s6" or "hyena".
 
     Args:
         name: Which.

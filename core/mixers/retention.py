@@ -1,8 +1,8 @@
 """Retention and linear attention: state space duality with a decay that the input has no say in.
 
-Retention is the layer of RetNet (Sun et al. 2023, "Retentive network", section 2), linear attention that of Katharopoulos
-et al. 2020 ("Transformers are RNNs", section 3). Both are SSD (Dao & Gu 2024, section 4.3) with dt = 1, B = k, C = q
-and x = v: h_t = gamma h_{t-1} + v_t k_t^T, y_t = h_t q_t.
+Retention is the layer of RetNet (Sun et al. 2023, "Retentive network", section 2), linear attention that of
+Katharopoulos et al. 2020 ("Transformers are RNNs", section 3). Both are SSD (Dao & Gu 2024, section 4.3) with dt = 1,
+B = k, C = q and x = v: h_t = gamma h_{t-1} + v_t k_t^T, y_t = h_t q_t.
 
 Legend: B batch, L length, D model width, H heads, E head width, N width of keys and queries, P width of values.
 """
@@ -197,8 +197,8 @@ class Retention(_FixedDecay):
 class LinearAttention(_FixedDecay):
     """Causal linear attention, (B, L, D) -> (B, L, D): a state that never decays.
 
-    q, k, v = in_proj(u); phi(x) = elu(x) + 1; y_t = sum_{s <= t} phi(q_t)^T phi(k_s) v_s / sum_{s <= t} phi(q_t)^T phi(k_s);
-    out = out_proj(y) (Katharopoulos et al. 2020, equations 7 and 9). The denominator is one more value, always 1.
+    q, k, v = in_proj(u); w_ts = phi(q_t)^T phi(k_s) with phi(x) = elu(x) + 1;
+    out = out_proj(sum_{s <= t} w_ts v_s / sum_{s <= t} w_ts) (Katharopoulos et al. 2020, equations 7 and 9). The denominator is one more value, always 1.
 
     Args:
         d_model: D.

@@ -14,7 +14,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.lm import MambaConfig, MambaLM
-from core.mixers import Attention, Hyena, Mamba, Mamba2, Mamba3, Mixer
+from core.mixers import (
+    DSS,
+    H3,
+    S4,
+    S4D,
+    S5,
+    Attention,
+    GatedBlock,
+    Hyena,
+    LinearAttention,
+    Mamba,
+    Mamba2,
+    Mamba3,
+    Mixer,
+    Retention,
+    UngatedBlock,
+)
 from core.synthetics.tasks import Batch
 
 
@@ -26,7 +42,16 @@ class SequenceModel(MambaLM):
         "Mamba2": Mamba2,
         "Mamba3": Mamba3,
         "Attention": partial(Attention, causal=True),
+        "LinearAttention": LinearAttention,
+        "Retention": Retention,
         "Hyena": Hyena,
+        "H3": H3,
+        "S4": S4,
+        "S4D": S4D,
+        "S5": S5,
+        "DSS": DSS,
+        "GatedBlock": GatedBlock,
+        "UngatedBlock": UngatedBlock,
     }
 
     def answers(self, tokens: Tensor, where: Tensor) -> Tensor:
