@@ -198,7 +198,8 @@ class LinearAttention(_FixedDecay):
     """Causal linear attention, (B, L, D) -> (B, L, D): a state that never decays.
 
     q, k, v = in_proj(u); w_ts = phi(q_t)^T phi(k_s) with phi(x) = elu(x) + 1;
-    out = out_proj(sum_{s <= t} w_ts v_s / sum_{s <= t} w_ts) (Katharopoulos et al. 2020, equations 7 and 9). The denominator is one more value, always 1.
+    out = out_proj(sum_{s <= t} w_ts v_s / sum_{s <= t} w_ts)
+    (Katharopoulos et al. 2020, equations 7 and 9). The denominator is one more value, always 1.
 
     Args:
         d_model: D.
