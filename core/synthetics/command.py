@@ -102,7 +102,7 @@ def parse(program: str, arguments: Sequence[str], options: type[RunOptions] | ty
         known = ", ".join(recipe.names())
         raise UserError(f"the first argument is the recipe, got {arguments[0]}; recipes: {known}")
     found = recipe.read(arguments[0])
-    parser = ArgumentParser(prog=f"python -m {program} {found.name}", exit_on_error=False)
+    parser = ArgumentParser(prog=f"python -m {program} {found.name}", exit_on_error=False, allow_abbrev=False)
     parser.add_class_arguments(Settings, fail_untyped=True)
     parser.add_class_arguments(options, fail_untyped=True)
     defaults = asdict(found.settings)
