@@ -33,8 +33,9 @@ class Settings:
         d_intermediate: Hidden width of a gated MLP in each block; 0 is without.
         mixer: Arguments of the mixer beside those of the model's entry, as JSON or YAML.
         task: Arguments of the task, as JSON or YAML.
-        curriculum: Arguments of the task for each stage of the training, which share the steps evenly; the last stage
-            should be the task itself.
+        curriculum: Arguments of the task for each stage of the training; the last stage should be the task itself. A
+            stage has an even share of the steps that are left when it begins.
+        advance_at: Accuracy of a check, on the stage's own task, that ends a stage before its time; null is none.
         steps: Optimizer steps.
         batch_size: Sequences of a step.
         lr: Peak learning rate of AdamW (0.9, 0.98).
@@ -56,6 +57,7 @@ class Settings:
     mixer: dict[str, Any] = field(default_factory=dict)
     task: dict[str, Any] = field(default_factory=dict)
     curriculum: list[dict[str, Any]] = field(default_factory=list)
+    advance_at: float | None = None
     steps: int = 10_000
     batch_size: int = 64
     lr: float = 1e-3
@@ -188,8 +190,10 @@ def check(settings: Settings) -> Settings:
     for name in ("lr", "clip"):
         if not getattr(settings, name) > 0:
             raise UserError(f"--{name} is {getattr(settings, name)}; wanted a positive number")
-    if settings.stop_at is not None and not 0 < settings.stop_at <= 1:
-        raise UserError(f"--stop_at is {settings.stop_at}; wanted an accuracy above 0 and up to 1, or null")
+    for name in ("advance_at", "stop_at"):
+        value = getattr(settings, name)
+        if value is not None and not 0 < value <= 1:
+            raise UserError(f"--{name} is {value}; wanted an accuracy above 0 and up to 1, or null")
     return settings
 
 

@@ -96,11 +96,10 @@ class Run:
     def process(self) -> Generator[bool, None, Result]:
         """Trains and tests; yields True after some work, False where it would wait."""
         begin = time.monotonic()
-        per_stage = math.ceil(self.settings.steps / len(self.stages))
         for number, stage in enumerate(self.stages):
-            end = min(self.settings.steps, per_stage * (number + 1))
-            last = number == len(self.stages) - 1
-            yield from self._train(stage, end, last)
+            left = self.settings.steps - self.result.steps
+            share = math.ceil(left / (len(self.stages) - number))
+            yield from self._train(stage, self.result.steps + share, number == len(self.stages) - 1)
             if self.result.stopped != "steps":
                 break
         self.graph = None  # and its memory
@@ -123,38 +122,38 @@ class Run:
         return [length for length in lengths if longest is None or length <= longest]
 
     def _train(self, stage: Task, end: int, last: bool) -> Generator[bool, None, None]:
-        """Trains on a stage up to step ``end``."""
-        self.graph, begin = None, self.result.steps
+        """Trains on a stage up to step ``end``, or until it is learnt."""
+        self.graph, begin, every = None, self.result.steps, self.settings.check_every
+        wanted = self.settings.stop_at if last else self.settings.advance_at
         while self.result.steps < end:
-            check = (self.result.steps // self.settings.check_every + 1) * self.settings.check_every
+            check = (self.result.steps // every + 1) * every
             burst = min(BURST, end - self.result.steps, check - self.result.steps)
             with self._stream():
                 for _ in range(burst):
                     self._one_step(stage, self.result.steps - begin)
                     self.result.steps += 1
             yield from self._wait()
-            if self.result.steps % self.settings.check_every == 0 or self.result.steps == self.settings.steps:
-                yield from self._check(stage if not last else self.task)
-            if last and self.result.stopped == "steps" and self._solved():
-                self.result.stopped = "solved"
-            if self.out_of_time and self.result.stopped == "steps":
+            accuracy = 0.0
+            if self.result.steps in (check, self.settings.steps):
+                accuracy = yield from self._check(stage)
+            if self.result.stopped == "steps" and self.out_of_time:
                 self.result.stopped = "time"
+            if wanted is not None and accuracy >= wanted:
+                self.result.stopped = "solved" if last else self.result.stopped
+                return
             if self.result.stopped != "steps":
                 return
 
-    def _check(self, task: Task) -> Generator[bool, None, None]:
-        """Adds a record to the history."""
-        accuracy = yield from self._evaluate(CHECKS, task.length, CHECK_SEQUENCES, task)
+    def _check(self, stage: Task) -> Generator[bool, None, float]:
+        """Adds a record to the history, and returns its accuracy."""
+        accuracy = yield from self._evaluate(CHECKS, stage.length, CHECK_SEQUENCES, stage)
         done, every = self.result.steps, self.settings.check_every
         with self._stream():
             loss = self.losses[max(0, done - every) : done].mean().item()
         self.result.history.append({"step": done, "train/loss": loss, "val/accuracy": accuracy})
         if not math.isfinite(loss):
             self.result.stopped = "diverged"
-
-    def _solved(self) -> bool:
-        wanted, history = self.settings.stop_at, self.result.history
-        return wanted is not None and bool(history) and history[-1]["val/accuracy"] >= wanted
+        return accuracy
 
     def _one_step(self, stage: Task, number: int) -> None:
         """Makes a step of a stage: plainly on a CPU and at first, then by its graph."""

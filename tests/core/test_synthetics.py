@@ -39,6 +39,12 @@ def finish(run: training.Run) -> training.Result:
             return stop.value
 
 
+def iter_of(value: float) -> Any:
+    """A generator that returns a value at once."""
+    return value
+    yield
+
+
 def result(recipe: Recipe, **options: Any) -> training.Result:
     return finish(training.Run(recipe, recipe.run(options), torch.device("cpu")))
 
@@ -88,7 +94,10 @@ def test_curriculum_ends_with_the_task() -> None:
     counts = []
     work._update, update = (lambda stage: (counts.append(stage.count(16)), update(stage))), work._update  # type: ignore
     finish(work)
-    assert counts == [1, 1, 1, 2, 2, 2, 4]
+    assert counts == [1, 1, 1, 2, 2, 4, 4]
+    work = training.Run(run_of, run_of.run({"advance_at": 1e-9, "check_every": 1}), torch.device("cpu"))
+    work._check = lambda stage: iter_of(1.0)  # type: ignore[method-assign]
+    assert finish(work).steps == 7  # a step of each stage, and the last one, which nothing ends, to the end
 
 
 def test_rate_warms_up_and_falls() -> None:
