@@ -158,7 +158,7 @@ def matrix() -> Figure:
     cases = {
         "linear attention: A = 0": semiseparable_matrix(ones, torch.zeros(1, dtype=dt.dtype), B, C, **plain),
         "retention: one decay": semiseparable_matrix(ones, torch.full((1,), -0.1, dtype=dt.dtype), B, C, **plain),
-        "SSD: decay by token": semiseparable_matrix(3 * dt - 2, -torch.ones(1, dtype=dt.dtype), B, C),
+        "SSD: decay by token": semiseparable_matrix(2 * dt - 2, -torch.ones(1, dtype=dt.dtype), B, C),
     }
     figure, axes = _panels(3, "from token")
     for axis, (name, values) in zip(axes, cases.items(), strict=True):
