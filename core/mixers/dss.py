@@ -153,23 +153,30 @@ class DSSKernel(nn.Module):
                 f"DSS: got {length:,} positions, wanted at most l_max = {self.l_max:,}: the softmax is over so many; "
                 "cut the sequence, or build the layer with a longer l_max"
             )
-        h = self._steps() * torch.complex(self.Lambda_real, self.Lambda_imag)  # type: ignore[arg-type]
+        real, imag, dt, W = self._values()
+        h = dt * torch.complex(real, imag)
         grows = h.real > 0
         h = torch.where(grows, -h, h)  # a row that grows is one that decays, backwards from l_max
-        weights = torch.view_as_complex(self.W) / _sum_of_powers(h, self.l_max)  # type: ignore[arg-type]
+        weights = W / _sum_of_powers(h, self.l_max)
         backwards = vandermonde(h, weights * grows, self.l_max).flip(1)[:, :length]
         return vandermonde(h, weights * ~grows, length) + backwards
 
-    def _steps(self) -> Tensor:
-        return torch.exp(self.log_dt)[:, None]  # type: ignore[arg-type]
+    def _values(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Lambda_real and Lambda_imag (M,), the time steps (D, 1) and W (D, M) complex, in float32 at least."""
+        wide = torch.float64 if self.W.dtype == torch.float64 else torch.float32  # type: ignore[union-attr]
+        real, imag, log_dt, W = (
+            t.to(wide)  # type: ignore[union-attr, operator]
+            for t in (self.Lambda_real, self.Lambda_imag, self.log_dt, self.W)
+        )
+        return real, imag, torch.exp(log_dt)[:, None], torch.view_as_complex(W)
 
     def _discrete(self) -> tuple[Tensor, Tensor, Tensor]:
         """log Ā, B̄ and W of the exp variant, each (D, M) complex."""
         if self.l_max is not None:
             raise ValueError("DSS: the softmax variant takes whole sequences only, it has no state; use variant='exp'")
-        Lambda = torch.complex(-torch.exp(self.Lambda_real), self.Lambda_imag)  # type: ignore[arg-type]
-        h = self._steps() * Lambda
-        return h, torch.expm1(h) / Lambda, torch.view_as_complex(self.W)  # type: ignore[arg-type]
+        real, imag, dt, W = self._values()
+        Lambda = torch.complex(-torch.exp(real), imag)
+        return dt * Lambda, torch.expm1(dt * Lambda) / Lambda, W
 
 
 def _sum_of_powers(h: Tensor, length: int) -> Tensor:
