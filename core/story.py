@@ -154,11 +154,11 @@ def matrix() -> Figure:
     generator = torch.Generator().manual_seed(0)
     dt, B, C = (torch.randn(1, 48, *s, generator=generator, dtype=torch.float64) for s in ((1,), (1, 8), (1, 8)))
     ones = torch.ones_like(dt)
-    plain = {"dt_softplus": False}
+    zero, one = torch.zeros(1, dtype=dt.dtype), torch.ones(1, dtype=dt.dtype)
     cases = {
-        "linear attention: A = 0": semiseparable_matrix(ones, torch.zeros(1, dtype=dt.dtype), B, C, **plain),
-        "retention: one decay": semiseparable_matrix(ones, torch.full((1,), -0.1, dtype=dt.dtype), B, C, **plain),
-        "SSD: decay by token": semiseparable_matrix(2 * dt - 2, -torch.ones(1, dtype=dt.dtype), B, C),
+        "linear attention: A = 0": semiseparable_matrix(ones, zero, B, C, dt_softplus=False),
+        "retention: one decay": semiseparable_matrix(ones, -0.1 * one, B, C, dt_softplus=False),
+        "SSD: decay by token": semiseparable_matrix(2 * dt - 2, -one, B, C),
     }
     figure, axes = _panels(3, "from token")
     for axis, (name, values) in zip(axes, cases.items(), strict=True):
@@ -204,7 +204,11 @@ def time_steps(model: torch.nn.Module, tokens: Tensor) -> Tensor:
 
     layer = next(module for module in model.modules() if isinstance(module, Mamba))
     found: list[Tensor] = []
-    hook = layer.x_proj.register_forward_hook(lambda module, given, out: found.append(out))
+
+    def keep(module: torch.nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        found.append(out)
+
+    hook = layer.x_proj.register_forward_hook(keep)
     model(tokens)
     hook.remove()
     return F.softplus(layer.dt_proj(found[0][..., : layer.dt_rank])).mean(dim=-1)

@@ -85,6 +85,11 @@ class DSSKernel(nn.Module):
         dtype: float64 gives float64 parameters, all else float32.
     """
 
+    Lambda_real: nn.Parameter  # (M,): log(-Re(lambda)) of the exp variant, which keeps Re(lambda) < 0; else Re(lambda)
+    Lambda_imag: nn.Parameter  # (M,)
+    log_dt: nn.Parameter  # (D,)
+    W: nn.Parameter  # (D, M, 2)
+
     def __init__(
         self,
         d_model: int,
@@ -105,7 +110,7 @@ class DSSKernel(nn.Module):
         real = torch.log(-Lambda.real) if softmax_over is None else Lambda.real
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         for name, tensor in (
-            ("Lambda_real", real),  # log(-Re(lambda)) of the exp variant, which keeps Re(lambda) < 0; else Re(lambda)
+            ("Lambda_real", real),
             ("Lambda_imag", Lambda.imag),
             ("log_dt", torch.log(hippo.log_uniform_dt(d_model, dt_min, dt_max))),
             ("W", torch.randn(d_model, len(Lambda), 2) * math.sqrt(0.5)),
@@ -163,11 +168,8 @@ class DSSKernel(nn.Module):
 
     def _values(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Lambda_real and Lambda_imag (M,), the time steps (D, 1) and W (D, M) complex, in float32 at least."""
-        wide = torch.float64 if self.W.dtype == torch.float64 else torch.float32  # type: ignore[union-attr]
-        real, imag, log_dt, W = (
-            t.to(wide)  # type: ignore[union-attr, operator]
-            for t in (self.Lambda_real, self.Lambda_imag, self.log_dt, self.W)
-        )
+        wide = torch.float64 if self.W.dtype == torch.float64 else torch.float32
+        real, imag, log_dt, W = (t.to(wide) for t in (self.Lambda_real, self.Lambda_imag, self.log_dt, self.W))
         return real, imag, torch.exp(log_dt)[:, None], torch.view_as_complex(W)
 
     def _discrete(self) -> tuple[Tensor, Tensor, Tensor]:

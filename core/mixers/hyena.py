@@ -207,8 +207,21 @@ class Hyena(nn.Module):
             inputs = _end_at(inputs, before + lengths, int(seen.max()))
         return y, HyenaState(conv.to(state.conv.dtype), inputs, seen, taps)
 
+    def decode(self, x: Tensor, state: HyenaState) -> Tensor:
+        """Not possible; see ``Mixer.decode``.
+
+        Raises:
+            ValueError: Always: the state grows with each token, and cannot be updated in place.
+        """
+        raise ValueError("decode: a Hyena's state grows with each token; use forward_state")
+
     def init_state(
-        self, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        max_length: int | None = None,
     ) -> HyenaState:
         """The state before the first token: nothing seen.
 
@@ -216,6 +229,7 @@ class Hyena(nn.Module):
             batch_size: B.
             device: Where; the parameters' device by default.
             dtype: Of the inputs that are kept; the parameters' by default.
+            max_length: Accepted; the state grows by itself.
         """
         device = self.in_proj.weight.device if device is None else device
         dtype = self.in_proj.weight.dtype if dtype is None else dtype

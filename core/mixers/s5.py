@@ -47,6 +47,13 @@ class S5(nn.Module):
         ValueError: For sizes that do not fit.
     """
 
+    Lambda_real: nn.Parameter  # log(-Re(Lambda)) (P,)
+    Lambda_imag: nn.Parameter  # (P,)
+    log_dt: nn.Parameter  # (P,)
+    B: nn.Parameter  # (P, D, 2)
+    C: nn.Parameter  # (D, P, 2)
+    D: nn.Parameter  # (D,)
+
     def __init__(
         self,
         d_model: int,
