@@ -50,6 +50,7 @@ class TableOptions:
         keep_unfinished: Whether runs that ran out of time are rows too; else they are run again the next time.
         device: Where; a GPU where there is one.
         show: Only print the table and write the page.
+        page: HTML page of the table, with its curves as PNG beside it; null is beside the file.
     """
 
     models: list[str] | None = None
@@ -60,6 +61,7 @@ class TableOptions:
     keep_unfinished: bool = False
     device: str | None = None
     show: bool = False
+    page: str | None = None
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
                 "parameters": f"{int(first['parameters']):,}",
                 **{_length(name): _percent([run[name] for run in runs]) for name in lengths},
                 "seeds": ", ".join(run["seed"] for run in runs),
-                "steps": ", ".join(dict.fromkeys(run["steps"] for run in runs)),
+                "steps": ", ".join(dict.fromkeys(f"{int(run['steps']):,}" for run in runs)),
+                "ended by": ", ".join(dict.fromkeys(run["stopped"] for run in runs)),
                 "seconds": f"{mean(float(run['seconds']) for run in runs):.0f}",
             }
         )

@@ -93,11 +93,13 @@ def write_page(parsed: Parsed, wanted: Sequence[Settings], file: Path) -> None:
         return
     report = Report(parsed.recipe.name.replace("_", " "), f"{len(found)} of {len(wanted)}", "runs of the table")
     report.table("Accuracy", lines, "Share of right answers in per cent, by length of the test; mean over the seeds.")
+    page = Path(parsed.options.page) if parsed.options.page else file.with_suffix(".html")
+    page.parent.mkdir(parents=True, exist_ok=True)
     for title, figure in (("Lengths", figures.lengths_figure(found)), ("Widths", figures.widths_figure(found))):
         if figure is not None:
             report.figure(title, figure)
+            figure.savefig(page.with_name(f"{page.stem}_{title.lower()}.png"), dpi=110)
     report.table("Runs", found)
-    page = file.with_suffix(".html")
     report.write(page)
     print(page)
 
