@@ -12,12 +12,16 @@ from core.mixers.mamba import Mamba, MambaState
 from core.mixers.mamba2 import Mamba2, Mamba2State
 from core.mixers.mamba3 import Mamba3, Mamba3State
 from core.mixers.retention import LinearAttention, Retention, RetentionState
+from core.mixers.s4 import S4
+from core.mixers.s4d import S4D, S4State
 from core.mixers.s5 import S5, S5State
 from core.mixers.ungated import UngatedBlock
 
 __all__ = [
     "DSS",
     "H3",
+    "S4",
+    "S4D",
     "S5",
     "AroundState",
     "Attention",
@@ -37,6 +41,7 @@ __all__ = [
     "Mixer",
     "Retention",
     "RetentionState",
+    "S4State",
     "S5State",
     "UngatedBlock",
 ]
