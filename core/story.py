@@ -84,8 +84,8 @@ def memory() -> Figure:
     for axis, d_state in zip(axes, (8, 16, 32), strict=True):
         back = reconstruct(legs_memory(u, d_state)[-1], len(u))
         error = ((back - u).square().mean() / u.square().mean()).sqrt().item()
-        axis.plot(u, color=SOFT, linewidth=2.5, label="signal")
-        axis.plot(back, color=WARM, linewidth=1, label="from the state")
+        axis.plot(u.numpy(), color=SOFT, linewidth=2.5, label="signal")
+        axis.plot(back.numpy(), color=WARM, linewidth=1, label="from the state")
         axis.set_title(f"N = {d_state}, error {100 * error:.1f} %", loc="left", fontsize=8)
     axes[0].legend(frameon=False, fontsize=7)
     return figure
@@ -102,9 +102,9 @@ def discretisation() -> Figure:
         "Euler": torch.tensor(1 + lam * dt),
     }
     figure, (axis,) = _panels(1, "time")
-    axis.plot(fine, torch.exp(lam * fine).real, color=SOFT, linewidth=2.5, label="exp(t lambda)")
+    axis.plot(fine.numpy(), torch.exp(lam * fine).real.numpy(), color=SOFT, linewidth=2.5, label="exp(t lambda)")
     for (name, a), colour in zip(rules.items(), (INK, "#2b7a4b", WARM), strict=True):
-        axis.plot(steps * dt, (a**steps).real, ".--", color=colour, linewidth=0.8, label=name)
+        axis.plot((steps * dt).numpy(), (a**steps).real.numpy(), ".--", color=colour, linewidth=0.8, label=name)
     axis.legend(frameon=False, fontsize=7)
     axis.set_ylim(-1.6, 1.6)
     return figure
@@ -126,7 +126,7 @@ def kernels() -> Figure:
     for axis, (name, make) in zip(axes, spaces.items(), strict=True):
         torch.manual_seed(0)
         with torch.no_grad():
-            axis.plot(make().taps(300).T, linewidth=0.9)
+            axis.plot(make().taps(300).T.numpy(), linewidth=0.9)
         axis.set_title(name, loc="left", fontsize=8)
     return figure
 
@@ -137,11 +137,11 @@ def decay() -> Figure:
     A = hippo.s4d_real(16)
     figure, (left, right) = _panels(2, "time step dt")
     for n in (0, 1, 3, 7, 15):
-        left.semilogx(dt, torch.exp(64 * dt * A[n]), linewidth=1.1, label=f"A = {A[n]:.0f}")
+        left.semilogx(dt.numpy(), torch.exp(64 * dt * A[n]).numpy(), linewidth=1.1, label=f"A = {A[n]:.0f}")
     left.set_title("share of the state left after 64 tokens", loc="left", fontsize=8)
     left.legend(frameon=False, fontsize=7)
-    right.semilogx(dt, -torch.expm1(-dt), color=INK, label="token: 1 - exp(-dt)")
-    right.semilogx(dt, torch.exp(-dt), color=WARM, label="state: exp(-dt)")
+    right.semilogx(dt.numpy(), -torch.expm1(-dt).numpy(), color=INK, label="token: 1 - exp(-dt)")
+    right.semilogx(dt.numpy(), torch.exp(-dt).numpy(), color=WARM, label="state: exp(-dt)")
     right.set_title("N = 1, A = -1: dt is a gate", loc="left", fontsize=8)
     right.legend(frameon=False, fontsize=7)
     return figure
@@ -163,7 +163,7 @@ def matrix() -> Figure:
     figure, axes = _panels(3, "from token")
     for axis, (name, values) in zip(axes, cases.items(), strict=True):
         shown = values[0, 0] / values.abs().max()
-        axis.imshow(shown.sign() * shown.abs().sqrt(), cmap="RdBu", vmin=-1, vmax=1)
+        axis.imshow((shown.sign() * shown.abs().sqrt()).numpy(), cmap="RdBu", vmin=-1, vmax=1)
         axis.set_title(name, loc="left", fontsize=8)
     axes[0].set_ylabel("to token")
     return figure
@@ -187,10 +187,10 @@ def selection(steps: int) -> Figure:
         left.plot([h["step"] for h in history], [h["val/accuracy"] for h in history], color=colour, label=name)
     left.set_title("accuracy", loc="left", fontsize=8)
     left.legend(frameon=False, fontsize=7)
-    steps_of = time_steps(work.model, (batch := work.task.batch(0, training.TESTS, torch.tensor(0), 1)).tokens)
-    right.semilogy(steps_of[0], color=WARM, linewidth=0.9)
-    data = (batch.tokens[0] > 0).nonzero()[:, 0]
-    right.plot(data, steps_of[0][data], "o", color=INK, markersize=3.5, label="data and markers")
+    tokens = work.task.batch(0, training.TESTS, torch.tensor(0), 1).tokens
+    dt, data = time_steps(work.model, tokens)[0].numpy(), (tokens[0] > 0).nonzero()[:, 0].numpy()
+    right.semilogy(dt, color=WARM, linewidth=0.9)
+    right.plot(data, dt[data], "o", color=INK, markersize=3.5, label="data and markers")
     right.set_title("mean dt of the first layer", loc="left", fontsize=8)
     right.set_xlabel("token")
     right.legend(frameon=False, fontsize=7)
