@@ -22,6 +22,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "mamba": {"layer": "Mamba", "d_state": 4},
     "rope": {"layer": "Attention", "num_heads": 2, "rotary_emb_dim": 4, "longest": 16},
     "long": {"layer": "Hyena", "l_max": 20, "settings": {"lr": 5e-4}},
+    "s4": {"layer": "UngatedBlock", "inner": "s4", "inner_cfg": {"d_state": 4}},
+    "s4d": {"layer": "H3", "inner": "s4d", "inner_cfg": {"d_state": 4}},
+    "s5": {"layer": "S5", "d_state": 4},
+    "retention": {"layer": "Retention", "num_heads": 2},
 }
 
 
@@ -73,7 +77,7 @@ def test_lengths_follow_the_models() -> None:
     assert set(result(study(**lengths), model="long").accuracy) == {8, 16}  # as far as its filter reaches
 
 
-@pytest.mark.parametrize("name", ["mamba", "rope"])
+@pytest.mark.parametrize("name", ["mamba", "rope", "s4", "s4d", "s5", "retention"])
 def test_pieces_give_the_answers_of_the_whole(name: str) -> None:
     torch.manual_seed(0)
     entry = {key: value for key, value in MODELS[name].items() if key != "longest"}
@@ -245,9 +249,10 @@ def test_recipes_are_checked(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_graph_gives_the_numbers_of_the_steps() -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_graph_gives_the_numbers_of_the_steps(name: str) -> None:
     runs_of = study(steps=30, check_every=10)
-    works = [training.Run(runs_of, runs_of.run({}), torch.device("cuda")) for _ in range(2)]
+    works = [training.Run(runs_of, runs_of.run({"model": name}), torch.device("cuda")) for _ in range(2)]
     works[1]._one_step = lambda stage, number: works[1]._update(stage)  # type: ignore[method-assign]
     one, other = (finish(work) for work in works)
     for a, b in zip(one.history, other.history, strict=True):
