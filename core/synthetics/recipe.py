@@ -47,6 +47,7 @@ class Settings:
         stop_at: Accuracy of a check that ends the training; null trains all steps.
         test_lengths: Lengths of the tests; empty is the task's own.
         test_sequences: Sequences of each test.
+        test_tokens: Tokens of each test, about: the longest tests have fewer sequences.
     """
 
     model: str = "mamba"
@@ -69,6 +70,7 @@ class Settings:
     stop_at: float | None = None
     test_lengths: list[int] = field(default_factory=list)
     test_sequences: int = 1024
+    test_tokens: int = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def check(settings: Settings) -> Settings:
     Raises:
         UserError: Where one does not.
     """
-    for name in ("steps", "batch_size", "check_every", "test_sequences", "n_layer", "d_model"):
+    for name in ("steps", "batch_size", "check_every", "test_sequences", "test_tokens", "n_layer", "d_model"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name} is {getattr(settings, name)}; wanted at least 1")
     for name in ("lr", "clip"):

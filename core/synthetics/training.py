@@ -105,7 +105,8 @@ class Run:
         self.graph = None  # and its memory
         if self.result.stopped != "diverged":
             for length in self.lengths:
-                accuracy = yield from self._evaluate(TESTS, length, self.settings.test_sequences)
+                sequences = max(1, min(self.settings.test_sequences, self.settings.test_tokens // length))
+                accuracy = yield from self._evaluate(TESTS, length, sequences)
                 if not math.isnan(accuracy):
                     self.result.accuracy[length] = accuracy
         self.result.seconds = time.monotonic() - begin
