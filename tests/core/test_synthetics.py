@@ -257,3 +257,17 @@ def test_graph_gives_the_numbers_of_the_steps(name: str) -> None:
     one, other = (finish(work) for work in works)
     for a, b in zip(one.history, other.history, strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
+
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/synthetics"
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.csv")), ids=lambda file: file.stem)
+def test_documented_tables_are_those_of_the_recipes(file: Path) -> None:
+    """Each committed row is of a run that its recipe still describes, and the page shows what the command prints."""
+    found, kept = recipe.read(file.stem), rows.read_rows(file)
+    seeds = sorted({int(row["seed"]) for row in kept})
+    ids = [found.identity(settings) for settings in found.rows({}, [], seeds)]
+    assert {row["id"] for row in kept} <= set(ids)
+    lines = rows.summary(sorted(kept, key=lambda row: ids.index(row["id"])))
+    assert rows.markdown(lines) in (RESULTS.parents[2] / "docs/synthetics.md").read_text()
