@@ -5,14 +5,14 @@ Legend: B batch, L length, D model width, E inner width, W convolution width.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.mixers.around import Around
-from core.mixers.inner import make_inner
+from core.mixers.inner import InnerName, make_inner
 
 
 class GatedBlock(Around):
@@ -24,7 +24,7 @@ class GatedBlock(Around):
         d_model: D.
         d_conv: W.
         expand: E = expand * D, which must be whole.
-        inner: "s4", "s4d", "s6" or "hyena"; see ``core.mixers.inner``.
+        inner: "s4", "s4d", "dss", "s6" or "hyena"; see ``core.mixers.inner``.
         inner_cfg: Its arguments.
         device: Where the parameters live.
         dtype: Their dtype.
@@ -40,7 +40,7 @@ class GatedBlock(Around):
         d_model: int,
         d_conv: int = 4,
         expand: float = 2,
-        inner: Literal["s4", "s4d", "s6", "hyena"] = "s6",
+        inner: InnerName = "s6",
         inner_cfg: dict[str, Any] | None = None,
         *,
         device: torch.device | str | None = None,

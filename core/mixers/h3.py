@@ -6,13 +6,13 @@ Legend: B batch, L length, D model width, N state, W width of the shift.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from core.mixers.around import Around
-from core.mixers.inner import make_inner
+from core.mixers.inner import InnerName, make_inner
 
 
 class H3(Around):
@@ -27,7 +27,7 @@ class H3(Around):
     Args:
         d_model: D.
         d_conv: W, the state of the shift SSM.
-        inner: The second state space: "s4d" as published, "s4", "s6" or "hyena"; see ``core.mixers.inner``.
+        inner: The second state space: "s4d" as published, "s4", "dss", "s6" or "hyena"; see ``core.mixers.inner``.
         inner_cfg: Its arguments.
         device: Where the parameters live.
         dtype: Their dtype.
@@ -40,7 +40,7 @@ class H3(Around):
         self,
         d_model: int,
         d_conv: int = 4,
-        inner: Literal["s4", "s4d", "s6", "hyena"] = "s4d",
+        inner: InnerName = "s4d",
         inner_cfg: dict[str, Any] | None = None,
         *,
         device: torch.device | str | None = None,

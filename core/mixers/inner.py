@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection
 from typing import Any, Literal, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels  # noqa: F401  registers torch.ops.triscan
@@ -23,6 +22,7 @@ from core.mixers.mamba import decay_rates
 from core.mixers.s4 import S4Kernel
 from core.mixers.s4d import S4DKernel, StateSpace
 
+InnerName = Literal["s4", "s4d", "dss", "s6", "hyena"]
 PARTS = ("dt", "B", "C")
 
 
@@ -287,8 +287,3 @@ def make_inner(
     except TypeError as error:
         raise ValueError(f"inner_cfg: {name}: {error}") from error
     return TimeInvariant(channels, module, device, dtype) if name in SPACES else module  # type: ignore[return-value]
-
-
-def gelu_glu(y: Tensor, linear: nn.Linear) -> Tensor:
-    """GLU(linear(GELU(y))), the end of S4's block."""
-    return F.glu(linear(F.gelu(y)), dim=-1)

@@ -6,13 +6,14 @@ Legend: B batch, L length, D model width.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.mixers.around import Around
-from core.mixers.inner import gelu_glu, make_inner
+from core.mixers.inner import InnerName, make_inner
 
 
 class UngatedBlock(Around):
@@ -23,7 +24,7 @@ class UngatedBlock(Around):
 
     Args:
         d_model: D.
-        inner: "s4", "s4d", "s6" or "hyena"; see ``core.mixers.inner``.
+        inner: "s4", "s4d", "dss", "s6" or "hyena"; see ``core.mixers.inner``.
         inner_cfg: Its arguments.
         device: Where the parameters live.
         dtype: Their dtype.
@@ -37,7 +38,7 @@ class UngatedBlock(Around):
     def __init__(
         self,
         d_model: int,
-        inner: Literal["s4", "s4d", "s6", "hyena"] = "s4",
+        inner: InnerName = "s4",
         inner_cfg: dict[str, Any] | None = None,
         *,
         device: torch.device | str | None = None,
@@ -59,4 +60,4 @@ class UngatedBlock(Around):
 
     def after(self, y: Tensor, gate: Tensor) -> Tensor:
         """GLU(out_proj(GELU(y)))."""
-        return gelu_glu(y, self.out_proj)
+        return F.glu(self.out_proj(F.gelu(y)), dim=-1)

@@ -18,6 +18,7 @@ WIDTH, LENGTH = 4, 11
 INNER: dict[str, dict[str, Any]] = {
     "s4": {"d_state": 4},
     "s4d": {"d_state": 4},
+    "dss": {"d_state": 4},
     "s6": {"d_state": 3},
     "hyena": {"l_max": 30, "filter_order": 8, "w": 3.0},
 }
