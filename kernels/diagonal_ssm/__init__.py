@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels import recompute
 from kernels.backend import resolve
-from kernels.checks import check_float, check_shape, owned
+from kernels.checks import check_shape, owned
 from kernels.diagonal_ssm import aten, reference
 from kernels.diagonal_ssm.powers import vandermonde
 from kernels.registration import op
@@ -59,7 +59,8 @@ def diagonal_ssm(
 
 
 def _check(u: Tensor, log_a: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> None:
-    check_float(u)
+    if not u.is_floating_point():
+        raise ValueError(f"u: got dtype {u.dtype}, wanted a real floating-point one; convert it with .float()")
     if u.ndim != 3:
         raise ValueError(f"u: got shape {tuple(u.shape)}, wanted (B, L, H)")
     if log_a.ndim != 2:

@@ -25,6 +25,7 @@ from core.mixers import S4, S4D
 from core.mixers.s4 import S4Kernel, advance, cauchy_kernel, complex_row, real_row, transition
 from core.mixers.s4_layouts import from_published, from_standalone_s4d
 from core.mixers.s4d import S4DKernel, continuous
+from kernels.diagonal_ssm import aten, powers
 
 CASES = golden_cases("s4d_a")
 KINDS = {
@@ -131,7 +132,7 @@ def test_scan_convolution_and_definition_agree(kind: str, length: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_contract(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.diagonal_ssm.aten.CHUNK", 4)
+    monkeypatch.setattr(aten, "CHUNK", 4)
     monkeypatch.setattr("core.mixers.s4.CHUNK", 4)
     mixer = layer(kind)
     assert_pieces_are_the_whole(mixer, inputs(2, 13, mixer.d_model))
@@ -147,8 +148,8 @@ def test_many_channels_and_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) 
     x = inputs(2, 37, 4)
     kinds = ("bilinear", "s4")
     want = [layer(kind)(x) for kind in kinds] + [layer(kind).kernel.taps(37) for kind in kinds]
-    monkeypatch.setattr("kernels.diagonal_ssm.aten.BLOCK_BYTES", 1)
-    monkeypatch.setattr("kernels.diagonal_ssm.powers.BLOCK", 1)
+    monkeypatch.setattr(aten, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(powers, "BLOCK", 1)
     monkeypatch.setattr("core.mixers.s4.BLOCK", 30)
     got = [layer(kind)(x) for kind in kinds] + [layer(kind).kernel.taps(37) for kind in kinds]
     for a, b in zip(got, want, strict=True):
