@@ -60,6 +60,8 @@ def test_whole_pieces_tokens_and_lengths(arguments: dict) -> None:
     torch.testing.assert_close(y[0], whole[0, 9:15])
     torch.testing.assert_close(y[1], whole[1, 4:10])
     assert state.seen.tolist() == [15, 10]
+    with pytest.raises(ValueError, match="decode: a Hyena's state grows"):
+        mixer.decode(x[:, :1], mixer.init_state(2, max_length=20))
     with pytest.raises(ValueError, match=f"at most l_max = {arguments['l_max']}"):
         mixer.forward_state(x.repeat(1, 2, 1)[:, : arguments["l_max"] - 14], state)
 

@@ -12,7 +12,19 @@ from fill import fill_input
 from mixer_contract import filled
 from torch import nn
 
-from core.mixers import Attention, Mamba, Mamba2, Mamba3
+from core.mixers import (
+    DSS,
+    H3,
+    S5,
+    Attention,
+    GatedBlock,
+    LinearAttention,
+    Mamba,
+    Mamba2,
+    Mamba3,
+    Retention,
+    UngatedBlock,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")]
 
@@ -30,6 +42,15 @@ MIXERS: dict[str, Callable[[], nn.Module]] = {
     ),
     "attention": lambda: filled(
         Attention(D, 4, 2, causal=True, d_conv=4, rotary_emb_dim=8, mlp_dim=256)
+    ),
+    "retention": lambda: filled(Retention(D, 2)),
+    "linear_attention": lambda: filled(LinearAttention(D, 2)),
+    "dss": lambda: filled(DSS(D, 16), **{"layer.kernel.log_dt": -2.0}),
+    "s5": lambda: filled(S5(D, 16), log_dt=-2.0),
+    "h3_s6": lambda: filled(H3(D, inner="s6"), **{"inner.dt_bias": 2.0}),
+    "gated_s4d": lambda: filled(GatedBlock(D, inner="s4d", inner_cfg={"d_state": 16}), **{"inner.kernel.inv_dt": -2.0}),
+    "ungated_s6": lambda: filled(
+        UngatedBlock(D, inner="s6", inner_cfg={"selective": ["dt"]}), **{"inner.dt_bias": 2.0}
     ),
 }  # fmt: skip
 
