@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from core.block import AddNorm
 from vision.models.loading import fit_to_model, unwrap
 from vision.models.nd_block import NDBlock, OrderedMamba, PatchMerging
-from vision.models.plain import JustAdd, Patches, PlainBackbone, fit_positions, pad_to_patches, resample_grid
+from vision.models.patches import Patches, fit_positions, pad_to_patches, resample_grid
+from vision.models.plain import JustAdd, PlainBackbone
 
 __all__ = ["MambaND", "MambaNDVideo"]
 

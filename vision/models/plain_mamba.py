@@ -27,7 +27,8 @@ from core import hippo
 from core.block import AddNorm
 from core.mixers.mamba import decay_rates
 from vision.models.loading import fit_to_model, unwrap
-from vision.models.plain import PlainBackbone, fit_positions, pad_to_patches
+from vision.models.patches import fit_positions, pad_to_patches
+from vision.models.plain import PlainBackbone
 from vision.routes import scan_routes
 
 __all__ = ["PlainMamba"]
