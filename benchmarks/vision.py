@@ -1,12 +1,12 @@
 """Times image models on a GPU, beside timm's on request: images a second, memory, and where the time goes.
 
-    python -m benchmarks.vision [--peers] [--write] [--case NAME ...] [--how eager|graph|compile ...] [--profile]
+    python -m benchmarks.vision [--peers] [--write] [--case NAME ...] [--how eager|graph|compile|reduce ...] [--profile]
 
 ``inference`` is a forward without gradients, ``training`` forward, cross-entropy and backward with the gradients
 cleared before; autocast to bfloat16, float32 weights and images on the GPU. Steps run back to back, so that the host's
 time counts where the GPU waits for it. Memory is the peak of everything, weights included. A provider ``NAME+graph``
-replays the eager step as a CUDA graph, ``NAME+compile`` runs the model compiled; ``--profile`` prints the kernels that
-take most of an eager step's time.
+replays the eager step as a CUDA graph, ``NAME+compile`` runs the model compiled, ``NAME+reduce`` compiled in the mode
+reduce-overhead, which replays CUDA graphs too; ``--profile`` prints the kernels that take most of an eager step's time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import vision  # noqa: F401  registers the models
 from benchmarks.common import Row, Timing, require_gpu, row, write
 
 MODES = ("inference", "training")
-HOW = ("eager", "graph", "compile")
+HOW = ("eager", "graph", "compile", "reduce")
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,13 @@ def graphed(step: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
+def run_as(model: nn.Module, how: str) -> Callable[..., torch.Tensor]:
+    """The model itself, or compiled if so asked for."""
+    if how not in ("compile", "reduce"):
+        return model
+    return torch.compile(model, fullgraph=True, mode="reduce-overhead" if how == "reduce" else None)
+
+
 def measure(name: str, case: Case, how: str, profile: bool) -> list[Row]:
     """Rows of one case."""
     found = []
@@ -135,7 +142,7 @@ def measure(name: str, case: Case, how: str, profile: bool) -> list[Row]:
     for mode in case.modes:
         torch._dynamo.reset()
         started = time.time()
-        step = step_of(model, torch.compile(model, fullgraph=True) if how == "compile" else model, case, mode)
+        step = step_of(model, run_as(model, how), case, mode)
         if how == "graph":
             step = graphed(step)
         timing = timed(step)
@@ -165,11 +172,11 @@ def main() -> None:
         for how in args.how if args.peers or not case.peer else ():
             try:
                 rows += measure(name, case, how, args.profile)
+                if args.write:  # as it goes: a run that is cut keeps its rows
+                    write("vision", rows)
             except Exception as error:  # one model that fails leaves the others their rows
                 print(f"{name} {how}: {type(error).__name__}: {str(error)[:600]}", flush=True)
             torch.cuda.empty_cache()
-    if args.write:
-        print(write("vision", rows))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from core.training.report import Report, write_atomically
 from kernels.depthwise_conv2d.reference import conv
 from kernels.gelu_mlp import plain as perceptron
 from vision.command import output_folder
-from vision.models import local_mixer, nd_block, plain_mamba
+from vision.models import local_mixer, nd_block, snake_mixer
 from vision.routes import scan_routes
 from vision.trained import count_parameters, load_trained
 
@@ -111,7 +111,7 @@ def plain_operators() -> dict[Any, Callable[..., Any]]:
         ops.axis_order.default: lambda x, grid, order: nd_block.axis_order.__wrapped__(
             tuple(grid), tuple(order), torch.device("cpu")
         ),
-        ops.snake_tables.default: lambda x, h, w: plain_mamba.snake_tables.__wrapped__(h, w, torch.device("cpu")),
+        ops.snake_tables.default: lambda x, h, w: snake_mixer.snake_tables.__wrapped__(h, w, torch.device("cpu")),
         ops.rotation.default: lambda x, h, w, dim, length: local_mixer.rotation_table.__wrapped__(
             h, w, dim, length, x.dtype, torch.device("cpu")
         ),

@@ -65,6 +65,9 @@ class Classifier(TrainingModule):
         optimizer: The optimizer and its parameter groups.
         schedule: The learning rate over the run.
         compile: Compile the model.
+        graph: Replay the model's forward and backward as CUDA graphs, which leaves out the host's time: several times
+            as fast for small models. Batches must be of one size, and read without workers that pin memory. Without
+            a GPU it has no effect.
 
     Raises:
         UserError: For unknown models and arguments, and weights of another model.
@@ -85,8 +88,12 @@ class Classifier(TrainingModule):
         optimizer: OptimizerOptions = OptimizerOptions(),
         schedule: ScheduleOptions = ScheduleOptions(),
         compile: bool = False,
+        graph: bool = False,
     ) -> None:
         super().__init__(optimizer, schedule, compile)
+        if graph and compile:
+            raise UserError("--model.graph and --model.compile are both on, wanted one of them")
+        self.graph_requested = graph
         self.net = build(name, num_classes, kwargs or {}, weights)
         if grad_checkpointing:
             self.net.set_grad_checkpointing()
@@ -108,6 +115,14 @@ class Classifier(TrainingModule):
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean cross-entropy of images (B, C, H, W) and labels (B,), mixed first if so configured."""
         images, labels = batch
+        if self.graph_requested and images.is_cuda and self._steps_seen > 1:  # the first step's FLOPs are counted
+            if (steps := self.trainer.accumulate_grad_batches) > 1:
+                raise UserError(
+                    f"--model.graph: got --trainer.accumulate_grad_batches {steps}, wanted 1: a graph writes gradients "
+                    "to one place, batch after batch"
+                )
+            self.graph_requested = False
+            capture(self.net, images)
         if self.mixup is None:
             return F.cross_entropy(self.net(images), labels, label_smoothing=self.label_smoothing)
         even = len(images) // 2 * 2  # images are mixed in pairs
@@ -169,6 +184,16 @@ class Classifier(TrainingModule):
                     "" if label == guess else f", is {names[label]}"
                 )
                 kept.append((self._data.to_pixels(images[i]), text, label == guess))
+
+
+def capture(net: nn.Module, images: Tensor) -> None:
+    """Makes the training forward of ``net`` and its backward CUDA graphs, for batches like ``images``.
+
+    Evaluation runs as before. Autocast is taken over as it is here.
+    """
+    on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
+        torch.cuda.make_graphed_callables(net, (images.detach().clone(),))
 
 
 def _metrics(num_classes: int) -> nn.ModuleDict:

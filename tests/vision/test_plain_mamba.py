@@ -7,7 +7,8 @@ from cases import golden_inputs, golden_state_dict, load_golden
 from fill import check, fill_input
 
 import vision  # noqa: F401  registers the models
-from vision.models.plain_mamba import PlainMamba, checkpoint_filter_fn, snake_tables
+from vision.models.plain_mamba import PlainMamba, checkpoint_filter_fn
+from vision.models.snake_mixer import snake_tables
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "d_state": 4, "num_classes": 5, "conv_size": 3}
 

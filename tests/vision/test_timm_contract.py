@@ -1,4 +1,4 @@
-"""What timm expects of a backbone, checked on the micro model of each plain family.
+"""What timm expects of a backbone, checked on the micro models; what only hierarchical ones have is in test_staged.
 
 ``timm_suite.py`` runs timm's own tests. Each test runs for every registered ``test_*`` model of this project.
 """
@@ -14,13 +14,21 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import vision  # noqa: F401  registers the models
 
-MODELS = timm.list_models("test_*", module=["local_vim", "mamba_nd", "plain_mamba", "vim"])
+PLAIN = timm.list_models("test_*", module=["local_vim", "mamba_nd", "plain_mamba", "vim"])
+MODELS = PLAIN + timm.list_models("test_*", module=["efficient_vmamba", "local_vmamba", "vmamba"])
+# What takes seconds a model: some, the others in `make test-all`.
+QUICK = ("test_local_vim_cls", "test_vim", "test_vmamba", "test_local_vmamba", "test_efficient_vmamba")
+
+
+def models(names: list[str], quick: tuple[str, ...] = QUICK) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
+    )
+
+
 every_model = pytest.mark.parametrize("name", MODELS)
-# What takes seconds a model: two, the others in `make test-all`.
-QUICK = ("test_local_vim_cls", "test_vim")
-some_models = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
-)
+every_plain_model = pytest.mark.parametrize("name", PLAIN)
+some_models, some_plain_models = models(MODELS), models(PLAIN)
 SIZE = 64
 
 
@@ -64,7 +72,7 @@ def test_unknown_arguments_raise(name):
         create(name, not_an_argument=1)
 
 
-@every_model
+@every_plain_model
 def test_features_head_and_reset(name):
     model = create(name)
     features = model.forward_features(image(2))
@@ -88,7 +96,7 @@ def test_meta_device_and_dtype(name):
     assert model(torch.empty(1, 3, SIZE, SIZE, device="meta", dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-@every_model
+@every_plain_model
 def test_initialises_again_after_to_empty(name):
     model = create(name, device="meta").to_empty(device="cpu")
     for p in model.parameters():
@@ -101,7 +109,7 @@ def test_initialises_again_after_to_empty(name):
         assert_same_distribution(n, p.detach().double(), wanted[n].detach().double())
 
 
-@some_models
+@some_plain_models
 def test_intermediates_and_pruning(name):
     model = create(name)
     last = len(model.feature_info) - 1
@@ -129,7 +137,7 @@ def test_intermediates_and_pruning(name):
     torch.testing.assert_close(whole(image()), model(image()))
 
 
-@every_model
+@every_plain_model
 def test_features_only(name):
     model = create(name, features_only=True, out_indices=(0, 2))
     maps = model(torch.rand(1, 3, 48, 96))
@@ -153,7 +161,7 @@ def test_gradient_checkpointing_changes_nothing(name):
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
-@every_model
+@every_plain_model
 def test_fx_traces_forward_and_backward(name):
     model = create(name)
     functions = list(timm.models.get_notrace_functions())
@@ -169,13 +177,13 @@ def test_fx_traces_forward_and_backward(name):
     assert not [n for n, p in traced.named_parameters() if p.grad is None]
 
 
-@every_model
+@every_plain_model
 def test_plain_symbolic_trace(name):
     model = create(name)
     torch.testing.assert_close(torch.fx.symbolic_trace(model)(image()), model(image()))
 
 
-@every_model
+@every_plain_model
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_torchscript_also_from_a_file(name, tmp_path):
     model = create(name)
@@ -186,7 +194,7 @@ def test_torchscript_also_from_a_file(name, tmp_path):
         torch.testing.assert_close(loaded(x), model(x))
 
 
-@some_models
+@some_plain_models
 def test_compiles_whole(name):
     model = create(name)
     keys = list(model.state_dict())
@@ -219,7 +227,7 @@ def test_autocast(name, monkeypatch):
     assert relative_rms(features, truth) <= 2 * relative_rms(reference, truth)
 
 
-@every_model
+@every_plain_model
 def test_weight_decay_and_layer_groups(name):
     model = create(name)
     optimizer = create_optimizer_v2(model, "adamw", lr=1.0, weight_decay=0.1)

@@ -9,7 +9,8 @@ from cases import golden_inputs, golden_state_dict, load_golden
 from fill import check, fill_input
 
 import vision  # noqa: F401  registers the models
-from vision.models.vim import Vim, checkpoint_filter_fn, resample_positions
+from vision.models.patches import resample_positions
+from vision.models.vim import Vim, checkpoint_filter_fn
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "d_state": 4, "num_classes": 5}
 

@@ -8,27 +8,25 @@ Dimension letters: B batch, H W grid of patches, L tokens, D model width, E inne
 routes, P route positions, W convolution width.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from core.block import AddNorm
 from vision.models.loading import fit_to_model, unwrap
 from vision.models.local_mixer import LocalMixer, Rotary, rotation
-from vision.models.patches import resample_positions
-from vision.models.plain import Patches, PlainBackbone, fit_positions, resample_grid
+from vision.models.patches import Patches, fit_positions
+from vision.models.plain import PlainBackbone
 from vision.routes import check_routes
 
 __all__ = ["LocalVim"]
 
-for _leaf in ("resample_grid", "resample_positions", "rotation"):  # leaves for the tracer in this module too
-    torch.fx.wrap(_leaf)
+torch.fx.wrap("rotation")  # a leaf for plain tracers in this module too
 
 LETTERS = {"h": "raster", "v": "columns", "2": "windows2", "7": "windows7"}
 FLIPPED = {"H": "raster", "V": "columns", "@": "windows2", "&": "windows7"}
@@ -82,7 +80,6 @@ class LocalVim(PlainBackbone):
         ValueError: For unknown routes or another number of them, another pooling, or rotary with a class token.
     """
 
-    class_token: torch.jit.Final[bool]
     rotary: torch.jit.Final[bool]
 
     def __init__(
@@ -120,16 +117,12 @@ class LocalVim(PlainBackbone):
             )
             for names, rate in zip(routes, calculate_drop_path_rates(drop_path_rate, depth), strict=True)
         ]
-        self.pools = ("token", "avg", "") if class_token else ("avg", "")
         pool = ("token" if class_token else "avg") if global_pool is None else global_pool
         super().__init__(
             patches, layers, AddNorm(embed_dim, **dd), embed_dim, in_chans, num_classes, pool, drop_rate,
-            [patch_size] * depth, prefix_rows=int(class_token), **dd,
+            [patch_size] * depth, class_token, **dd,
         )  # fmt: skip
-        self.output_fmt = None if class_token else "NHWC"
-        self.class_token, self.rotary = class_token, rotary
-        if class_token:
-            self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
+        self.rotary = rotary
         if rotary:
             self.rope = Rotary(embed_dim, self.grid_size, 14, **dd)
         self.init_weights()
@@ -138,22 +131,8 @@ class LocalVim(PlainBackbone):
     def init_weights(self) -> None:
         """Initialises all parameters as published; also after ``to_empty``."""
         super().init_weights()
-        if self.class_token:
-            trunc_normal_(self.cls_token, std=0.02)
         if self.rotary:
             self.rope.init_weights()
-
-    def embed(self, image: Tensor) -> tuple[Tensor, list[int]]:
-        """Tokens (B, L, D) with positions, and their grid."""
-        x = self.patch_embed(image)
-        grid = [x.shape[1], x.shape[2]]
-        x = x.flatten(1, 2)
-        if not self.class_token:
-            return x + resample_grid(self.pos_embed, self.grid_size, grid), grid
-        middle = grid[0] * grid[1] // 2
-        x = torch.cat((x[:, :middle], self.cls_token.expand(x.shape[0], -1, -1), x[:, middle:]), dim=1)
-        own = (self.grid_size[0], self.grid_size[1])
-        return x + resample_positions(self.pos_embed, own, grid[0], grid[1]), grid
 
     def prepare(self, hidden: Tensor, residual: Tensor, grid: list[int]) -> tuple[Tensor, Tensor]:
         """Turns both streams before a block."""
@@ -161,28 +140,6 @@ class LocalVim(PlainBackbone):
             return hidden, residual
         table = rotation(self.rope.freqs_cos, self.rope.freqs_sin, self.grid_size, grid, self.rope.length)
         return self.rope(hidden, table), self.rope(residual, table)
-
-    def as_map(self, tokens: Tensor, grid: list[int], image: Tensor) -> Tensor:
-        """Tokens as a map (B, H, W, D); with a class token as they are."""
-        return tokens if self.class_token else tokens.unflatten(1, grid)
-
-    def patch_map(self, tokens: Tensor, grid: list[int], image: Tensor) -> Tensor:
-        """The patches among the tokens as a map (B, H, W, D)."""
-        if self.class_token:
-            middle = grid[0] * grid[1] // 2
-            tokens = torch.cat((tokens[:, :middle], tokens[:, middle + 1 :]), dim=1)
-        return tokens.unflatten(1, grid)
-
-    def pool(self, x: Tensor) -> Tensor:
-        """Pools what ``forward_features`` returns to (B, D), or returns it if the model has no pooling."""
-        if self.global_pool == "":
-            return x
-        if not self.class_token:
-            return x.flatten(1, -2).mean(1)
-        middle = (x.shape[1] - 1) // 2
-        if self.global_pool == "token":
-            return x[:, middle]
-        return torch.cat((x[:, :middle], x[:, middle + 1 :]), dim=1).mean(1)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: LocalVim) -> dict[str, Tensor]:
@@ -198,12 +155,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: LocalVim) -> dict[st
     state = unwrap(state_dict)
     positions = state.get("pos_embed")
     if positions is not None and positions.shape[1] != model.pos_embed.shape[1]:
-        if model.class_token:
-            side = math.isqrt(positions.shape[1] - 1)
-            height, width = model.grid_size
-            state["pos_embed"] = resample_positions(positions, (side, side), height, width)
-        else:
-            state["pos_embed"] = fit_positions(positions, model.grid_size)
+        state["pos_embed"] = fit_positions(positions, model.grid_size, class_token=model.class_token)
         for name in ("rope.freqs_cos", "rope.freqs_sin"):  # of another grid: the model's own follow from its size
             if name in state:
                 state[name] = model.state_dict()[name]

@@ -8,24 +8,26 @@ code the residual branches off after the norm: x = norm(x) + mixer(norm(x)).
 Dimension letters: B batch, C channels, T H W grid of patches, L tokens, D model width, E inner width, N state.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_function
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from core.block import AddNorm
+from vision.models.clips import Tubelets, clip_map, frames_of, inflate
 from vision.models.loading import fit_to_model, unwrap
 from vision.models.nd_block import NDBlock, OrderedMamba, PatchMerging
-from vision.models.plain import JustAdd, Patches, PlainBackbone, fit_positions, pad_to_patches, resample_grid
+from vision.models.patches import Patches, fit_positions, resample_grid
+from vision.models.plain import JustAdd, PlainBackbone
 
 __all__ = ["MambaND", "MambaNDVideo"]
 
-torch.fx.wrap("resample_grid")  # a leaf for the tracer in this module too
+for _leaf in ("clip_map", "resample_grid"):  # leaves for plain tracers in this module too
+    torch.fx.wrap(_leaf)
 
 IMAGE_ORDERS = ((0, 1), (1, 0))  # the last axis runs fastest: rows, columns
 VIDEO_ORDERS = ((0, 1, 2), (0, 2, 1), (2, 1, 0))  # rows of each frame, its columns, along time
@@ -101,56 +103,6 @@ class MambaND(PlainBackbone):
         x = self.patch_embed(image)
         grid = [x.shape[1], x.shape[2]]
         return self.pos_drop(x.flatten(1, 2) + resample_grid(self.pos_embed, self.grid_size, grid)), grid
-
-
-@torch.fx.wrap
-@register_notrace_function
-def as_clip(video: Tensor, tubelet: int) -> Tensor:
-    """A video (B, C, T, height, width), or an image (B, C, height, width) as one frame, in whole tubelets.
-
-    The last frame is repeated until T is a multiple of ``tubelet``. A leaf for tracers, as it looks at the axes.
-
-    Raises:
-        ValueError: If it is neither.
-    """
-    if video.ndim not in (4, 5):
-        raise ValueError(
-            f"video: got {video.ndim} axes, wanted (B, C, T, height, width), or (B, C, height, width) for one frame"
-        )
-    clip = video if video.ndim == 5 else video.unsqueeze(2)
-    missing = (tubelet - clip.shape[2] % tubelet) % tubelet
-    return clip if missing == 0 else torch.cat((clip, clip[:, :, -1:].expand(-1, -1, missing, -1, -1)), dim=2)
-
-
-@torch.fx.wrap
-@register_notrace_function
-def clip_map(tokens: Tensor, grid: list[int], video: Tensor) -> Tensor:
-    """Tokens (B, L, D) as (B, T, H, W, D), or (B, H, W, D) where the model was given an image."""
-    return tokens.unflatten(1, grid if video.ndim == 5 else grid[1:])
-
-
-class Tubelets(nn.Module):
-    """Cuts videos of any size into tubelets, filled up: (B, C, T, height, width) -> (B, T', H, W, D)."""
-
-    def __init__(
-        self,
-        img_size: tuple[int, int],
-        num_frames: int,
-        patch_size: int,
-        tubelet: int,
-        in_chans: int,
-        embed_dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.img_size, self.patch_size, self.tubelet = img_size, patch_size, tubelet
-        self.grid_size = (-(-num_frames // tubelet), *(-(-size // patch_size) for size in img_size))
-        size = (tubelet, patch_size, patch_size)
-        self.proj = nn.Conv3d(in_chans, embed_dim, size, size, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(pad_to_patches(as_clip(x, self.tubelet), self.patch_size)).permute(0, 2, 3, 4, 1)
 
 
 class MambaNDVideo(PlainBackbone):
@@ -250,37 +202,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: MambaND | MambaNDVid
         return fit_to_model(inflate(state, model), model)
     if "pos_embed" in state:
         if video:
-            frames = _frames_of(state["pos_embed"].shape[1], model.grid_size)
+            frames = frames_of(state["pos_embed"].shape[1], model.grid_size)
         state["pos_embed"] = fit_positions(state["pos_embed"], model.grid_size, frames)
     return fit_to_model(state, model)
-
-
-def _frames_of(rows: int, grid: list[int]) -> int:
-    """Frames of a checkpoint's grid: of the same frame size as the model's if that divides, else as many frames."""
-    area = grid[1] * grid[2]
-    return rows // area if rows % area == 0 else grid[0]
-
-
-def inflate(state: dict[str, Tensor], model: MambaNDVideo) -> dict[str, Tensor]:
-    """An image model's weights as the start of a video model, as published.
-
-    Layers 4m to 4m + 3 become 6m to 6m + 3; the two layers along time keep the model's own values. A patch's weight is
-    shared out over the frames of a tubelet, and every frame gets the same position embeddings.
-    """
-    tubelet, frames = model.patch_embed.tubelet, model.grid_size[0]  # type: ignore[union-attr]
-    video = dict(model.state_dict())
-    for name, value in state.items():
-        if found := re.match(r"layers\.(\d+)\.(.*)", name):
-            i = int(found[1])
-            name = f"layers.{i // 4 * 6 + i % 4}.{found[2]}"
-        elif name == "patch_embed.proj.weight":
-            value = value.unsqueeze(2).repeat(1, 1, int(tubelet), 1, 1) / tubelet
-        elif name == "pos_embed":
-            value = fit_positions(value, model.grid_size[1:]).repeat(1, frames, 1)
-        elif name.startswith(("head.", "norm_f.", "fc_norm.")):
-            continue  # of another task
-        video[name] = value
-    return video
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Mamba along several routes at once, the mixer of Vim and its kin.
 
-Dimension letters: B batch, L tokens, D model width, E inner width, N state, K routes, P route positions, R dt rank,
-W convolution width.
+Dimension letters: B batch, L tokens, H W grid of patches, M = H W, D model width, E inner width, N state, K routes,
+P route positions, R dt rank, W convolution width.
 """
 
 import math
@@ -61,7 +61,8 @@ class RouteMixer(nn.Module):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         wide = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
         inner = expand * dim
-        self.routes, self.d_state, self.dt_rank = len(routes), d_state, math.ceil(dim / 16)
+        self.routes, self.K = ",".join(routes), len(routes)
+        self.d_state, self.dt_rank = d_state, math.ceil(dim / 16)
         self.in_order = all(name in ("raster", "raster_reversed") for name in routes)
         self.backwards = [name == "raster_reversed" for name in routes]
         suffixes = ["", "_b", *(f"_{k}" for k in range(2, len(routes)))][: len(routes)]
@@ -87,7 +88,7 @@ class RouteMixer(nn.Module):
         the second at softplus(~0) = 0.7, which forgets within a few tokens. That is an oversight there; here all
         routes start alike. Loading a checkpoint is not affected.
         """
-        for k in range(self.routes):
+        for k in range(self.K):
             dt_proj = getattr(self, self.dt_names[k])
             nn.init.uniform_(dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
             dt = hippo.log_uniform_dt(dt_proj.out_features, floor=1e-4, device=dt_proj.bias.device)
@@ -109,7 +110,7 @@ class RouteMixer(nn.Module):
             (K, E, R) and bias (K, E).
         """
         if torch.jit.is_scripting():  # which looks no attribute up by a computed name
-            assert self.routes == 2, "TorchScript takes models of two routes; use torch.export or torch.compile"
+            assert self.K == 2, "TorchScript takes models of two routes; use torch.export or torch.compile"
             A_logs, Ds = [self.A_log, self.A_b_log], [self.D, self.D_b]
             convs = [self.conv1d.weight, self.conv1d_b.weight]
             bias, bias_b = self.conv1d.bias, self.conv1d_b.bias
@@ -133,7 +134,7 @@ class RouteMixer(nn.Module):
     def scan_in_order(self, x: Tensor, z: Tensor) -> Tensor:
         """Convolves and scans tokens (B, L, E) forwards and backwards; the gated sum (B, L, E)."""
         if torch.jit.is_scripting():
-            assert self.routes == 2, "TorchScript takes models of two routes; use torch.export or torch.compile"
+            assert self.K == 2, "TorchScript takes models of two routes; use torch.export or torch.compile"
             bias, bias_b = self.conv1d.bias, self.conv1d_b.bias
             assert bias is not None  # nn.Conv1d declares it optional
             assert bias_b is not None
@@ -145,7 +146,7 @@ class RouteMixer(nn.Module):
                 self.dt_proj_b.bias, self.backwards[1],
             )  # fmt: skip
         ys = []
-        for k in range(self.routes):
+        for k in range(self.K):
             conv, dt_proj = getattr(self, self.conv_names[k]), getattr(self, self.dt_names[k])
             A_log, D, x_proj = (getattr(self, names[k]) for names in (self.A_names, self.D_names, self.x_names))
             ys.append(
@@ -180,13 +181,14 @@ class RouteMixer(nn.Module):
         )  # fmt: skip
         return y
 
-    def scan_along_routes(self, x: Tensor, z: Tensor, route: Tensor) -> Tensor:
-        """Convolves and scans tokens (B, L, E) along ``route`` (K, P); the gated sum (B, L, E)."""
+    def scan_along_routes(self, x: Tensor, z: Tensor, grid: list[int]) -> Tensor:
+        """Convolves and scans tokens (B, M + 1, E) of a grid along the routes; the gated sum (B, M + 1, E)."""
+        route = torch.ops.triscan.scan_routes(x, self.routes, grid[0], grid[1], True)
         A_log, D, conv_weight, conv_bias, x_weight, dt_weight, dt_bias = self.stacked()
         x, _ = torch.ops.triscan.causal_conv1d(
             x, conv_weight, conv_bias, route, None, None, None, "silu", False, False, "auto"
         )
-        K, R, N = self.routes, self.dt_rank, self.d_state
+        K, R, N = self.K, self.dt_rank, self.d_state
         dt, B, C = F.linear(x.flatten(2), block_diagonal(x_weight)).unflatten(-1, (K, -1)).split([R, N, N], dim=-1)
         dt = F.linear(dt.flatten(2), block_diagonal(dt_weight)).unflatten(-1, (K, -1))
         y, _, _ = torch.ops.triscan.selective_scan(
@@ -195,8 +197,8 @@ class RouteMixer(nn.Module):
         )  # fmt: skip
         return y
 
-    def forward(self, x: Tensor, route: Tensor) -> Tensor:
-        """Mixes tokens (B, L, D) along ``route`` (K, P); returns (B, L, D)."""
+    def forward(self, x: Tensor, grid: list[int]) -> Tensor:
+        """Mixes tokens (B, M + 1, D) of a grid of M patches, the class token at row M // 2; returns (B, M + 1, D)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        y = self.scan_in_order(x, z) if self.in_order else self.scan_along_routes(x, z, route)
-        return self.out_proj(y) / self.routes
+        y = self.scan_in_order(x, z) if self.in_order else self.scan_along_routes(x, z, grid)
+        return self.out_proj(y) / self.K

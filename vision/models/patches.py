@@ -3,12 +3,24 @@
 Dimension letters: B batch, C channels of an image, H W grid of patches, M = H W patches, D model width.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
-__all__ = ["PatchEmbed", "check_image", "resample_positions"]
+__all__ = [
+    "PatchEmbed",
+    "Patches",
+    "check_image",
+    "fit_positions",
+    "pad_to_patches",
+    "resample_grid",
+    "resample_positions",
+]
 
 
 @torch.fx.wrap
@@ -58,6 +70,51 @@ def resample_positions(pos_embed: Tensor, old: tuple[int, int], height: int, wid
     return torch.cat((patches[:, :middle], pos_embed[:, row : row + 1], patches[:, middle:]), dim=1)
 
 
+@torch.fx.wrap
+@register_notrace_function
+def resample_grid(pos_embed: Tensor, old: list[int], new: list[int]) -> Tensor:
+    """Resamples position embeddings (1, M, D) of a grid ``old`` to a grid ``new``, (1, M', D).
+
+    Bicubic for images; for videos (T, H, W) trilinear, as published.
+    """
+    if old == new:
+        return pos_embed
+    if len(old) == 2:
+        return resample_abs_pos_embed(pos_embed, new, old, num_prefix_tokens=0)
+    volume = pos_embed.float().transpose(1, 2).reshape(1, -1, old[0], old[1], old[2])
+    volume = F.interpolate(volume, size=new, mode="trilinear", align_corners=False)
+    return volume.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+
+
+def fit_positions(
+    pos_embed: Tensor, grid: Sequence[int], frames: int | None = None, class_token: bool = False
+) -> Tensor:
+    """Position embeddings of a checkpoint, learnt on a square grid, on the grid of a model.
+
+    Args:
+        pos_embed: (1, M, D), with a class token (1, M + 1, D).
+        grid: Of the model: height and width, for videos after the number of frames.
+        frames: Frames of the checkpoint's grid, for videos.
+        class_token: Whether the middle row is a class token's, which stays.
+
+    Raises:
+        ValueError: If the grid that they were learnt on was not square.
+    """
+    extra = int(class_token)
+    if pos_embed.shape[1] == math.prod(grid) + extra:
+        return pos_embed
+    rows = (pos_embed.shape[1] - extra) // (frames or 1)
+    side = math.isqrt(rows)
+    if side * side * (frames or 1) + extra != pos_embed.shape[1]:
+        raise ValueError(
+            f"pos_embed: got {pos_embed.shape[1]} rows, which are no square grid{' and a class token' * extra}; wanted "
+            f"{math.prod(grid) + extra} rows; build the model with the img_size it was trained at, then resample"
+        )
+    if class_token:
+        return resample_positions(pos_embed, (side, side), grid[0], grid[1])
+    return resample_grid(pos_embed, [side, side] if frames is None else [frames, side, side], list(grid))
+
+
 class PatchEmbed(nn.Module):
     """Cuts images into patches, overlapping if stride < patch_size: (B, C, height, width) -> (B, H, W, D)."""
 
@@ -83,3 +140,30 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = check_image(x, self.patch_size, self.stride, self.img_size, self.strict_img_size)
         return self.proj(x).permute(0, 2, 3, 1)
+
+
+def pad_to_patches(x: Tensor, patch: int) -> Tensor:
+    """Fills images (..., height, width) with zeros at the right and at the bottom until patches tile them."""
+    height, width = x.shape[-2], x.shape[-1]
+    return F.pad(x, (0, (patch - width % patch) % patch, 0, (patch - height % patch) % patch))
+
+
+class Patches(nn.Module):
+    """Cuts images of any size into patches, filled up with zeros: (B, C, height, width) -> (B, H, W, D)."""
+
+    def __init__(
+        self,
+        img_size: tuple[int, int],
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.img_size, self.patch_size = img_size, patch_size
+        self.grid_size = tuple(-(-size // patch_size) for size in img_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(pad_to_patches(x, self.patch_size)).permute(0, 2, 3, 1)

@@ -12,58 +12,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import get_device_dtype, resample_abs_pos_embed, trunc_normal_
-from timm.models import checkpoint, register_notrace_function
+from timm.layers import get_device_dtype, trunc_normal_
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-__all__ = ["JustAdd", "Patches", "PlainBackbone", "fit_positions", "pad_to_patches", "resample_grid"]
+from vision.models.patches import resample_grid, resample_positions
 
+__all__ = ["JustAdd", "PlainBackbone"]
 
-def pad_to_patches(x: Tensor, patch: int) -> Tensor:
-    """Fills images (..., height, width) with zeros at the right and at the bottom until patches tile them."""
-    height, width = x.shape[-2], x.shape[-1]
-    return F.pad(x, (0, (patch - width % patch) % patch, 0, (patch - height % patch) % patch))
-
-
-@torch.fx.wrap
-@register_notrace_function
-def resample_grid(pos_embed: Tensor, old: list[int], new: list[int]) -> Tensor:
-    """Resamples position embeddings (1, M, D) of a grid ``old`` to a grid ``new``, (1, M', D).
-
-    Bicubic for images; for videos (T, H, W) trilinear, as published.
-    """
-    if old == new:
-        return pos_embed
-    if len(old) == 2:
-        return resample_abs_pos_embed(pos_embed, new, old, num_prefix_tokens=0)
-    volume = pos_embed.float().transpose(1, 2).reshape(1, -1, old[0], old[1], old[2])
-    volume = F.interpolate(volume, size=new, mode="trilinear", align_corners=False)
-    return volume.flatten(2).transpose(1, 2).to(pos_embed.dtype)
-
-
-def fit_positions(pos_embed: Tensor, grid: Sequence[int], frames: int | None = None) -> Tensor:
-    """Position embeddings of a checkpoint, learnt on a square grid, on the grid of a model.
-
-    Args:
-        pos_embed: (1, M, D).
-        grid: Of the model: height and width, for videos after the number of frames.
-        frames: Frames of the checkpoint's grid, for videos.
-
-    Raises:
-        ValueError: If the grid that they were learnt on was not square.
-    """
-    if pos_embed.shape[1] == math.prod(grid):
-        return pos_embed
-    rows = pos_embed.shape[1] // (frames or 1)
-    side = math.isqrt(rows)
-    if side * side * (frames or 1) != pos_embed.shape[1]:
-        raise ValueError(
-            f"pos_embed: got {pos_embed.shape[1]} rows, which are no square grid; wanted {math.prod(grid)} rows; "
-            "build the model with the img_size it was trained at, then resample"
-        )
-    return resample_grid(pos_embed, [side, side] if frames is None else [frames, side, side], list(grid))
+for _leaf in ("resample_grid", "resample_positions"):  # leaves for plain tracers in this module too
+    torch.fx.wrap(_leaf)
 
 
 class JustAdd(nn.Module):
@@ -74,25 +33,10 @@ class JustAdd(nn.Module):
         return residual.to(x.dtype), residual
 
 
-class Patches(nn.Module):
-    """Cuts images of any size into patches, filled up with zeros: (B, C, height, width) -> (B, H, W, D)."""
-
-    def __init__(
-        self,
-        img_size: tuple[int, int],
-        patch_size: int,
-        in_chans: int,
-        embed_dim: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.img_size, self.patch_size = img_size, patch_size
-        self.grid_size = tuple(-(-size // patch_size) for size in img_size)
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size, device=device, dtype=dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(pad_to_patches(x, self.patch_size)).permute(0, 2, 3, 1)
+def without_middle(tokens: Tensor) -> Tensor:
+    """Tokens (B, M + 1, D) without the class token, row M // 2: (B, M, D)."""
+    middle = (tokens.shape[1] - 1) // 2
+    return torch.cat((tokens[:, :middle], tokens[:, middle + 1 :]), dim=1)
 
 
 class PlainBackbone(nn.Module):
@@ -100,6 +44,8 @@ class PlainBackbone(nn.Module):
 
     A block is called as ``block(hidden, residual, grid)``, with the branch of the block before and the residual stream
     (B, L, D) and the grid as a list; it returns the three for the next.
+
+    ``forward_features`` returns maps, with a class token all tokens (B, M + 1, D), the class token at row M // 2.
 
     Args:
         patch_embed: Maps images to (B, *grid, D); has ``grid_size``.
@@ -110,15 +56,14 @@ class PlainBackbone(nn.Module):
         num_classes: Outputs of the classifier; 0 leaves it out.
         global_pool: How tokens are pooled, one of ``pools``.
         drop_rate: Dropout before the classifier.
-        prefix_rows: Rows of the position embeddings beside the patches' (a class token's).
+        class_token: Whether there is a class token, in the middle of the patches.
         fc_norm: A norm of the pooled features.
         reductions: Pixels from one token to the next after each block.
         device: Where the parameters live.
         dtype: Their dtype.
     """
 
-    pools: tuple[str, ...] = ("avg", "")
-    output_fmt: str | None = "NHWC"
+    __constants__ = ("class_token",)  # of TorchScript, which then leaves the other branch out
 
     def __init__(
         self,
@@ -131,21 +76,25 @@ class PlainBackbone(nn.Module):
         global_pool: str,
         drop_rate: float,
         reductions: Sequence[int],
-        prefix_rows: int = 0,
+        class_token: bool = False,
         fc_norm: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.num_classes, self.in_chans = num_classes, in_chans
+        self.num_classes, self.in_chans, self.class_token = num_classes, in_chans, class_token
+        self.pools: tuple[str, ...] = ("token", "avg", "") if class_token else ("avg", "")
+        self.output_fmt = None if class_token else "NHWC"
         self.global_pool = self.check_pool(global_pool)
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.feature_dim = -1
         self.grad_checkpointing = False
         self.patch_embed = patch_embed
         self.grid_size: list[int] = [int(size) for size in patch_embed.grid_size]  # type: ignore[union-attr, arg-type]
-        rows = math.prod(self.grid_size) + prefix_rows
-        self.pos_embed = nn.Parameter(torch.empty(1, rows, embed_dim, device=device, dtype=dtype))
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        if class_token:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
+        self.pos_embed = nn.Parameter(torch.empty(1, math.prod(self.grid_size) + int(class_token), embed_dim, **dd))
         self.layers = nn.ModuleList(layers)
         self.norm_f = norm_f
         self.fc_norm = nn.Identity() if fc_norm is None else fc_norm
@@ -153,7 +102,6 @@ class PlainBackbone(nn.Module):
             {"module": f"layers.{i}", "num_chs": embed_dim, "reduction": r} for i, r in enumerate(reductions)
         ]
         self.head_drop = nn.Dropout(drop_rate)
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
 
     # What a family writes.
@@ -162,7 +110,13 @@ class PlainBackbone(nn.Module):
         """Tokens (B, L, D) with positions, and their grid."""
         x = self.patch_embed(image)
         grid = [x.shape[1], x.shape[2]]
-        return x.flatten(1, 2) + resample_grid(self.pos_embed, self.grid_size, grid), grid
+        x = x.flatten(1, 2)
+        if not self.class_token:
+            return x + resample_grid(self.pos_embed, self.grid_size, grid), grid
+        middle = x.shape[1] // 2
+        x = torch.cat((x[:, :middle], self.cls_token.expand(x.shape[0], -1, -1), x[:, middle:]), dim=1)
+        own = (self.grid_size[0], self.grid_size[1])
+        return x + resample_positions(self.pos_embed, own, grid[0], grid[1]), grid
 
     def prepare(self, hidden: Tensor, residual: Tensor, grid: list[int]) -> tuple[Tensor, Tensor]:
         """What is done to both streams before each block."""
@@ -170,16 +124,19 @@ class PlainBackbone(nn.Module):
 
     def as_map(self, tokens: Tensor, grid: list[int], image: Tensor) -> Tensor:
         """Tokens (B, L, D) as what ``forward_features`` returns for ``image``."""
-        return tokens.unflatten(1, grid)
+        return tokens if self.class_token else tokens.unflatten(1, grid)
 
     def patch_map(self, tokens: Tensor, grid: list[int], image: Tensor) -> Tensor:
         """The patches among the tokens (B, L, D) as a channel-last map."""
+        if self.class_token:
+            return without_middle(tokens).unflatten(1, grid)
         return self.as_map(tokens, grid, image)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialises all parameters as published; also after ``to_empty``."""
-        trunc_normal_(self.pos_embed, std=0.02)
+        for value in (self.pos_embed, self.cls_token) if self.class_token else (self.pos_embed,):
+            trunc_normal_(value, std=0.02)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Conv3d, nn.BatchNorm2d)):
                 module.reset_parameters()
@@ -206,7 +163,7 @@ class PlainBackbone(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names without weight decay beside all 1-D ones: tokens, positions, directions and A_log."""
         names = {name for name, _ in self.named_parameters()}
-        free = {name for name in names if "A_log" in name or name.endswith("direction_Bs")}
+        free = {name for name in names if "A_log" in name or name.endswith(("_log", "direction_Bs"))}
         return free | {"pos_embed", "cls_token"} & names
 
     @torch.jit.ignore
@@ -297,7 +254,7 @@ class PlainBackbone(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The map after the last norm, (B, H, W, D)."""
+        """The map after the last norm, (B, H, W, D); with a class token all tokens, (B, M + 1, D)."""
         hidden, grid = self.embed(x)
         residual = torch.zeros_like(hidden, dtype=torch.float32)
         for layer in self.layers:
@@ -310,8 +267,12 @@ class PlainBackbone(nn.Module):
         return self.as_map(hidden, grid, x)
 
     def pool(self, x: Tensor) -> Tensor:
-        """Pools a map (B, H, W, D) to (B, D), or returns it if the model has no pooling."""
-        return x.flatten(1, -2).mean(1) if self.global_pool == "avg" else x
+        """Pools what ``forward_features`` returns to (B, D), or returns it if the model has no pooling."""
+        if self.global_pool == "":
+            return x
+        if not self.class_token:
+            return x.flatten(1, -2).mean(1)
+        return x[:, (x.shape[1] - 1) // 2] if self.global_pool == "token" else without_middle(x).mean(1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools a map and classifies it; ``pre_logits`` stops before the classifier."""
