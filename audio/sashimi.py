@@ -83,6 +83,11 @@ class MLP(nn.Module):
             nn.Sequential(nn.Linear(dim, hidden), nn.GELU()), nn.Dropout(dropout), nn.Linear(hidden, dim)
         )
 
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        """The two linear layers."""
+        return self.ff[0][0], self.ff[2]  # type: ignore[index, return-value]
+
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, L, D) to (B, L, D)."""
         return self.ff(x)

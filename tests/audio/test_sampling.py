@@ -39,6 +39,25 @@ def test_the_compiled_step_knows_the_mixer_s_options(mixer_cfg: dict) -> None:
     torch.testing.assert_close(got, net(x), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config",
+    [
+        SashimiConfig(6, 1, (2, 2), mixer="s4d", mixer_cfg={"d_state": 6, "disc": "bilinear"}, mlp=2, unet=False),
+        SashimiConfig(6, 1, (3,), mixer="s4d", mixer_cfg={"d_state": 4, "glu": False}, centre="mamba"),
+    ],
+)
+def test_the_compiled_step_knows_other_layers(config: SashimiConfig) -> None:
+    torch.manual_seed(1)
+    net = SoundNet(config, 16).eval()
+    x = torch.randint(0, 16, (2, 19))
+    whole = net(x)
+    _, state = net.forward_state(x[:, :5], net.init_state(2))
+    stepper = CompiledStepper(net, state)
+    got = torch.stack([stepper.step(x[:, t]) for t in range(5, 19)], dim=1)
+    torch.testing.assert_close(got, whole[:, 5:], atol=1e-5, rtol=1e-5)
+
+
 def test_there_is_no_compiled_step_for_other_dtypes(net: SoundNet) -> None:
     assert has_compiled_step(net)
     assert not has_compiled_step(SoundNet(net.config, 16).double())
