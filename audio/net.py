@@ -20,17 +20,19 @@ class SoundNet(nn.Module):
     Args:
         config: Sizes of the U-Net.
         levels: Number of levels Q.
+        classes: Number of classes, such as the ten digits. A sequence of class c begins with Q + c where another begins
+            with the codec's start level; the net's state carries it on, so that stepping knows nothing of classes.
     """
 
-    def __init__(self, config: SashimiConfig, levels: int = 256) -> None:
+    def __init__(self, config: SashimiConfig, levels: int = 256, classes: int = 0) -> None:
         super().__init__()
-        self.config, self.levels = config, levels
-        self.embedding = nn.Embedding(levels, config.d_model)
+        self.config, self.levels, self.classes = config, levels, classes
+        self.embedding = nn.Embedding(levels + classes, config.d_model)
         self.model = Sashimi(config)
         self.head = nn.Linear(config.d_model, levels)
         smooth = waves(levels, config.d_model)
         with torch.no_grad():
-            self.embedding.weight.copy_(smooth)
+            self.embedding.weight[:levels].copy_(smooth)
             self.head.weight.copy_(0.3 * smooth)
 
     def forward(self, x: Tensor) -> Tensor:
