@@ -13,8 +13,8 @@ from torch import Tensor
 
 from audio.files import read_clip, to_mono, write_wav
 from audio.listen import add_players, spectrogram_png
-from audio.module import Trained, load_trained
 from audio.sampling import generate_levels
+from audio.trained import Trained, load_trained
 from core import env
 from core.cli import run
 from core.errors import UserError

@@ -4,10 +4,7 @@ Dimension letters: B batch, L samples, Q levels.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +16,11 @@ from audio.listen import add_players
 from audio.net import SoundNet
 from audio.sampling import generate_levels
 from audio.sashimi import SashimiConfig
-from core.checkpoints import load_into
+from audio.trained import RECORD, record
 from core.errors import UserError
 from core.generate import Sampling
 from core.training.module import OptimizerOptions, ScheduleOptions, TrainingModule
 from core.training.report import Report
-
-RECORD = "audio"  # the entry of a checkpoint that says what the net's weights mean
 
 
 class SoundModel(TrainingModule):
@@ -35,6 +30,7 @@ class SoundModel(TrainingModule):
         config: Sizes of the net.
         codec: What the levels mean; the data's.
         sample_rate: In Hz; the data's.
+        class_names: What recordings are of, if the data are labelled; the data's.
         report_clips: Clips that are generated for the report.
         report_seconds: Their length.
         report_temperature: Divides the logits when they are drawn.
@@ -54,6 +50,7 @@ class SoundModel(TrainingModule):
         config: SashimiConfig = SashimiConfig(),  # noqa: B008  frozen
         codec: Codec = Codec(),  # noqa: B008  frozen
         sample_rate: int = 16000,
+        class_names: tuple[str, ...] = (),
         report_clips: int = 4,
         report_seconds: float = 1.0,
         report_temperature: float = 1.0,
@@ -64,13 +61,14 @@ class SoundModel(TrainingModule):
     ) -> None:
         super().__init__(optimizer, schedule, compile)
         self.config, self.codec, self.sample_rate = config, codec, sample_rate
+        self.class_names = tuple(class_names)
         self.report_clips, self.report_seconds = report_clips, report_seconds
         for name, value in (("report_temperature", report_temperature), ("input_noise", input_noise)):
             if not value >= 0:
                 raise UserError(f"--model.{name} is {value}, wanted at least 0")
         self.report_temperature, self.input_noise = report_temperature, input_noise
         try:
-            self.net = SoundNet(config, codec.levels)
+            self.net = SoundNet(config, codec.levels, len(class_names))
         except (TypeError, ValueError) as error:
             raise UserError(f"--model.config: {error}") from error
 
@@ -103,11 +101,7 @@ class SoundModel(TrainingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record what the weights mean, so that generation needs nothing but the checkpoint."""
-        checkpoint[RECORD] = {
-            "config": asdict(self.config),
-            "codec": asdict(self.codec),
-            "sample_rate": self.sample_rate,
-        }
+        checkpoint[RECORD] = record(self.config, self.codec, self.sample_rate, self.class_names)
 
     @torch.no_grad()
     def add_to_report(self, report: Report) -> None:
@@ -143,7 +137,7 @@ def disturb(inputs: Tensor, most: float, levels: int) -> Tensor:
     """Adds Gaussian noise to levels, of another strength in each window.
 
     Args:
-        inputs: (B, L) int64 levels.
+        inputs: (B, L) int64 levels; classes among them, which are Q or more, stay as they are.
         most: Largest standard deviation, in levels; that of a window is uniform from 0 to this.
         levels: Number of levels Q; what leaves their range is clipped.
 
@@ -151,46 +145,5 @@ def disturb(inputs: Tensor, most: float, levels: int) -> Tensor:
         (B, L) int64 levels.
     """
     strength = most * torch.rand(len(inputs), 1, device=inputs.device)
-    noise = strength * torch.randn(inputs.shape, device=inputs.device)
-    return (inputs + noise.round().long()).clamp(0, levels - 1)
-
-
-class Trained(NamedTuple):
-    """A trained net, and what its levels mean."""
-
-    net: SoundNet
-    codec: Codec
-    sample_rate: int  # Hz
-
-
-def load_trained(path: Path) -> Trained:
-    """Reads a checkpoint of ``audio.train``; the net is on the CPU, ready to generate.
-
-    Args:
-        path: The file, or the folder of a run, whose best checkpoint is then taken.
-
-    Raises:
-        UserError: If there is none, or it is one of another model.
-    """
-    if path.is_dir():
-        path = next(
-            (p for p in (path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")) if p.is_file()), path
-        )
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; give a .ckpt file of audio.train, or the folder of its run")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for files that are something else
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(
-            f"{path} is no checkpoint of a training run ({reason}); give a .ckpt file of audio.train"
-        ) from error
-    record = checkpoint.get(RECORD) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(record, Mapping) or "state_dict" not in checkpoint:
-        raise UserError(f"{path} is a checkpoint of another model; give a .ckpt file of audio.train")
-    config = SashimiConfig(**{**record["config"], "pool": tuple(record["config"]["pool"])})
-    codec = Codec(**record["codec"])
-    net = SoundNet(config, codec.levels)
-    weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
-    load_into(net, weights, str(path))
-    return Trained(net.eval(), codec, int(record["sample_rate"]))
+    noise = (strength * torch.randn(inputs.shape, device=inputs.device)).round().long()
+    return torch.where(inputs < levels, (inputs + noise).clamp(0, levels - 1), inputs)

@@ -8,5 +8,5 @@ if __name__ == "__main__":
         "audio.module.SoundModel",
         "audio.datasets.AudioData",
         default_recipe="digits",
-        links={"data.codec": "model.codec", "data.sample_rate": "model.sample_rate"},
+        links={f"data.{name}": f"model.{name}" for name in ("codec", "sample_rate", "class_names")},
     )

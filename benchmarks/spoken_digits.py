@@ -2,9 +2,9 @@
 
     python -m benchmarks.spoken_digits LEVELS.npz OUT --steps 3000 --config '{"n_layers": 4, "mixer": "mamba"}'
 
-LEVELS.npz holds ``levels`` (uint8, mu-law of 8 kHz, clips laid end to end) and ``meta`` (clips, 4): digit, speaker, take,
-length, as ``python -m audio.pack`` writes it. Takes 0 to 4 are the test part. Beside ``audio.train``, whose figures are the
-same, it runs without data loaders and keeps the whole training step in CUDA graphs, one a length of rows.
+LEVELS.npz holds ``levels`` (uint8, mu-law of 8 kHz, clips laid end to end) and ``meta`` (clips, 4): digit, speaker,
+take, length, as ``--pack FOLDER`` of recordings writes it. Takes 0 to 4 are the test part. Unlike ``audio.train`` it has
+no data loaders, and keeps the whole training step in CUDA graphs, one for each length of rows.
 
 Legend: B rows, L samples of a row, Q levels.
 """
@@ -246,7 +246,9 @@ def main(
 
 
 def _save(net: SoundNet, folder: Path) -> None:
-    save_file({k: v.detach().half().cpu().contiguous() for k, v in net.state_dict().items()}, folder / "net.safetensors")
+    save_file(
+        {k: v.detach().half().cpu().contiguous() for k, v in net.state_dict().items()}, folder / "net.safetensors"
+    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from audio.codec import Codec
 from audio.datasets import Batch
 from audio.generate import generate
 from audio.listen import mel_spectrogram
-from audio.module import SoundModel, disturb, load_trained
+from audio.module import SoundModel, disturb
 from audio.sashimi import SashimiConfig
+from audio.trained import load_trained
 from core.cli import CONFIGS, main, run
 
 SMALL = ["--model.config.d_model=4", "--model.config.pool=[2]", "--model.config.mixer_cfg={d_state: 2}"]
@@ -73,7 +74,7 @@ def test_what_a_run_leaves(trained: Path) -> None:
 
 
 def test_a_checkpoint_knows_its_codec(trained: Path) -> None:
-    net, codec, rate = load_trained(trained)
+    net, codec, rate, _ = load_trained(trained)
     assert codec == Codec("linear", "peak", 64)
     assert rate == 16000
     assert net.config == SashimiConfig(4, 1, (2,), mixer_cfg={"d_state": 2})
@@ -82,7 +83,7 @@ def test_a_checkpoint_knows_its_codec(trained: Path) -> None:
 def test_the_test_counts_every_sample(trained: Path) -> None:
     from audio.datasets import PADDING, AudioData
 
-    net, codec, _ = load_trained(trained)
+    net, codec, *_ = load_trained(trained)
     data = AudioData(str(trained.parent / "recordings"), window=256, batch_size=1, codec=codec)
     data.setup("test")
     bits, count = 0.0, 0
