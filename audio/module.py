@@ -16,7 +16,7 @@ from audio.listen import add_players
 from audio.net import SoundNet
 from audio.sampling import generate_levels
 from audio.sashimi import SashimiConfig
-from audio.trained import RECORD, record
+from audio.trained import RECORD, Trained, record
 from core.errors import UserError
 from core.generate import Sampling
 from core.training.module import OptimizerOptions, ScheduleOptions, TrainingModule
@@ -107,16 +107,22 @@ class SoundModel(TrainingModule):
     def add_to_report(self, report: Report) -> None:
         """Add what was read, and clips: generated ones, and recordings of the test part as the codec leaves them."""
         report.facts("Recordings", self._data.facts())
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "add_to_report"):
+                callback.add_to_report(report, self)
         count, length = self.report_clips, round(self.report_seconds * self.sample_rate)
         if not count or not length:
             return
         self.net.eval()
         generator = torch.Generator().manual_seed(0)
         sampling = Sampling(temperature=self.report_temperature)
-        clips = generate_levels(self.net, self.codec.start, count, length, sampling, generator=generator)
+        starts = self.starts(count)
+        clips = generate_levels(self.net, starts, count, length, sampling, generator=generator)
+        words = [self.class_names[start - self.codec.levels] if self.class_names else "clip" for start in starts]
+        heard = [(self.codec.decode(clip), f"{words[i]} {i + 1}") for i, clip in enumerate(clips)]
         how = f"temperature {self.report_temperature:g}, seed 0"
         add_players(
-            report, "Generated", [(self.codec.decode(clip), f"clip {i + 1}") for i, clip in enumerate(clips)],
+            report, "Generated", heard,
             self.sample_rate, f"Drawn sample by sample from the model, {how}; none was left out.",
         )  # fmt: skip
         recorded = [clip[:length].long() for clip in self._data.parts["test"].clips[:count]]
@@ -125,6 +131,10 @@ class SoundModel(TrainingModule):
             report, "Recorded", [(self.codec.decode(clip), name) for clip, name in zip(recorded, names, strict=False)],
             self.sample_rate, "Recordings of the test part through the codec: as good as the generated ones can get.",
         )  # fmt: skip
+
+    def starts(self, count: int) -> list[int]:
+        """What ``count`` generated clips begin with: the classes take turns."""
+        return Trained(self.net, self.codec, self.sample_rate, self.class_names).starts(count)
 
     @property
     def _data(self) -> AudioData:

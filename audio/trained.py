@@ -42,6 +42,11 @@ class Trained(NamedTuple):
             raise UserError(f"the class is {name!r}, wanted one of the model's ({known})")
         return self.codec.levels + self.class_names.index(name)
 
+    def starts(self, count: int, names: Sequence[str] = ()) -> list[int]:
+        """What ``count`` clips begin with: the classes named, or else all, take turns; see ``start``."""
+        turns = [self.start(name) for name in names or self.class_names] or [self.codec.start]
+        return [turns[i % len(turns)] for i in range(count)]
+
 
 def record(config: SashimiConfig, codec: Codec, sample_rate: int, class_names: Sequence[str]) -> dict[str, Any]:
     """What is kept beside the weights, in plain types."""
