@@ -3,8 +3,8 @@
     python -m benchmarks.spoken_digits LEVELS.npz OUT --steps 3000 --config '{"n_layers": 4, "mixer": "mamba"}'
 
 LEVELS.npz holds ``levels`` (uint8, mu-law of 8 kHz, clips laid end to end) and ``meta`` (clips, 4): digit, speaker,
-take, length, as ``--pack FOLDER`` of recordings writes it. Takes 0 to 4 are the test part. Unlike ``audio.train`` it has
-no data loaders, and keeps the whole training step in CUDA graphs, one for each length of rows.
+take, length, as ``python -m benchmarks.pack_levels FOLDER LEVELS.npz`` writes it. Takes 0 to 4 are the test part.
+Unlike ``audio.train`` it has no data loaders, and keeps the training step in CUDA graphs, one for each length of rows.
 
 Legend: B rows, L samples of a row, Q levels.
 """
