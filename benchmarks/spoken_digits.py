@@ -26,7 +26,7 @@ from audio.net import SoundNet
 from audio.sashimi import SashimiConfig
 from core.cli import run
 
-LEVELS, SILENCE, DIGITS = 256, 128, 10
+LEVELS, SILENCE, DIGITS, SPEAKERS = 256, 128, 10, 6
 LENGTHS = (2560, 3584, 4608, 6144, 8192)  # of rows: a clip goes to the shortest with room for it and for the tail
 TAIL = 400  # samples of silence at least behind a clip, from which the net learns to end
 TEST_TAKES = 5
@@ -35,13 +35,16 @@ TEST_TAKES = 5
 class Clips(NamedTuple):
     """Clips of one length of rows."""
 
-    inputs: Tensor  # (clips, L) int64: the class, then the levels but for the last
+    inputs: Tensor  # (clips, L) int64: silence, then the levels but for the last; all of them with the clip's class
     targets: Tensor  # (clips, L) int64: the levels, then silence
     lengths: Tensor  # (clips,) samples of the recordings themselves
 
 
-def read(path: Path, device: str) -> tuple[list[Clips], list[Clips]]:
-    """Reads packed levels; returns the rows of the training and of the test part, one entry a length."""
+def read(path: Path, device: str, speakers: bool = False) -> tuple[list[Clips], list[Clips]]:
+    """Reads packed levels; returns the rows of the training and of the test part, one entry a length.
+
+    The class is the digit, or digit * 6 + speaker.
+    """
     packed = np.load(path)
     levels, meta = torch.from_numpy(packed["levels"]), packed["meta"]
     parts: tuple[list[Clips], list[Clips]] = ([], [])
@@ -52,21 +55,23 @@ def read(path: Path, device: str) -> tuple[list[Clips], list[Clips]]:
             clip = levels[ends[i] - meta[i, 3] : ends[i]][: LENGTHS[-1] - TAIL]
             length = next(length for length in LENGTHS if length >= len(clip) + TAIL)
             row = F.pad(clip, (0, length - len(clip)), value=SILENCE)
-            rows[length].append((row, int(meta[i, 0]), len(clip)))
+            said = int(meta[i, 0] * SPEAKERS + meta[i, 1]) if speakers else int(meta[i, 0])
+            rows[length].append((row, said, len(clip)))
         for found in rows.values():
             if found:
                 targets = torch.stack([row for row, _, _ in found]).long().to(device)
-                first = torch.tensor([LEVELS + digit for _, digit, _ in found], device=device)
-                inputs = torch.cat([first[:, None], targets[:, :-1]], dim=1)
+                said = torch.tensor([said for _, said, _ in found], device=device)
+                inputs = F.pad(targets[:, :-1], (1, 0), value=SILENCE) + LEVELS * said[:, None]
                 parts[part].append(Clips(inputs, targets, torch.tensor([n for _, _, n in found], device=device)))
     return parts
 
 
 def disturb(inputs: Tensor, most: float) -> Tensor:
-    """Adds noise of up to ``most`` levels' deviation, of another strength in each row, to all but the classes."""
+    """Adds noise of up to ``most`` levels' deviation, of another strength in each row; the classes stay."""
     strength = most * torch.rand(len(inputs), 1, device=inputs.device)
     noise = (strength * torch.randn(inputs.shape, device=inputs.device)).round().long()
-    return torch.where(inputs >= LEVELS, inputs, (inputs + noise).clamp(0, LEVELS - 1))
+    level = inputs % LEVELS
+    return inputs - level + (level + noise).clamp(0, LEVELS - 1)
 
 
 class Trainer:
@@ -171,6 +176,7 @@ def main(
     samples: int = 98304,
     seed: int = 0,
     init: str | None = None,
+    speakers: bool = False,
     graphs: bool = True,
     device: str = "cuda",
 ) -> None:
@@ -189,6 +195,7 @@ def main(
         samples: Of one step.
         seed: Of everything random.
         init: Weights to begin from.
+        speakers: The class is digit and speaker, not the digit alone.
         graphs: Keep the step in CUDA graphs.
         device: Where to run.
     """
@@ -196,12 +203,15 @@ def main(
     draws = np.random.default_rng(seed)
     fields: dict[str, Any] = json.loads(config)
     sizes = SashimiConfig(**{**fields, "pool": tuple(fields.get("pool", (4, 4)))})
-    net = SoundNet(sizes, LEVELS, DIGITS).to(device)
+    net = SoundNet(sizes, LEVELS, DIGITS * SPEAKERS if speakers else DIGITS).to(device)
     if init is not None:
-        net.load_state_dict({name: value.to(device).float() for name, value in load_file(init).items()})
+        weights = {name: value.to(device).float() for name, value in load_file(init).items()}
+        missing, unknown = net.load_state_dict(weights, strict=False)  # a net without classes may be gone on from
+        assert not unknown, f"{init}: {unknown}"
+        assert set(missing) <= {"class_embedding.weight"}, f"{init}: no {missing}"
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    train, test = read(Path(levels), device)
+    train, test = read(Path(levels), device, speakers)
     share = np.array([clips.targets.numel() for clips in train], float)
     trainer = Trainer(net, lr, weight_decay, noise, 0.5, graphs)
     order = [np.empty(0, np.int64) for _ in train]
