@@ -15,9 +15,9 @@ from audio.sashimi import MLP, StageState
 # Columns of the table of blocks: sizes, then where weights (W_) and states (S_) begin.
 KIND, DIM, INNER, STATE, WIDTH, RANK = range(6)
 W_NORM, W_IN, W_CONV, W_X, W_DT, W_A, W_SKIP, W_OUT, S_CONV, S_SSM, COLUMNS = range(6, 17)
-MIXER, FEED_FORWARD = 0, 1
+MIXER, FEED_FORWARD, DIAGONAL = 0, 1, 2
 # Columns of the table of stages; the last row is the centre, which only has blocks on the way "down".
-POOL, WIDE, FIRST_DOWN, FIRST_UP, BLOCKS, W_DOWN, W_UP, S_WAITING, S_CURRENT, STAGE_COLUMNS = range(10)
+POOL, WIDE, FIRST_DOWN, FIRST_UP, BLOCKS, UP_BLOCKS, W_DOWN, W_UP, S_WAITING, S_CURRENT, STAGE_COLUMNS = range(11)
 
 
 class Packed:
@@ -46,7 +46,7 @@ class Packed:
         for depth, pool in enumerate(net.config.pool):
             down, down_pool, up_pool, up = model._layers(depth)
             row = np.zeros(STAGE_COLUMNS, np.int64)
-            row[[POOL, WIDE, BLOCKS]] = pool, at.current.shape[2], len(down)
+            row[[POOL, WIDE, BLOCKS, UP_BLOCKS]] = pool, at.current.shape[2], len(down), len(up)
             row[FIRST_DOWN] = self._add_blocks(down, at.down)
             row[FIRST_UP] = self._add_blocks(up, at.up)
             row[W_DOWN] = self._add_linear(down_pool.linear)
@@ -69,26 +69,25 @@ class Packed:
         self.phase = np.tile(np.array([*phases, 0], np.int64), (len(self.state), 1))
 
     def _add(self, tensor: Tensor) -> int:
+        """Adds numbers at the next multiple of 4, so that a GPU can load four at a time."""
         begin = self._sizes["weights"]
-        self._weights.append(tensor.detach().float().contiguous().numpy().ravel())
-        self._sizes["weights"] += tensor.numel()
+        values = tensor.detach().float().cpu().contiguous().numpy().ravel()
+        self._weights.append(np.pad(values, (0, -len(values) % 4)))
+        self._sizes["weights"] += len(self._weights[-1])
         return begin
 
     def _add_linear(self, linear: torch.nn.Linear) -> int:
         """Bias, then the weight transposed: a step then runs along contiguous rows."""
-        bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias
-        begin = self._add(bias)
-        self._add(linear.weight.t())
-        return begin
+        weight = linear.weight.t()
+        bias = weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+        return self._add(torch.cat([bias[None], weight]))
 
     def _add_norm(self, norm: torch.nn.LayerNorm) -> int:
-        begin = self._add(norm.weight)
-        self._add(norm.bias)
-        return begin
+        return self._add(torch.stack([norm.weight, norm.bias]))
 
     def _add_state(self, tensor: Tensor) -> int:
         begin = self._sizes["states"]
-        self._states.append(tensor.detach().float().contiguous().numpy().reshape(len(tensor), -1))
+        self._states.append(tensor.detach().float().cpu().contiguous().numpy().reshape(len(tensor), -1))
         self._sizes["states"] += self._states[-1].shape[1]
         return begin
 
@@ -104,9 +103,9 @@ class Packed:
             else:
                 sizes = MIXER, layer.d_inner, layer.d_state, layer.d_conv, layer.dt_rank
                 row[[KIND, INNER, STATE, WIDTH, RANK]] = sizes
-                bias = torch.zeros(layer.d_inner) if layer.conv1d.bias is None else layer.conv1d.bias
-                row[W_CONV] = self._add(bias)
-                self._add(layer.conv1d.weight.squeeze(1).t())
+                taps = layer.conv1d.weight.squeeze(1).t()
+                bias = taps.new_zeros(layer.d_inner) if layer.conv1d.bias is None else layer.conv1d.bias
+                row[W_CONV] = self._add(torch.cat([bias[None], taps]))
                 row[W_IN], row[W_OUT] = self._add_linear(layer.in_proj), self._add_linear(layer.out_proj)
                 row[W_X], row[W_DT] = self._add_linear(layer.x_proj), self._add_linear(layer.dt_proj)
                 row[W_A], row[W_SKIP] = self._add(-torch.exp(layer.A_log.float()).t()), self._add(layer.D)

@@ -92,7 +92,14 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
 def _stepper(net: SoundNet, logits: Tensor, state: Any, sampling: Sampling) -> Callable[[Tensor], Tensor]:
     """A function of random numbers (B, T) to the next levels (B, T): compiled where possible."""
     device = net.embedding.weight.device
-    if resolve("selective_scan", "auto", device) == "cpu":
+    backend = resolve("selective_scan", "auto", device)
+    if device.type == "cuda" and backend in ("cuda", "triton"):
+        from audio.stepping_cuda import CudaStepper, has_cuda_step
+
+        if has_cuda_step(net):
+            kernel = CudaStepper(net, state, logits)
+            return lambda uniform: kernel.draw(uniform, sampling).cpu()
+    if backend == "cpu":
         from audio.stepping import CompiledStepper, has_compiled_step  # needs numba, which other backends do without
 
         if has_compiled_step(net):

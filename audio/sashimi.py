@@ -1,21 +1,27 @@
-"""SaShiMi, a U-Net of state-space layers over raw audio (Goel et al. 2022, "It's Raw!"), with Mamba as its layer.
+"""SaShiMi, a U-Net of state-space layers over raw audio (Goel et al. 2022, "It's Raw!"), with any mixer as its layer.
 
-The way down holds layers too and a skip connection follows every layer of the way up, as in Mamba's audio experiments
-(Gu & Dao 2023, section 4.4, appendix E.4).
+With layers on the way down, too, and Mamba as the layer it is the U-Net of Mamba's audio experiments (Gu & Dao 2023,
+section 4.4, appendix E.4).
 
 Legend: B batch, L length, D width of a stage, S samples pooled into one.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from core.mixers import Mamba
+from core.mixers import S4, S4D, Attention, Mamba
 
-# Name in the configuration -> class. A new kind of layer is an import and an entry.
-MIXERS: dict[str, type[nn.Module]] = {"mamba": Mamba}
+# Name in the configuration -> constructor. A new kind of layer is an import and an entry.
+MIXERS: dict[str, Any] = {
+    "mamba": Mamba,
+    "s4": S4,
+    "s4d": S4D,
+    "attention": partial(Attention, causal=True),
+}
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,15 @@ class SashimiConfig:
         n_layers: Mixers in each stage, on each way.
         pool: Samples pooled into one between a stage and the next one inwards.
         expand: Factor of the width from a stage to the next one inwards.
-        mixer: Kind of layer: mamba.
-        mixer_cfg: Further arguments of its constructor, such as ``d_state``.
+        mixer: Kind of layer: mamba, s4, s4d or attention.
+        mixer_cfg: Further arguments of its constructor, such as ``d_state``; attention needs ``num_heads``.
         mlp: Hidden width of the MLP that follows each mixer, in units of the stage's width; 0 for no MLPs.
         dropout: Probability, on every branch.
+        unet: Whether there are layers on the way down, and a skip connection after each layer of the way up, as in
+            Mamba's experiments and SaShiMi's later ones; else as in SaShiMi's paper.
+        centre: Kind of layer of the innermost stage; the same as the others by default.
+        centre_cfg: Further arguments of its constructor; those of the others where ``centre`` is None.
+        centre_mlp: As ``mlp``, for the innermost stage.
 
     Raises:
         ValueError: For an unknown mixer, or sizes that are not positive.
@@ -44,17 +55,23 @@ class SashimiConfig:
     mixer_cfg: dict[str, Any] = field(default_factory=dict)
     mlp: int = 0
     dropout: float = 0.0
+    unet: bool = True
+    centre: str | None = None
+    centre_cfg: dict[str, Any] = field(default_factory=dict)
+    centre_mlp: int | None = None
 
     def __post_init__(self) -> None:
-        if self.mixer not in MIXERS:
-            raise ValueError(f"mixer is {self.mixer!r}, wanted one of {', '.join(MIXERS)}")
+        for name, mixer in (("mixer", self.mixer), ("centre", self.centre or self.mixer)):
+            if mixer not in MIXERS:
+                raise ValueError(f"{name} is {mixer!r}, wanted one of {', '.join(MIXERS)}")
         sizes = {"d_model": self.d_model, "n_layers": self.n_layers, "expand": self.expand}
         sizes |= {f"pool[{i}]": factor for i, factor in enumerate(self.pool)}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} is {size}, wanted at least 1")
-        if self.mlp < 0 or not 0 <= self.dropout < 1:
-            raise ValueError(f"mlp is {self.mlp} and dropout {self.dropout}, wanted mlp >= 0 and 0 <= dropout < 1")
+        if self.mlp < 0 or (self.centre_mlp or 0) < 0 or not 0 <= self.dropout < 1:
+            got = f"mlp is {self.mlp}, centre_mlp {self.centre_mlp} and dropout {self.dropout}"
+            raise ValueError(f"{got}, wanted mlp >= 0, centre_mlp >= 0 and 0 <= dropout < 1")
 
 
 class MLP(nn.Module):
@@ -163,11 +180,11 @@ class Sashimi(nn.Module):
         up: list[nn.Module] = []
         for pool in config.pool:
             inner = dim * config.expand
-            down += [*_blocks(config, dim), DownPool(dim, inner, pool)]
+            down += [*(_blocks(config, dim) if config.unet else []), DownPool(dim, inner, pool)]
             up.insert(0, nn.ModuleList([UpPool(inner, dim, pool), *_blocks(config, dim)]))
             dim = inner
         self.d_layers = nn.ModuleList(down)
-        self.c_layers = nn.ModuleList(_blocks(config, dim))
+        self.c_layers = nn.ModuleList(_blocks(config, dim, centre=True))
         self.u_layers = nn.ModuleList(up)
         self.norm = nn.LayerNorm(config.d_model)
 
@@ -216,7 +233,7 @@ class Sashimi(nn.Module):
     def _layers(self, depth: int) -> tuple[list[Any], DownPool, UpPool, list[Any]]:
         """The layers of a stage on the way down, the two poolings at its inner end, the layers on the way up."""
         up = list(self.u_layers[len(self.u_layers) - 1 - depth])  # type: ignore[arg-type]
-        count = len(up)  # the same on the way down: layers and one pooling
+        count = len(up) if self.config.unet else 1  # on the way down: as many layers, or none, and one pooling
         down: list[Any] = list(self.d_layers)[depth * count : (depth + 1) * count]
         return down[:-1], down[-1], up[0], up[1:]
 
@@ -238,20 +255,26 @@ class Sashimi(nn.Module):
             said = torch.cat([current, unpool(z).to(current.dtype)], dim=1)
         first = waiting.shape[1]
         x = said[:, first : first + y.shape[1]] + y
-        x, _, up_state = _through(up, x, before.up, skips)
+        before_up = x
+        x, _, up_state = _through(up, x, before.up, skips if self.config.unet else None)
+        if not self.config.unet:
+            x = x + before_up
         if state is None:
             return x, None
         return x, StageState(down_state, joined[:, whole:], said[:, whole:], up_state, inner)
 
 
-def _blocks(config: SashimiConfig, dim: int) -> list[nn.Module]:
+def _blocks(config: SashimiConfig, dim: int, centre: bool = False) -> list[nn.Module]:
     """The layers of one stage on one way: n_layers mixers, each with its MLP if there are any."""
+    kind, options, mlp = config.mixer, config.mixer_cfg, config.mlp
+    if centre:
+        kind, options = (config.centre, config.centre_cfg) if config.centre else (kind, options | config.centre_cfg)
+        mlp = mlp if config.centre_mlp is None else config.centre_mlp
     blocks: list[nn.Module] = []
     for _ in range(config.n_layers):
-        mixer = MIXERS[config.mixer](dim, **config.mixer_cfg)
-        blocks.append(ResidualBlock(dim, mixer, True, config.dropout))
-        if config.mlp:
-            blocks.append(ResidualBlock(dim, MLP(dim, config.mlp * dim, config.dropout), False, config.dropout))
+        blocks.append(ResidualBlock(dim, MIXERS[kind](dim, **options), True, config.dropout))
+        if mlp:
+            blocks.append(ResidualBlock(dim, MLP(dim, mlp * dim, config.dropout), False, config.dropout))
     return blocks
 
 

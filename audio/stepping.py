@@ -63,7 +63,7 @@ def has_compiled_step(net: SoundNet) -> bool:
     layers = [module.layer for module in net.modules() if isinstance(module, ResidualBlock)]
     weight = net.embedding.weight
     known = all(isinstance(layer, Mamba | MLP) for layer in layers)
-    return known and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return known and net.config.unet and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
 class CompiledStepper:

@@ -7,8 +7,12 @@ from core.mixers.hyena import Hyena, HyenaState
 from core.mixers.mamba import Mamba, MambaState
 from core.mixers.mamba2 import Mamba2, Mamba2State
 from core.mixers.mamba3 import Mamba3, Mamba3State
+from core.mixers.s4 import S4
+from core.mixers.s4d import S4D, S4State
 
 __all__ = [
+    "S4",
+    "S4D",
     "Attention",
     "AttentionCache",
     "AttentionState",
@@ -22,4 +26,5 @@ __all__ = [
     "Mamba3State",
     "MambaState",
     "Mixer",
+    "S4State",
 ]

@@ -6,8 +6,6 @@ filter, C = D (O - 1) filter channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core.mixers.hyena_filter import HyenaFilter, circular_convolution, long_convolution
 from core.mixers.mamba import last_inputs
+from core.mixers.packed import run_packed
 
 ACTIVATIONS = {"id": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 # Arguments of the published operator that have one value here, and why no other.
@@ -172,7 +171,7 @@ class Hyena(nn.Module):
             ValueError: If a sequence is longer than ``l_max``.
         """
         if seq_idx is not None or cu_seqlens is not None:
-            return self._packed(x, seq_idx, cu_seqlens)
+            return run_packed(self, x, seq_idx, cu_seqlens)
         self._check_length(x.shape[1])
         u, _ = self._short(self.in_proj(x), None, False)
         return self._mix(u, None, self.filter_fn.filter(x.shape[1]))[0]
@@ -246,13 +245,6 @@ class Hyena(nn.Module):
         y = self.out_proj(self.activation(v * gates[0]))
         return y, torch.cat(kept, dim=-1) if before is not None else v
 
-    def _packed(self, x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-        """Sequence by sequence: a convolution as long as its input has no way to stop at a border."""
-        y = torch.zeros_like(x)
-        for row, start, end in _segments(x, seq_idx, cu_seqlens):
-            y[row, start:end] = self(x[row : row + 1, start:end])[0].to(y.dtype)
-        return y
-
     def _check_length(self, length: int) -> None:
         if length > self.l_max:
             raise ValueError(
@@ -269,19 +261,3 @@ def _end_at(inputs: Tensor, ends: Tensor, keep: int) -> Tensor:
     index = ends[:, None] - keep + torch.arange(keep, device=inputs.device)
     moved = inputs.gather(1, index.clamp(min=0)[:, :, None].expand(-1, -1, inputs.shape[2]))
     return moved.masked_fill((index < 0)[:, :, None], 0)
-
-
-def _segments(x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> Iterator[tuple[int, int, int]]:
-    """Row, start and end of each packed sequence that is no padding."""
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        yield from ((0, start, end) for start, end in pairwise(bounds) if end > start)
-        return
-    assert seq_idx is not None
-    for row, numbers in enumerate(seq_idx):
-        values, counts = torch.unique_consecutive(numbers, return_counts=True)
-        end = 0
-        for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-            start, end = end, end + count
-            if value >= 0:
-                yield row, start, end

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from cases import golden_cases, golden_inputs, golden_state_dict
+from fill import check, fill_input
 
 from audio.net import SoundNet, waves
 from audio.sashimi import DownPool, Sashimi, SashimiConfig, UpPool
+from audio.sashimi_layouts import from_published
 
 LEVELS = 16
 
@@ -134,3 +137,44 @@ def test_every_parameter_gets_a_gradient() -> None:
 def test_sizes_that_make_no_sense_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SashimiConfig(**options)
+
+
+@pytest.mark.parametrize("name", golden_cases("sashimi_a"))
+def test_golden(name: str) -> None:
+    case = golden_cases("sashimi_a")[name]
+    c = case["config"]
+    sizes = {k: c[k] for k in ("d_model", "n_layers", "expand", "unet")}
+    net = Sashimi(
+        SashimiConfig(**sizes, pool=tuple(c["pool"]), mixer="s4d", mixer_cfg={"d_state": 64, "n_ssm": 1}, mlp=c["ff"])
+    )
+    holder = Holder(net, case["params"])
+    net.load_state_dict(from_published(golden_state_dict(case, holder)))  # type: ignore[arg-type]
+    x = golden_inputs(case)["x"].requires_grad_()
+    y = net(x)
+    check(y, case["outputs"]["y"])
+    (y * fill_input("loss_weight", y.shape)).sum().backward()
+    assert x.grad is not None
+    check(x.grad, case["grads"]["x"])
+    gradients = {k: p.grad for k, p in net.named_parameters()}
+    for key, want in case["grads"].items():
+        if key != "x":
+            check(gradients[key].reshape(want["shape"]), want)  # type: ignore[union-attr]
+    with torch.no_grad():
+        state, steps = net.init_state(len(x)), []
+        for t in range(x.shape[1]):
+            step, state = net.forward_state(x[:, t : t + 1], state)
+            steps.append(step)
+    check(torch.cat(steps, dim=1), case["outputs"]["y_step"])
+
+
+class Holder:
+    """What a recorded module was built with: our initial values, imaginary parts raised to 1e-4."""
+
+    def __init__(self, net: Sashimi, params: dict) -> None:
+        self.state = {k: v.clone().reshape(params[k]) for k, v in net.state_dict().items()}
+        for key, value in self.state.items():
+            if key.endswith("A_imag"):
+                value.clamp_(min=1e-4)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.state

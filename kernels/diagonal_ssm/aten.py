@@ -1,0 +1,82 @@
+"""``diagonal_ssm`` over chunks in plain differentiable operators: matrix products on any device.
+
+B batch, L length, H channels, M complex states, T chunk, J chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.diagonal_ssm.chunks import run_chunks, split
+from kernels.diagonal_ssm.powers import powers
+
+CHUNK = 128  # T: products within a chunk grow with it, states between chunks shrink
+BLOCK_BYTES = 1 << 26  # of a block of channels in float32: what bounds the memory beside inputs and outputs
+
+
+def channel_blocks(u: Tensor) -> list[slice]:
+    """Cuts the channels of u (B, L, H) into blocks of at most ``BLOCK_BYTES``, at least one channel each."""
+    batch, length, channels = u.shape
+    size = max(1, BLOCK_BYTES // max(1, 4 * batch * length))
+    return [slice(first, min(first + size, channels)) for first in range(0, channels, size)]
+
+
+def diagonal_ssm(u: Tensor, log_a: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns y (B, L, H) in u's dtype and the final state (B, H, M)."""
+    state = log_a.new_zeros(u.shape[0], *log_a.shape) if initial_state is None else initial_state
+    state = torch.view_as_real(state.transpose(0, 1)).flatten(2)  # (H, B, 2 M): real and imaginary parts in turn
+    outputs = []
+    for start, stop, size in split(u.shape[1], CHUNK):
+        power = powers(log_a, size + 1)  # (H, M, T + 1)
+        taps = (B * C)[:, None] @ power[:, :, :size]
+        write = torch.view_as_real((B[:, :, None] * power[:, :, :size].flip(2)).transpose(1, 2)).flatten(2)
+        out = 2 * C[:, :, None] * power[:, :, 1:]
+        read = torch.stack([out.real, -out.imag], dim=2).flatten(1, 2)
+        step = power[:, :, size]
+
+        def scan(added: Tensor, first: Tensor, step: Tensor = step) -> tuple[Tensor, Tensor]:
+            return _scan(added, first, step)
+
+        y, state = run_chunks(u[:, start:stop], state, 2 * taps[:, 0].real, write, read, scan)
+        outputs.append(y.to(u.dtype))
+    y = torch.cat(outputs, dim=1) if outputs else u.new_empty(u.shape)
+    return y, torch.view_as_complex(state.unflatten(2, (-1, 2)).contiguous()).transpose(0, 1)
+
+
+def _scan(added: Tensor, first: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """The state before each chunk (H, B, J, 2 M) and after the last (H, B, 2 M)."""
+    joined = torch.cat([first[:, :, None], added], dim=2)
+    joined = torch.view_as_complex(joined.unflatten(3, (-1, 2)).contiguous())
+    states = torch.view_as_real(_Recurrence.apply(joined, step[:, None, None]))  # type: ignore[arg-type]
+    states = states.flatten(3)
+    return states[:, :, :-1], states[:, :, -1]
+
+
+class _Recurrence(torch.autograd.Function):
+    """x_j = step x_{j-1} + added_j along dim 2, by doubling; its gradient is the same recurrence backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, added: Tensor, step: Tensor) -> Tensor:
+        states = _doubling(added, step)
+        ctx.save_for_backward(states, step)
+        return states
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        states, step = ctx.saved_tensors
+        dadded = _doubling(grad.flip(2), step.conj()).flip(2)
+        dstep = (dadded[:, :, 1:] * states[:, :, :-1].conj()).sum(dim=(1, 2), keepdim=True)
+        return dadded, dstep
+
+
+def _doubling(x: Tensor, step: Tensor) -> Tensor:
+    reach = 1
+    while reach < x.shape[2]:
+        head = x[:, :, :reach]
+        x = torch.cat([head, x[:, :, reach:] + step * x[:, :, :-reach]], dim=2)
+        step, reach = step * step, 2 * reach
+    return x
