@@ -3,7 +3,7 @@
 Dimension letters: B clips, T generated samples, P samples of the prompt, Q levels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ CHUNK = 1000  # samples between two calls of ``progress``
 @torch.inference_mode()
 def generate_levels(
     net: SoundNet,
-    start: int,
+    start: int | Sequence[int],
     count: int,
     length: int,
     sampling: Sampling = Sampling(),
@@ -32,7 +32,7 @@ def generate_levels(
 
     Args:
         net: The net, in evaluation mode.
-        start: The codec's start level.
+        start: What the clips begin with, the codec's start level or a class; or one for each clip.
         count: Number of clips B.
         length: Samples T to draw for each.
         sampling: How each is drawn; a repetition penalty means nothing for sound and is refused.
@@ -45,17 +45,22 @@ def generate_levels(
         (B, P + T) int64 levels, on the CPU.
 
     Raises:
-        ValueError: If there is nothing to draw, or for a repetition penalty.
+        ValueError: If there is nothing to draw, for starts that are neither one nor one for each clip, and for a
+            repetition penalty.
     """
     if count < 1 or length < 1:
         raise ValueError(f"got {count} clips of {length} samples, wanted at least one of each")
     if sampling.repetition_penalty != 1:
         raise ValueError(f"repetition_penalty is {sampling.repetition_penalty}, wanted 1: sound repeats its levels")
     device = net.embedding.weight.device
-    beginning = torch.tensor([start]) if prompt is None else torch.cat([torch.tensor([start]), prompt.long().cpu()])
-    # The clips share the prompt: it is read once, and its state repeated.
-    logits, state = net.forward_state(beginning.to(device)[None], net.init_state(1))
-    logits, state = logits[:, -1].repeat(count, 1), repeat_state(state, count)
+    starts = torch.tensor([start] if isinstance(start, int) else list(start))[:, None]
+    if len(starts) not in (1, count):
+        raise ValueError(f"got {len(starts)} starts for {count} clips, wanted one, or one for each")
+    beginning = starts if prompt is None else torch.cat([starts, prompt.long().cpu().expand(len(starts), -1)], dim=1)
+    logits, state = net.forward_state(beginning.to(device), net.init_state(len(starts)))
+    logits = logits[:, -1]
+    if len(starts) < count:  # the clips share all there is so far: it is read once, and its state repeated
+        logits, state = logits.repeat(count, 1), repeat_state(state, count)
     uniform = torch.rand(count, length, dtype=torch.float64, generator=generator)
     advance = _stepper(net, logits, state, sampling)
     drawn = []
@@ -63,7 +68,7 @@ def generate_levels(
         drawn.append(advance(uniform[:, done : done + CHUNK]))
         if progress is not None:
             progress(min(done + CHUNK, length))
-    return torch.cat([beginning[1:].expand(count, -1), *drawn], dim=1)
+    return torch.cat([beginning[:, 1:].expand(count, -1), *drawn], dim=1)
 
 
 def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
