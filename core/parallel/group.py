@@ -92,6 +92,17 @@ class SequenceGroup:
         begin, end = self.bounds(t.shape[1], multiple)
         return whole[:, begin:end]
 
+    def mean_share(self, total: Tensor, count: Tensor) -> Tensor:
+        """This rank's share of a mean over all parts: the mean of the shares over the ranks is that mean.
+
+        Data parallelism takes the mean of gradients over all processes, so that each rank minimises its share.
+
+        Args:
+            total: Sum over this rank's part, a scalar with a gradient.
+            count: Number of its terms, which may be 0.
+        """
+        return total * (self.size / self.sum(count).clamp(min=1))
+
 
 class _Neighbour(torch.autograd.Function):
     """A shift along the ranks; its adjoint is the shift back."""
@@ -167,3 +178,18 @@ def refuse(layer: str) -> None:
             f"{layer}: got a part of a sequence, wanted the whole one; sequence-parallel models are made of Mamba, "
             "Mamba2 and BiMamba"
         )
+
+
+_data_ranks: list[tuple[int, int]] = []  # set where the processes are not all readers of data of their own
+
+
+def set_data_ranks(rank: int, size: int) -> None:
+    """Say which share of the data this process reads: that of ``rank`` among ``size``."""
+    _data_ranks[:] = [(rank, size)]
+
+
+def data_ranks() -> tuple[int, int]:
+    """This process's rank and the number of processes that read data: all of them, unless it was said otherwise."""
+    if not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return _data_ranks[0] if _data_ranks else (dist.get_rank(), dist.get_world_size())

@@ -171,7 +171,10 @@ def refuse_part(rank: int, size: int) -> None:
             (lambda: Mamba(WIDTH)(x, seq_idx=torch.zeros(1, 8, dtype=torch.int32)), "seq_idx: got it for a part"),
             (lambda: Mamba(WIDTH)(x[:, :2]), "wanted at least 3 for a convolution of width 4"),
             (lambda: Mamba(WIDTH).forward_state(x, Mamba(WIDTH).init_state(1)), "state: got a part of a sequence"),
-            (lambda: Mamba3(WIDTH, headdim=8, d_state=8, a_activation="softplus")(x), "Mamba3: got a part of a sequence"),
+            (
+                lambda: Mamba3(WIDTH, headdim=8, d_state=8, a_activation="softplus")(x),
+                "Mamba3: got a part of a sequence",
+            ),
             (lambda: group.shard(torch.zeros(1, 1)), "got sequences of 1 tokens for 2 processes"),
         ):
             with pytest.raises(ValueError, match=message):
