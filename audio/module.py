@@ -22,7 +22,7 @@ from audio.sashimi import SashimiConfig
 from core.checkpoints import load_into
 from core.errors import UserError
 from core.generate import Sampling
-from core.parallel.group import active
+from core.parallel.group import active, mean_share
 from core.training.module import OptimizerOptions, ScheduleOptions, TrainingModule
 from core.training.report import Report
 
@@ -81,15 +81,13 @@ class SoundModel(TrainingModule):
         inputs = batch.inputs
         if self.training and self.input_noise:
             inputs = disturb(inputs, self.input_noise, self.codec.levels)
-        targets, group = batch.targets, active()
-        if group is None:
-            logits = self.net(inputs)
-            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=PADDING)
-        frame = math.prod(self.config.pool)  # the samples of the innermost stage's steps stay together
-        inputs, targets = group.shard(inputs, frame), group.shard(targets, frame)
+        targets = batch.targets
+        if (group := active()) is not None:
+            frame = math.prod(self.config.pool)  # the samples of the innermost stage's steps stay together
+            inputs, targets = group.shard(inputs, frame), group.shard(targets, frame)
         logits = self.net(inputs).flatten(0, 1).float()
         total = F.cross_entropy(logits, targets.flatten(), ignore_index=PADDING, reduction="sum")
-        return group.mean_share(total, (targets != PADDING).sum())
+        return mean_share(total, (targets != PADDING).sum(), everywhere=self.training)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, stage: str) -> None:

@@ -18,7 +18,7 @@ from core.errors import UserError
 from core.generate import generate
 from core.lm import MambaConfig, MambaLM
 from core.loss import linear_cross_entropy
-from core.parallel.group import active
+from core.parallel.group import active, mean_share
 from core.published import save_lm
 from core.sampling import Sampling
 from core.text import TextData
@@ -87,14 +87,13 @@ class TextModel(TrainingModule):
     def loss(self, batch: Tensor) -> Tensor:
         """Mean cross-entropy in nats of the tokens in windows (B, L + 1)."""
         inputs, wanted = batch[:, :-1].clamp(min=0), batch[:, 1:]
-        net, group = self.net, active()
+        net = self.net
         assert isinstance(net, MambaLM)
-        if group is None:
-            return linear_cross_entropy(net.backbone(inputs), net.lm_head.weight, wanted, ignore_index=PADDING)
-        inputs, wanted = group.shard(inputs), group.shard(wanted)
+        if (group := active()) is not None:
+            inputs, wanted = group.shard(inputs), group.shard(wanted)
         hidden, weight = net.backbone(inputs), net.lm_head.weight
         total = linear_cross_entropy(hidden, weight, wanted, ignore_index=PADDING, reduction="sum")
-        return group.mean_share(total, (wanted != PADDING).sum())
+        return mean_share(total, (wanted != PADDING).sum(), everywhere=self.training)
 
     def compiled_part(self) -> nn.Module:
         """Return the backbone: the loss does without the net's own forward."""

@@ -13,7 +13,7 @@ from torch.autograd.graph import save_on_cpu
 from torchmetrics.aggregation import MeanMetric
 
 from core.errors import UserError
-from core.parallel.group import active
+from core.parallel.group import active, mean_share
 from core.training.module import OptimizerOptions, ScheduleOptions, TrainingModule
 from core.training.report import Report
 from genomics.datasets import IGNORED, GenomeData, targets
@@ -85,9 +85,7 @@ class LanguageModel(TrainingModule):
         keep = save_on_cpu(pin_memory=self.device.type == "cuda") if self.offload else nullcontext()
         with keep:
             nats, wanted = self._nats(batch, None)
-        count = (wanted != IGNORED).sum()
-        group = active()
-        return nats.sum() / count.clamp(min=1) if group is None else group.mean_share(nats.sum(), count)
+        return mean_share(nats.sum(), (wanted != IGNORED).sum(), everywhere=self.training)
 
     def _nats(self, batch: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
         """Loss of each position (B, L) of this process's part, 0 where none is wanted, and what is wanted."""
@@ -123,8 +121,9 @@ class LanguageModel(TrainingModule):
         """Print how much memory a step will need."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, GenomeData) and self.trainer.is_global_zero:
-            tokens = data.batch_size * data.window
-            print(describe_memory(self.net, tokens, self.recompute, self.offload, str(self.trainer.precision)))
+            tokens = data.batch_size * data.window // getattr(self.trainer.strategy, "sequence", 1)
+            net = self._whole_net[0] if self._whole_net else self.net  # a sharded one cannot be copied
+            print(describe_memory(net, tokens, self.recompute, self.offload, str(self.trainer.precision)))
 
     def batch_tokens(self, batch: Tensor) -> int:
         """Return the number of tokens that are read."""

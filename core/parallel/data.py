@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
-from core.parallel.group import data_ranks
+from core.parallel.group import data_ranks, joined
 
 
 class ShardedSampler(DistributedSampler):
@@ -54,7 +54,7 @@ class ShardedSampler(DistributedSampler):
         if not self.shuffle:
             return torch.arange(len(self.data))
         seed = torch.empty((), dtype=torch.int64).random_()  # as torch's own random sampler draws it
-        if dist.is_initialized() and dist.get_world_size() > 1:
+        if joined() and dist.get_world_size() > 1:
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
             shared = seed.to(device)
             dist.broadcast(shared, 0)

@@ -92,17 +92,6 @@ class SequenceGroup:
         begin, end = self.bounds(t.shape[1], multiple)
         return whole[:, begin:end]
 
-    def mean_share(self, total: Tensor, count: Tensor) -> Tensor:
-        """This rank's share of a mean over all parts: the mean of the shares over the ranks is that mean.
-
-        Data parallelism takes the mean of gradients over all processes, so that each rank minimises its share.
-
-        Args:
-            total: Sum over this rank's part, a scalar with a gradient.
-            count: Number of its terms, which may be 0.
-        """
-        return total * (self.size / self.sum(count).clamp(min=1))
-
 
 class _Neighbour(torch.autograd.Function):
     """A shift along the ranks; its adjoint is the shift back."""
@@ -188,8 +177,35 @@ def set_data_ranks(rank: int, size: int) -> None:
     _data_ranks[:] = [(rank, size)]
 
 
+def joined() -> bool:
+    """Whether this process runs together with others, perhaps none."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def data_ranks() -> tuple[int, int]:
     """This process's rank and the number of processes that read data: all of them, unless it was said otherwise."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not joined():
         return 0, 1
     return _data_ranks[0] if _data_ranks else (dist.get_rank(), dist.get_world_size())
+
+
+def mean_share(total: Tensor, count: Tensor, everywhere: bool) -> Tensor:
+    """This process's share of a mean of terms that processes have different numbers of.
+
+    The mean of the shares over the processes is the mean of all terms, so that data parallelism, which takes the mean
+    of gradients over all processes, minimises what a single process with all the data would.
+
+    Args:
+        total: Sum of this process's terms, a scalar with a gradient.
+        count: Their number, which may be 0.
+        everywhere: The terms are those of all processes, which all must ask; otherwise of those that share a sequence.
+    """
+    group = active()
+    if everywhere and joined() and dist.get_world_size() > 1:
+        size, every = dist.get_world_size(), count.detach().clone()
+        dist.all_reduce(every)
+    elif group is not None:
+        size, every = group.size, group.sum(count)
+    else:
+        size, every = 1, count
+    return total * size / every.clamp(min=1)

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from core.errors import UserError
 from core.parallel.data import ShardedSampler
-from core.parallel.group import data_ranks
+from core.parallel.group import data_ranks, joined
 
 
 def rng_state() -> dict[str, Any]:
@@ -59,7 +59,7 @@ class ResumableLoader(DataLoader):
         drop_last: bool = False,
         **options: Any,
     ) -> None:
-        cut = sampler is None and options.get("batch_sampler") is None and data_ranks()[1] > 1
+        cut = sampler is None and options.get("batch_sampler") is None and joined()
         if cut and batch_size is not None and isinstance(dataset, Sized):
             try:
                 sampler = ShardedSampler(dataset, batch_size, bool(shuffle), drop_last, even=bool(shuffle) or drop_last)

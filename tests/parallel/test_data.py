@@ -12,14 +12,20 @@ from core.training import rng
 from core.training.rng import ResumableLoader
 
 
+def become(monkeypatch: pytest.MonkeyPatch, rank: int, size: int) -> None:
+    """Make this process one of several, as far as data is concerned."""
+    for module in (data, rng):
+        monkeypatch.setattr(module, "data_ranks", lambda: (rank, size))
+    monkeypatch.setattr(rng, "joined", lambda: size > 1)
+
+
 def batches(
     monkeypatch: pytest.MonkeyPatch, count: int, size: int, batch: int, shuffle: bool, drop_last: bool
 ) -> list[list[list[int]]]:
     """The batches of each of ``size`` processes."""
     found = []
     for rank in range(size):
-        for module in (data, rng):
-            monkeypatch.setattr(module, "data_ranks", lambda rank=rank: (rank, size))
+        become(monkeypatch, rank, size)
         torch.manual_seed(0)
         loader = ResumableLoader(TensorDataset(torch.arange(count)), batch, shuffle, drop_last=drop_last)
         found.append([b[0].tolist() for b in loader])
@@ -62,8 +68,7 @@ def test_a_position_means_samples_whatever_the_number_of_processes(monkeypatch: 
     state = loader.state_dict()
     rest = []
     for rank in range(2):
-        for module in (data, rng):
-            monkeypatch.setattr(module, "data_ranks", lambda rank=rank: (rank, 2))
+        become(monkeypatch, rank, 2)
         other = ResumableLoader(TensorDataset(torch.arange(32)), 4, True)
         other.load_state_dict(state)
         assert other.resumed == 2

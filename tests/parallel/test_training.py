@@ -4,12 +4,14 @@ import csv
 import json
 import os
 from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from ranks import free_port
 
 from core.cli import main
@@ -19,7 +21,8 @@ GENOME = [
     "--trainer.val_check_interval", "2", "--data.reverse_complement", "false", "--data.val_windows", "5",
     "--trainer.accelerator", "cpu", "--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false",
     "--trainer.precision", "32-true", "--threads", "1", "--seed_everything", "1", "--test_after_fit", "false",
-    "--trainer.num_sanity_val_steps", "0", "--model.schedule.warmup_epochs", "0", "--model.optimizer.lr", "1e-3",
+    "--trainer.num_sanity_val_steps", "0", "--model.schedule.warmup_epochs", "0", "--model.optimizer.lr", "0.05",
+    "--model.optimizer.name", "sgd",  # Adam makes much of gradients that are near zero
 ]  # fmt: skip
 
 
@@ -43,6 +46,7 @@ def _enter(rank: int, size: int, port: int, function: Callable[..., None], argum
         "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",
     }  # fmt: skip
+    rank_zero_only.rank = rank  # was read from the environment at import
     function(*arguments)
 
 
@@ -54,10 +58,12 @@ def launch(size: int, function: Callable[..., None], *arguments: Any) -> list[in
     ]
     for process in processes:
         process.start()
+    connection.wait([process.sentinel for process in processes], 100)
     for process in processes:
-        process.join(90)
-        if process.is_alive():
+        process.join(20)
+        if process.is_alive():  # as torchrun ends a job of which a process failed
             process.kill()
+            process.join()
     return [int(process.exitcode or 0) for process in processes]
 
 
@@ -84,10 +90,10 @@ def assert_same_run(one: str, other: str) -> None:
     a, b = checkpoint(one), checkpoint(other)
     assert a.keys() == b.keys()
     assert a["optimizer_states"][0]["param_groups"] == b["optimizer_states"][0]["param_groups"]
-    torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=1e-3, atol=3e-4)  # Adam divides small by small
+    torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=1e-4, atol=1e-5)
     moments = [c["optimizer_states"][0]["state"] for c in (a, b)]
     for index, state in moments[0].items():
-        torch.testing.assert_close(moments[1][index], state, rtol=2e-3, atol=1e-6)
+        torch.testing.assert_close(moments[1][index], state, rtol=1e-3, atol=1e-5)
     names = [sorted(p.name for p in Path(run, "checkpoints").iterdir()) for run in (one, other)]
     assert names[0] == names[1]
 
