@@ -19,6 +19,7 @@ from audio.sashimi import SashimiConfig
 from audio.trained import RECORD, Trained, record
 from core.errors import UserError
 from core.generate import Sampling
+from core.parallel.group import active, mean_share
 from core.training.module import OptimizerOptions, ScheduleOptions, TrainingModule
 from core.training.report import Report
 
@@ -44,6 +45,7 @@ class SoundModel(TrainingModule):
 
     headline = "test/bits_per_sample"
     item_name = "windows"
+    cuts_sequences = True
 
     def __init__(
         self,
@@ -77,8 +79,13 @@ class SoundModel(TrainingModule):
         inputs = batch.inputs
         if self.training and self.input_noise:
             inputs = disturb(inputs, self.input_noise, self.codec.levels)
-        logits = self.net(inputs)
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=PADDING)
+        targets = batch.targets
+        if (group := active()) is not None:
+            frame = math.prod(self.config.pool)  # the samples of the innermost stage's steps stay together
+            inputs, targets = group.shard(inputs, frame), group.shard(targets, frame)
+        logits = self.net(inputs).flatten(0, 1).float()
+        total = F.cross_entropy(logits, targets.flatten(), ignore_index=PADDING, reduction="sum")
+        return mean_share(total, (targets != PADDING).sum(), everywhere=self.training)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, stage: str) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from core.mixers import S4, S4D, Attention, Mamba
+from core.parallel.group import active
 
 # Name in the configuration -> constructor. A new kind of layer is an import and an entry.
 MIXERS: dict[str, Any] = {
@@ -257,7 +258,10 @@ class Sashimi(nn.Module):
         said, inner = current, before.inner
         if whole:
             z, inner = self._stage(depth + 1, pool(joined[:, :whole]), before.inner)
-            said = torch.cat([current, unpool(z).to(current.dtype)], dim=1)
+            heard = unpool(z).to(current.dtype)
+            if (group := active()) is not None:  # this part goes on from the last frame of the part before
+                current = group.neighbour(heard[:, -pool.pool :], following=False)
+            said = torch.cat([current, heard], dim=1)
         first = waiting.shape[1]
         x = said[:, first : first + y.shape[1]] + y
         before_up = x

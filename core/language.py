@@ -18,6 +18,7 @@ from core.errors import UserError
 from core.generate import generate
 from core.lm import MambaConfig, MambaLM
 from core.loss import linear_cross_entropy
+from core.parallel.group import active, mean_share
 from core.published import save_lm
 from core.sampling import Sampling
 from core.text import TextData
@@ -52,6 +53,7 @@ class TextModel(TrainingModule):
 
     headline = "test/bits_per_byte"
     item_name = "windows"
+    cuts_sequences = True
 
     def __init__(
         self,
@@ -87,7 +89,11 @@ class TextModel(TrainingModule):
         inputs, wanted = batch[:, :-1].clamp(min=0), batch[:, 1:]
         net = self.net
         assert isinstance(net, MambaLM)
-        return linear_cross_entropy(net.backbone(inputs), net.lm_head.weight, wanted, ignore_index=PADDING)
+        if (group := active()) is not None:
+            inputs, wanted = group.shard(inputs), group.shard(wanted)
+        hidden, weight = net.backbone(inputs), net.lm_head.weight
+        total = linear_cross_entropy(hidden, weight, wanted, ignore_index=PADDING, reduction="sum")
+        return mean_share(total, (wanted != PADDING).sum(), everywhere=self.training)
 
     def compiled_part(self) -> nn.Module:
         """Return the backbone: the loss does without the net's own forward."""
@@ -111,8 +117,9 @@ class TextModel(TrainingModule):
         """Log loss, perplexity and bits per byte; leave the model that was tested."""
         self._log_losses("test")
         fast = getattr(self.trainer, "fast_dev_run", False)  # which leaves no run folder
+        net = self.gather_net()
         if self.trainer.is_global_zero and not fast:
-            self._save(Path(self.trainer.default_root_dir) / "model")
+            self._save(net, Path(self.trainer.default_root_dir) / "model")
 
     def _log_losses(self, stage: str) -> None:
         metric = self.losses[f"{stage}_"]
@@ -125,8 +132,8 @@ class TextModel(TrainingModule):
             tokens = max(1, len(data.windows[stage].tokens) - 1)
             self.log(f"{stage}/bits_per_byte", loss / math.log(2) * tokens / data.bytes[stage], prog_bar=True)
 
-    def _save(self, folder: Path) -> None:
-        net, data = self.net, self.trainer.datamodule  # type: ignore[attr-defined]
+    def _save(self, net: nn.Module, folder: Path) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(net, MambaLM)
         save_lm(net, folder, overwrite=True)
         if isinstance(data, TextData) and isinstance(data.tokenizer, ByteTokenizer):
@@ -156,6 +163,6 @@ class TextModel(TrainingModule):
         net = self.net
         assert isinstance(net, MambaLM)
         ids = data.windows["test"][0][: min(32, data.window)]
-        ids = ids[ids != PADDING].to(self.device)
+        ids = ids[ids != PADDING].to(net.lm_head.weight.device)
         drawn = generate(net, ids[None], self.sample_tokens, Sampling(top_p=0.9), seed=0).tokens[0]
         return data.tokenizer.decode(ids.tolist()), data.tokenizer.decode(drawn.tolist())

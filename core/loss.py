@@ -5,7 +5,7 @@ Legend: T tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,13 @@ def _logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100, chunk: int = CHUNK
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    chunk: int = CHUNK,
+    reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
     """Mean cross-entropy of ``softmax(hidden weight^T)``, as ``F.cross_entropy(F.linear(hidden, weight), targets)``.
 
@@ -75,9 +81,10 @@ def linear_cross_entropy(
         targets: ``(...)`` int64, the token to predict at each place.
         ignore_index: Places with this target count for nothing.
         chunk: Tokens whose logits exist at once.
+        reduction: ``mean`` over all places that count, or their ``sum``.
 
     Returns:
-        The mean over all places that count, a scalar, float32 (float64 for float64); NaN if there is none.
+        A scalar, float32 (float64 for float64); a mean is NaN where no place counts.
 
     Raises:
         ValueError: If a shape or dtype doesn't fit.
@@ -98,7 +105,8 @@ def linear_cross_entropy(
     dtype = autocast_dtype(hidden.device)
     if dtype is not None and hidden.dtype != torch.float64:
         hidden = hidden.to(dtype)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction: got {reduction!r}, wanted "mean" or "sum"')
     flat = targets.flatten()
-    count = (flat != ignore_index).sum()
-    total = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, flat, ignore_index, chunk)
-    return total / count  # type: ignore[operator]
+    total: Any = _LinearCrossEntropy.apply(hidden.flatten(0, -2), weight, flat, ignore_index, chunk)
+    return total if reduction == "sum" else total / (flat != ignore_index).sum()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from core.block import AddNorm, Block
 from core.lm import init_weights
 from core.mixers import BiMamba
+from core.parallel.group import refuse
 from genomics.vocabulary import COMPLEMENT
 
 COMPLEMENTS = {i: int(c) for i, c in enumerate(COMPLEMENT)}
@@ -109,6 +110,7 @@ class CaduceusBackbone(nn.Module):
     def forward(self, input_ids: Tensor, *, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Runs whole sequences; the arguments are those of ``Caduceus.forward``."""
         if self.rcps:
+            refuse("Caduceus with rcps")  # the strands run through the ranks in opposite orders
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens: packed sequences would have to be turned one by one; pass seq_idx")
             input_ids = self.strands(input_ids)

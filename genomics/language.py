@@ -13,6 +13,7 @@ from torch.autograd.graph import save_on_cpu
 from torchmetrics.aggregation import MeanMetric
 
 from core.errors import UserError
+from core.parallel.group import active, mean_share
 from core.training.module import OptimizerOptions, ScheduleOptions, TrainingModule
 from core.training.report import Report
 from genomics.datasets import IGNORED, GenomeData, targets
@@ -51,6 +52,7 @@ class LanguageModel(TrainingModule):
 
     headline = "test/perplexity"
     item_name = "windows"
+    cuts_sequences = True
 
     def __init__(
         self,
@@ -87,15 +89,17 @@ class LanguageModel(TrainingModule):
         keep = save_on_cpu(pin_memory=self.device.type == "cuda") if self.offload else nullcontext()
         with keep:
             nats, wanted = self._nats(batch, None)
-        return nats.sum() / (wanted != IGNORED).sum().clamp(min=1)
+        return mean_share(nats.sum(), (wanted != IGNORED).sum(), everywhere=self.training)
 
     def _nats(self, batch: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
-        """Loss of each position (B, L), 0 where none is wanted, and what is wanted."""
+        """Loss of each position (B, L) of this process's part, 0 where none is wanted, and what is wanted."""
         if self.masked:
             generator = None if seed is None else torch.Generator(batch.device).manual_seed(seed)
             ids, wanted = mask_bases(batch[:, 1:], generator)
         else:
             ids, wanted = batch[:, :-1], targets(batch)
+        if (group := active()) is not None:
+            ids, wanted = group.shard(ids), group.shard(wanted)
         logits = self.net(ids).float()
         nats = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none")
         return nats.view(wanted.shape), wanted
@@ -107,7 +111,9 @@ class LanguageModel(TrainingModule):
         count = (wanted != IGNORED).sum()
         self.losses[f"{stage}_"].update(nats.sum() / count.clamp(min=1), weight=count)  # pyright: ignore
         if stage == "test":
-            bins = torch.arange(1, nats.shape[1] + 1, device=nats.device).log2().floor().long()
+            group = active()
+            before = 0 if group is None else group.bounds(batch.shape[1] - 1)[0]  # of this part in the windows
+            bins = (before + torch.arange(1, nats.shape[1] + 1, device=nats.device)).log2().floor().long()
             found = torch.stack([nats.sum(0), (wanted != IGNORED).sum(0)]).double()
             self.by_position += (
                 torch.zeros(2, POSITIONS, dtype=torch.float64, device=nats.device)
@@ -119,8 +125,9 @@ class LanguageModel(TrainingModule):
         """Print how much memory a step will need."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, GenomeData) and self.trainer.is_global_zero:
-            tokens = data.batch_size * data.window
-            print(describe_memory(self.net, tokens, self.recompute, self.offload, str(self.trainer.precision)))
+            tokens = data.batch_size * data.window // getattr(self.trainer.strategy, "sequence", 1)
+            net = self._whole_net[0] if self._whole_net else self.net  # a sharded one cannot be copied
+            print(describe_memory(net, tokens, self.recompute, self.offload, str(self.trainer.precision)))
 
     def batch_tokens(self, batch: Tensor) -> int:
         """Return the number of tokens that are read."""

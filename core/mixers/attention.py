@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core.mixers.mamba import last_inputs
 from core.mixers.rotary import positions_of, rotate, rotation, sequence_numbers
+from core.parallel.group import refuse
 
 
 class AttentionState(NamedTuple):
@@ -116,6 +117,7 @@ class Attention(nn.Module):
         Returns:
             (B, L, D) in x's dtype.
         """
+        refuse("Attention")
         qkv, mlp = self._project(x)
         qkv, _ = self._conv(qkv, None, cu_seqlens, seq_idx, False)
         if seq_idx is None and cu_seqlens is None:

@@ -15,6 +15,7 @@ import kernels  # noqa: F401  registers torch.ops.triscan
 from core.mixers.hyena_filter import HyenaFilter, circular_convolution, long_convolution
 from core.mixers.mamba import last_inputs
 from core.mixers.packed import run_packed
+from core.parallel.group import refuse
 
 ACTIVATIONS = {"id": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 # Arguments of the published operator that have one value here, and why no other.
@@ -170,6 +171,7 @@ class Hyena(nn.Module):
         Raises:
             ValueError: If a sequence is longer than ``l_max``.
         """
+        refuse("Hyena")
         if seq_idx is not None or cu_seqlens is not None:
             return run_packed(self, x, seq_idx, cu_seqlens)
         self._check_length(x.shape[1])

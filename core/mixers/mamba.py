@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core import hippo
+from core.parallel import sequence
 
 
 class MambaState(NamedTuple):
@@ -215,7 +216,7 @@ class Mamba(nn.Module):
     def _conv(
         self, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, seq_idx: Tensor | None, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.triscan.causal_conv1d(
+        return sequence.causal_conv1d(
             x, self.conv1d.weight.squeeze(1), self.conv1d.bias, None, initial, cu_seqlens, seq_idx,
             "silu", self.reverse, keep, "auto",
         )  # fmt: skip
@@ -230,12 +231,11 @@ class Mamba(nn.Module):
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         dt, B, C = torch.split(self.x_proj(x), [self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y, final, _ = torch.ops.triscan.selective_scan(
+        return sequence.selective_scan(
             x, dt, decay_rates(self.A_log), B.unsqueeze(2), C.unsqueeze(2), self.D, z,
             self.dt_proj.bias, self.dt_proj.weight, None, initial, cu_seqlens, seq_idx,
             True, True, "sum", self.reverse, keep, "auto",
         )  # fmt: skip
-        return y, final
 
     def extra_repr(self) -> str:
         return f"d_model={self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, reverse={self.reverse}"

@@ -17,6 +17,8 @@ import kernels.mamba2_inner  # noqa: F401  registers torch.ops.triscan
 from core import hippo
 from core.mixers.gated_norm import GatedRMSNorm
 from core.mixers.mamba import decay_rates, last_inputs
+from core.parallel import sequence
+from core.parallel.group import in_parts
 
 torch.fx.wrap("decay_rates")  # a tracer has no dtypes to compare
 
@@ -155,7 +157,8 @@ class Mamba2(nn.Module):
                 raise ValueError("seq_idx: the initial states would reach the first sequence only; use cu_seqlens")
             rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             initial = self.init_states.expand(rows, -1, -1, -1)
-        if not isinstance(self.out_proj, nn.Linear):  # an adapter or a quantised layer, more than a weight
+        # An adapter or a quantised layer is more than a weight; a part of a sequence needs its neighbours in between.
+        if not isinstance(self.out_proj, nn.Linear) or in_parts():
             mlp, z, xbc, dt = self._project(x)
             xbc, _ = self._conv(xbc, None, cu_seqlens, seq_idx, False)
             y, _ = self._scan(xbc, z, dt, initial, cu_seqlens, seq_idx, False)
@@ -255,7 +258,7 @@ class Mamba2(nn.Module):
     def _conv(
         self, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, seq_idx: Tensor | None, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        return torch.ops.triscan.causal_conv1d(
+        return sequence.causal_conv1d(
             x, self.conv1d.weight.squeeze(1), self.conv1d.bias, None, initial, cu_seqlens, seq_idx,
             "silu", self.reverse, keep, "auto",
         )  # fmt: skip
@@ -286,7 +289,7 @@ class Mamba2(nn.Module):
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         x, B, C = self._split(xbc)
-        return torch.ops.triscan.ssd(
+        return sequence.ssd(
             x, dt, decay_rates(self.A_log), B, C, self._skip(), self._scan_gate(z), self.dt_bias,
             None, initial, cu_seqlens, seq_idx, True, self.dt_min, self.dt_max, "sum", self.reverse, keep, "auto",
         )  # fmt: skip

@@ -18,6 +18,7 @@ from core import hippo
 from core.mixers import mamba3_scan as scan
 from core.mixers.gated_norm import GatedRMSNorm
 from core.mixers.rotary import sequence_numbers
+from core.parallel.group import refuse
 
 
 class Mamba3State(NamedTuple):
@@ -128,6 +129,7 @@ class Mamba3(nn.Module):
         Returns:
             (B, L, D) in x's dtype.
         """
+        refuse("Mamba3")
         last = None
         if seq_idx is not None or cu_seqlens is not None:
             numbers = sequence_numbers(x.shape[1], x.device, seq_idx, cu_seqlens)

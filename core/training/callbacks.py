@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EMAWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from core.parallel.strategies import FSDP2
 from core.training.rng import ResumableLoader, rng_state, set_rng_state
 
 
@@ -58,6 +59,7 @@ class ExactResume(Callback):
 
     def __init__(self) -> None:
         self._loader_state: dict[str, Any] | None = None
+        self._built = rng_state()  # once data and model are there
 
     def state_dict(self) -> dict[str, Any]:
         """Return generators and position."""
@@ -70,14 +72,19 @@ class ExactResume(Callback):
         self._loader_state = state_dict["loader"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remember the trainer, which ``state_dict`` is not given."""
+        """Remember the trainer, which ``state_dict`` is not given; begin with the generators of a single process."""
         self._trainer = trainer
+        if stage == "fit" and trainer.world_size > 1:  # strategies seed anew when the processes join
+            set_rng_state(self._built)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the loader where it was; its iterator starts with the first batch."""
         loader = self._loader
         if self._loader_state is not None and loader is not None:
             loader.load_state_dict(self._loader_state)
+            if loader.resumed is not None:  # another number of processes counts other batches
+                progress = trainer.fit_loop.epoch_loop.batch_progress.current
+                progress.ready = progress.started = progress.processed = progress.completed = loader.resumed
         self._loader_state = None
 
     @property
@@ -128,6 +135,8 @@ class Interrupt(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop, if asked to."""
+        if isinstance(trainer.strategy, FSDP2):  # all processes save together, so that all must know
+            self._asked = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
         if self._asked:
             trainer._logger_connector.update_train_step_metrics()  # comes after this hook otherwise: the step's figures
             self._save(trainer)
@@ -167,10 +176,11 @@ class Interrupt(Checkpoint):
         self._restore()
 
     def _save(self, trainer: Trainer) -> None:
-        if self.folder is None or not trainer.is_global_zero:
+        shared = isinstance(trainer.strategy, FSDP2)
+        if not shared and (self.folder is None or not trainer.is_global_zero):
             return
         # Not trainer.save_checkpoint: it waits for the other processes, which know nothing of the signal.
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        path = self.folder / "last.ckpt"
+        path = self.folder / "last.ckpt" if self.folder is not None else Path("last.ckpt")  # of rank 0, which writes
         trainer.strategy.save_checkpoint(checkpoint, path)
         self.saved = path

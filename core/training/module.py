@@ -121,6 +121,9 @@ class TrainingModule(LightningModule):
     item_name: str = "items"
     """What one item of a batch is called in throughput figures: images, sequences, clips."""
 
+    cuts_sequences: bool = False
+    """Whether ``loss`` and ``evaluate`` take their part of a batch's sequences where processes share them."""
+
     net: nn.Module
 
     def __init__(
@@ -136,6 +139,7 @@ class TrainingModule(LightningModule):
         self.compile_requested = compile
         self._steps_seen = 0
         self._group_options: list[dict[str, Any]] = []
+        self._whole_net: list[nn.Module] = []  # in a list, so that it is no part of this module
 
     # What a domain writes.
 
@@ -183,7 +187,7 @@ class TrainingModule(LightningModule):
         loss = self.loss(batch)
         rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
         size = self.batch_items(batch)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size, sync_dist=True)
         self.log("train/lr", rate, prog_bar=True, batch_size=size)
         return loss
 
@@ -209,6 +213,26 @@ class TrainingModule(LightningModule):
         if self.compile_requested and self._steps_seen == 1:
             self.compiled_part().compile()
         self._steps_seen += 1
+
+    def configure_model(self) -> None:
+        """Share the weights out among the processes, where the strategy is fsdp2."""
+        if self.device_mesh is None or self._whole_net:
+            return
+        from core.parallel.strategies import empty_copy, shard_module
+
+        self._whole_net.append(empty_copy(self.net))
+        shard_module(self, self.device_mesh["data_parallel"])
+
+    def gather_net(self) -> nn.Module:
+        """Return the net with all its weights, or on rank 0 a copy of it on the CPU; every process must ask."""
+        if not self._whole_net:
+            return self.net
+        from core.parallel.strategies import whole_weights
+
+        weights, (net,) = whole_weights(self.net), self._whole_net
+        if weights:
+            net.load_state_dict(weights)
+        return net.train(self.net.training)
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule from the options; the schedule is a function of the optimizer step alone."""

@@ -1,12 +1,16 @@
 """Random number generators as plain data, and a data loader that can be resumed in the middle of an epoch."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
+
+from core.errors import UserError
+from core.parallel.data import ShardedSampler
+from core.parallel.group import data_ranks, joined
 
 
 def rng_state() -> dict[str, Any]:
@@ -37,13 +41,37 @@ class ResumableLoader(DataLoader):
 
     It takes the arguments of ``torch.utils.data.DataLoader``. The order of an epoch and the seeds of its workers follow
     from the generators' state at its start, so that state and the number of batches handed out are all there is to
-    keep. On resume the batches already seen are read again and dropped. Workers that outlive an epoch
+    keep. On resume the batches already seen are read again and dropped. With several processes each reads its share of
+    every batch (``core.parallel.data``), unless a sampler is given. Workers that outlive an epoch
     (``persistent_workers``) carry random state over that is out of reach: with them only epoch boundaries are exact.
     """
 
     _batches = 0
     _start: dict[str, Any] | None = None
     _resume: dict[str, Any] | None = None
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int | None = 1,
+        shuffle: bool | None = None,
+        sampler: Any = None,
+        drop_last: bool = False,
+        **options: Any,
+    ) -> None:
+        cut = sampler is None and options.get("batch_sampler") is None and joined()
+        if cut and batch_size is not None and isinstance(dataset, Sized):
+            try:
+                sampler = ShardedSampler(dataset, batch_size, bool(shuffle), drop_last, even=bool(shuffle) or drop_last)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            shuffle = None
+        super().__init__(dataset, batch_size, shuffle, sampler, drop_last=drop_last, **options)
+
+    @property
+    def step(self) -> int:
+        """Samples of a step of all processes together."""
+        return (self.batch_size or 1) * data_ranks()[1]
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the batches of one epoch."""
@@ -63,9 +91,19 @@ class ResumableLoader(DataLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position within the epoch."""
-        return {"batches": self._batches, "start": self._start, "now": rng_state()}
+        return {"batches": self._batches, "step": self.step, "start": self._start, "now": rng_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a position at the next ``iter``; the end of an epoch is the start of the next."""
-        unfinished = state["start"] is not None and 0 < state["batches"] < len(self)
-        self._resume = state if unfinished else None
+        """Continue from a position at the next ``iter``; the end of an epoch is the start of the next.
+
+        Where another number of processes, or batches of another size, reached the position, it is the last batch that
+        begins no later.
+        """
+        batches = state["batches"] * state.get("step", self.step) // self.step
+        unfinished = state["start"] is not None and 0 < batches < len(self)
+        self._resume = {**state, "batches": batches} if unfinished else None
+
+    @property
+    def resumed(self) -> int | None:
+        """Batches that the next ``iter`` leaves out; None where it begins an epoch."""
+        return None if self._resume is None else self._resume["batches"]

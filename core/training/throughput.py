@@ -9,6 +9,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from torch.utils.flop_counter import FlopCounterMode
 
+from core.parallel.group import data_ranks
 from core.training.module import TrainingModule
 
 # Dense peaks in FLOP/s from the makers' data sheets: (part of the device's name, {dtype: peak}); first match counts.
@@ -111,9 +112,9 @@ class Throughput(Callback):
         seconds = sum(step[0] for step in self._steps)
         items = sum(step[1] for step in self._steps) / seconds
         tokens = sum(step[2] for step in self._steps) / seconds
-        rates = {f"{pl_module.item_name}_per_s": items * trainer.world_size}
+        rates = {f"{pl_module.item_name}_per_s": items * data_ranks()[1]}
         if tokens:
-            rates["tokens_per_s"] = tokens * trainer.world_size
+            rates["tokens_per_s"] = tokens * data_ranks()[1]
         flops = items * (self.flops_per_item or 0.0)
         if flops and self._peak:
             rates["mfu"] = flops / self._peak

@@ -1,0 +1,72 @@
+"""Which samples a process reads, such that all processes together read each once."""
+
+from collections.abc import Iterator, Sized
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DistributedSampler
+
+from core.parallel.group import data_ranks, joined
+
+
+class ShardedSampler(DistributedSampler):
+    """The samples of one process: each batch of all processes together is cut into theirs.
+
+    The order is the one that a single process would take from the same generators, so that N processes with batches of
+    b make the steps that one makes with batches of N b. Nothing is read twice. The last batch is cut evenly; without
+    ``drop_last`` some processes may then have a sample, or the whole batch, less than others.
+
+    Args:
+        data: The samples.
+        batch_size: Samples a step and process.
+        shuffle: A new order each epoch, drawn by rank 0 from torch's generator.
+        drop_last: Leave out the samples that do not fill a batch of all processes.
+        even: Leave out as many of the last samples as it takes for all processes to make the same number of steps, as
+            training must.
+
+    Raises:
+        ValueError: If there is not a sample for each process.
+    """
+
+    def __init__(self, data: Sized, batch_size: int, shuffle: bool, drop_last: bool, even: bool = True) -> None:
+        self.rank, self.num_replicas = data_ranks()
+        self.data, self.batch_size, self.shuffle, self.drop_last, self.even = data, batch_size, shuffle, drop_last, even
+        if len(data) < self.num_replicas or (drop_last and len(data) < self.num_replicas * batch_size):
+            each = f"a batch of {batch_size}" if drop_last else "one"
+            raise ValueError(
+                f"got {len(data)} samples for {self.num_replicas} processes, wanted at least {each} for each; use "
+                "fewer processes or smaller batches"
+            )
+
+    def __len__(self) -> int:
+        return sum(end - begin for begin, end in self._pieces())
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield this process's samples of one epoch."""
+        order = self._order()
+        for begin, end in self._pieces():
+            yield from order[begin:end].tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do nothing: the order follows from the generators."""
+
+    def _order(self) -> torch.Tensor:
+        if not self.shuffle:
+            return torch.arange(len(self.data))
+        seed = torch.empty((), dtype=torch.int64).random_()  # as torch's own random sampler draws it
+        if joined() and dist.get_world_size() > 1:
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            shared = seed.to(device)
+            dist.broadcast(shared, 0)
+            seed = shared.cpu()
+        return torch.randperm(len(self.data), generator=torch.Generator().manual_seed(int(seed)))
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """Places of this process's samples in the order, one pair a step."""
+        count, whole = len(self.data), self.num_replicas * self.batch_size
+        for first in range(0, count, whole):
+            size = min(whole, count - first)
+            if size < whole and (self.drop_last or (self.even and size < self.num_replicas)):
+                return
+            begin, end = (size * rank // self.num_replicas for rank in (self.rank, self.rank + 1))
+            yield first + begin, first + end
