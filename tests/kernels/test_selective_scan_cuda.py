@@ -68,13 +68,19 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on an
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills fresh memory with NaN, so that an element that no kernel wrote shows."""
-    empty = torch.empty
 
-    def poison(*args, **kwargs):
-        t = empty(*args, **kwargs)
-        return t.fill_(float("nan")) if t.is_floating_point() else t
+    def poison(owner: object, name: str) -> None:
+        empty = getattr(owner, name)
 
-    monkeypatch.setattr(torch, "empty", poison)
+        def filled(*args, **kwargs):
+            t = empty(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        monkeypatch.setattr(owner, name, filled)
+
+    poison(torch, "empty")
+    poison(torch, "empty_like")
+    poison(torch.Tensor, "new_empty")
 
 
 @gpu
