@@ -249,11 +249,11 @@ def scan_step(
     (batch, channels), (rank, n) = x.shape, (dt_weight.shape[1], A_log.shape[1])
     y = torch.empty(batch, channels, dtype=x.dtype, device=x.device)
     parts = low.shape[1]
-    block = 16 if batch < 8 else 32
+    block = 16 if batch < 8 else 32  # of fewer than 128 threads, whose registers would leave room for few programs
     _scan_kernel[(-(-channels // block), batch)](
         low, x, z, dt_weight, dt_bias, A_log, D, state, y, channels, parts, x.stride(0), z.stride(0),
         R=rank, N=n, BLOCK_R=triton.next_power_of_2(rank), BLOCK_N=triton.next_power_of_2(n),
-        BLOCK_PARTS=min(32, triton.next_power_of_2(parts)), BLOCK=block, ACC=_accumulator(x),
-        num_warps=4 if parts > 1 else 2, **_launch(x),
+        BLOCK_PARTS=min(256, triton.next_power_of_2(parts)), BLOCK=block, ACC=_accumulator(x),
+        num_warps=8 if parts > 64 else 4, **_launch(x),
     )  # fmt: skip
     return y
