@@ -291,7 +291,8 @@ def _check_shapes(
 def project(dt: Tensor, dt_weight: Tensor) -> Tensor:
     """Low-rank dt ``(B, L, [K,] R)`` to ``(B, L, [K,] D)``, in float32 (float64 for float64) or autocast's dtype."""
     if _narrow(dt, dt_weight):
-        flat = torch.mm(dt.flatten(0, -2), dt_weight.view(-1, dt_weight.shape[-1]).t(), out_dtype=torch.float32)
+        weight = dt_weight if dt_weight.ndim == 2 else dt_weight.squeeze(0)
+        flat = torch.mm(dt.flatten(0, -2), weight.t(), out_dtype=torch.float32)
         return flat.unflatten(0, dt.shape[:-1])
     if dt.dtype == torch.float64 or autocast_dtype(dt.device) is None:
         dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
