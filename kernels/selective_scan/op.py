@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels import recompute
 from kernels.backend import resolve
@@ -296,21 +295,3 @@ def eager(tensors: tuple[Tensor | None, ...], flags: tuple[Any, ...]) -> tuple[T
                 return _Straight.apply(straight, flags, *inputs)
             return straight.forward(inputs, False, flags[FINAL])[:2]
     return _selective_scan(*tensors, *flags)[:2]
-
-
-def _scan_flops(x: Any, A: Any, dt_weight: Any, route: Any) -> int:
-    """Multiplications and additions: 7 a state (decay, input, recurrence, read-out), 2 R for each projected dt."""
-    routes, positions = (1, x[1]) if route is None else route
-    elements = x[0] * positions * routes * x[-1]
-    return elements * (7 * A[-1] + (0 if dt_weight is None else 2 * dt_weight[-1]))
-
-
-@register_flop_formula(torch.ops.triscan.selective_scan)
-def _forward_flops(x, dt, A, B, C, D, z, dt_bias, dt_weight, route, *args, **kwargs) -> int:
-    return _scan_flops(x, A, dt_weight, route)
-
-
-@register_flop_formula(torch.ops.triscan.selective_scan_backward)
-def _backward_flops(dy, dstate, saved, x, dt, A, B, C, D, z, dt_bias, dt_weight, route, *args, **kwargs) -> int:
-    """Twice the forward for the two adjoint scans, once more for the states that are computed again."""
-    return 3 * _scan_flops(x, A, dt_weight, route)
