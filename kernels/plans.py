@@ -45,6 +45,14 @@ class Plans:
         return plan
 
 
+def signature(tensors: Sequence[Tensor | None]) -> list[object]:
+    """What plans follow from, of tensors; their devices by number, as none is on the CPU while another is not."""
+    return [
+        None if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16, t.is_neg())
+        for t in tensors
+    ]  # fmt: skip
+
+
 class kept(Generic[T]):  # noqa: N801  a decorator, as ``property`` is
     """A property, of an object whose problem is ``p``, that follows from the signature: kept in the problem's plan."""
 
@@ -59,14 +67,6 @@ class kept(Generic[T]):  # noqa: N801  a decorator, as ``property`` is
         if self not in plan:
             plan[self] = self._function(instance)
         return plan[self]
-
-
-def signature(tensors: Sequence[Tensor | None]) -> list[object]:
-    """What plans follow from, of tensors; their devices by number, as none is on the CPU while another is not."""
-    return [
-        None if t is None else (t.shape, t.stride(), t.dtype, t.get_device(), t.data_ptr() % 16, t.is_neg())
-        for t in tensors
-    ]  # fmt: skip
 
 
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -126,6 +126,8 @@ def _causal_conv1d(
     """y and the final state (empty if not asked for)."""
     tensors = (x, weight, bias, route, initial_state, cu_seqlens, seq_idx)
     plan = _plans.find(tensors, (activation, reverse, return_final_state, backend))
+    if "plain" in plan:
+        return plan["plain"].plain_forward(plan, x, weight, bias), x.new_empty(0)
     p = make_problem(*tensors, activation, reverse, plan)
     name = _resolve(plan, backend, x.device)
     if name in ("cpu", "triton"):
@@ -133,6 +135,8 @@ def _causal_conv1d(
     else:
         y, state = _loaded(name).conv(p)
     y = owned(y, p.y_shape)
+    if not return_final_state:
+        _keep_plain(name, p)
     if state is None or not return_final_state:
         return y, x.new_empty(0)
     return y, owned(state, p.state_shape)
@@ -162,6 +166,15 @@ def _walks(name: str, p: Problem) -> bool:
     return takes(p)
 
 
+def _keep_plain(name: str, p: Problem) -> None:
+    """Notes in a problem's plan if the next one can go the short way."""
+    if _walks(name, p):
+        from kernels.causal_conv1d import triton_walk
+
+        if triton_walk.is_plain(p):
+            p.plan["plain"] = triton_walk
+
+
 @_causal_conv1d.register_fake
 def _(
     x, weight, bias, route, initial_state, cu_seqlens, seq_idx, activation, reverse, return_final_state, backend
@@ -188,6 +201,9 @@ def _causal_conv1d_backward(
     """Gradients of x, weight, bias and initial_state, shaped as these; empty for absent ones."""
     tensors = (x, weight, bias, route, initial_state, cu_seqlens, seq_idx)
     plan = _backward_plans.find((dy, dstate, *tensors), (activation, reverse, backend))
+    if "plain" in plan:
+        dx, dweight, dbias = plan["plain"].plain_backward(plan, dy, x, weight, bias)
+        return dx, dweight, x.new_empty(0) if dbias is None else dbias, x.new_empty(0)
     p = make_problem(*tensors, activation, reverse, plan)
     name = _resolve(plan, backend, x.device)
     if name not in ("cpu", "triton"):
@@ -199,6 +215,8 @@ def _causal_conv1d_backward(
         grads = gradients(run, (x, weight, bias, initial_state), (dy, dstate))
         return grads[0], grads[1], grads[2], grads[3]
     found = _backward_by_kernels(name, p, dy, dstate)
+    if dstate is None and dy.stride(-1) == 1:
+        _keep_plain(name, p)
     dx, dweight, dbias, dinitial = (
         x.new_empty(0) if t is None or grad is None else grad.reshape(t.shape).to(t.dtype).contiguous()
         for grad, t in zip(found, (x, weight, bias, initial_state), strict=True)

@@ -38,7 +38,7 @@ from kernels.causal_conv1d.triton_steps import (
     tile,
     weighted_sum,
 )
-from kernels.plans import launch, on_device
+from kernels.plans import Plan, launch, on_device
 
 COLUMNS = 8  # of a program that sums the parts: few, so that all of the GPU takes part
 MAX_WIDTH = 16  # beyond, the inputs and gradients that a thread keeps no longer fit its registers
@@ -164,6 +164,60 @@ def _parameter_kernel(
 def takes(p: Problem) -> bool:
     """Whether these kernels can run the problem."""
     return p.in_order and p.width <= MAX_WIDTH and p.x.numel() > 0
+
+
+def is_plain(p: Problem) -> bool:
+    """Whether ``plain_forward`` and ``plain_backward`` can run the next problem of this signature."""
+    dense = all(t is None or t.is_contiguous() for t in (p.weight, p.bias))
+    return takes(p) and dense and p.initial_state is None and p.x.stride(3) == 1
+
+
+def plain_forward(plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``forward`` with as little work for the host as there can be: no state, the tensors as the caller has them.
+
+    Args:
+        plan: Of an earlier call of ``forward`` with this signature, whose problem ``is_plain``.
+        x: ``(B, L, D)``.
+        weight: ``(D, W)``.
+        bias: ``(D,)`` or None.
+
+    Returns:
+        y ``(B, L, D)`` in x's dtype.
+    """
+    cut, (batch, length, channels) = plan["cut"], x.shape
+    y = torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+    given = (x, weight, x if bias is None else bias, x, y)
+    with on_device(x):
+        arguments = (*given, length, channels, x.stride(0), x.stride(1), *cut.runs)
+        launch(plan, _forward_kernel, cut.blocks * batch, arguments, cut.constants)
+    return y
+
+
+def plain_backward(
+    plan: Plan, dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``backward`` in the same way: the gradients of x, weight and bias, shaped as these.
+
+    Args:
+        plan: Of an earlier call of ``backward``.
+        dy: ``(B, L, D)``, its channels next to each other.
+        x: See ``plain_forward``.
+        weight: See ``plain_forward``.
+        bias: See ``plain_forward``.
+    """
+    cut, (batch, length, channels), width = plan["cut"], x.shape, weight.shape[1]
+    parts = cut.runs[0] * batch
+    dx = torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    part = weight.new_empty((parts, width + 1, channels), dtype=wide)
+    dweight, dbias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+    given = (dy, x, weight, x if bias is None else bias, x, dx, part, part)
+    steps = (x.stride(0), x.stride(1), dy.stride(0), dy.stride(1))
+    sums = (part, dweight, part if dbias is None else dbias, parts, channels)
+    with on_device(x):
+        launch(plan, _backward_kernel, cut.blocks * batch, (*given, length, channels, *steps, *cut.runs), cut.constants)
+        launch(plan, _parameter_kernel, -(-(width + 1) * channels // COLUMNS), sums, cut.summed)
+    return dx, dweight, dbias
 
 
 def forward(p: Problem) -> Tensor:

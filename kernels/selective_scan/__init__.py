@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.selective_scan import flops  # noqa: F401  registers formulas
 from kernels.selective_scan.op import Gradients, eager, implementation
 from kernels.selective_scan.problem import make_problem
 

@@ -70,48 +70,24 @@ class Straight:
 
     Args:
         p: A problem of this signature, which ``supports`` takes.
-        final: Whether the final state is asked for.
     """
 
-    def __init__(self, p: Problem, final: bool) -> None:
-        launch = Launch(Part(p, 0, p.state, pairs=False))
-        self.flags, self.has_final = (p.dt_softplus, True, "sum", p.reverse), final
-        self.base, self.blocks, self.threads = launch.recipe.base, launch.blocks, launch.threads
-        self.shape, self.dense = (p.batch, p.length, p.channels), p.x.is_contiguous()
-        self.final_shape = (p.batch, p.channels, p.state)
-        self.saved_shape = (p.slots, 1, p.state, p.channels)
-        macros, shared = forward_macros(launch.shape, final), 4 * launch.shape.forward_words
-        self.kernel = launch.kernel(
-            "forward", shared, **macros, TY=TYPES[p.x.dtype], HAS_INITIAL=p.initial_state is not None, ADD=False
-        )
-        self.first, self.ends = None, _ends(p, launch)
-        if launch.shape.segments > 1:
-            self.first = launch.kernel("forward", shared, ENDS=1, **macros)
+    def __init__(self, p: Problem) -> None:
+        self._flags = (p.dt_softplus, True, "sum", p.reverse)
+        self._forwards: dict[bool, Forward] = {}
         self._backwards: dict[tuple[torch.dtype, bool], Backward] = {}
 
-    def like_x(self, t: Tensor) -> Tensor:
-        """Memory for ``(B, L, D)``, channels next to each other, in the dtype of ``t``, which is of that shape."""
-        return torch.empty_like(t) if t.is_contiguous() else t.new_empty(self.shape)
+    def _problem(self, t: Inputs) -> Problem:
+        x, dt, A, B, C, D, z, bias, initial = t
+        return make_problem(x, dt, A, B, C, D, z, bias, None, None, initial, None, None, *self._flags)
 
-    def forward(self, t: Inputs, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, t: Inputs, keep: bool, final: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """y, the final state ``(B, D, N)`` if asked for, and if ``keep`` the saved states, which the backward needs."""
-        x, A, values = t[0], t[2], self.base[:]
-        y = torch.empty_like(x) if self.dense else x.new_empty(self.shape)
-        saved = A.new_empty(self.saved_shape) if keep else None
-        final = A.new_empty(self.final_shape) if self.has_final else None
-        with plans.on_device(x):
-            _give(values, t)
-            if self.first is not None:
-                ends = A.new_empty(self.ends + self.ends // A.shape[1])
-                values[_ENDS], values[_SUMS] = ends.data_ptr(), ends.data_ptr() + 4 * self.ends
-                self.first(self.blocks, self.threads, values)
-            values[_Y] = y.data_ptr()
-            if saved is not None:
-                values[_SAVED] = saved.data_ptr()
-            if final is not None:
-                values[_FINAL] = final.data_ptr()
-            self.kernel(self.blocks, self.threads, values)
-        return y, final, saved
+        found = self._forwards.get(final)
+        if found is None:
+            found = self._forwards[final] = Forward(self._problem(t), final)
+        with plans.on_device(t[0]):
+            return found(t, keep)
 
     def backward(self, dy: Tensor, dstate: Tensor | None, saved: Tensor, t: Inputs) -> Sequence[Tensor | None]:
         """Gradients of the inputs, in their order, shapes and dtypes; None where there is no input.
@@ -127,11 +103,54 @@ class Straight:
         key = (dy.dtype, dy.data_ptr() % ALIGNED == 0)
         found = self._backwards.get(key)
         if found is None:
-            x, dt, A, B, C, D, z, bias, initial = t
-            p = make_problem(x, dt, A, B, C, D, z, bias, None, None, initial, None, None, *self.flags)
-            found = self._backwards[key] = Backward(p, dy)
+            found = self._backwards[key] = Backward(self._problem(t), dy)
         with plans.on_device(dy):
-            return found(self, dy, dstate, saved, t)
+            return found(dy, dstate, saved, t)
+
+
+def _like(t: Tensor) -> Tensor:
+    """Memory for a tensor of this shape and dtype, dense."""
+    return torch.empty_like(t) if t.is_contiguous() else t.new_empty(t.shape)
+
+
+class Forward:
+    """The forward of one signature.
+
+    Args:
+        p: A problem.
+        final: Whether the final state is asked for.
+    """
+
+    def __init__(self, p: Problem, final: bool) -> None:
+        launch = Launch(Part(p, 0, p.state, pairs=False))
+        self.base, self.blocks, self.threads = launch.recipe.base, launch.blocks, launch.threads
+        self.final = (p.batch, p.channels, p.state) if final else None
+        self.saved = (p.slots, 1, p.state, p.channels)
+        macros, shared = forward_macros(launch.shape, final), 4 * launch.shape.forward_words
+        self.kernel = launch.kernel(
+            "forward", shared, **macros, TY=TYPES[p.x.dtype], HAS_INITIAL=p.initial_state is not None, ADD=False
+        )
+        self.first, self.ends = None, _ends(p, launch)
+        if launch.shape.segments > 1:
+            self.first = launch.kernel("forward", shared, ENDS=1, **macros)
+
+    def __call__(self, t: Inputs, keep: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, A, values = t[0], t[2], self.base[:]
+        y = _like(x)
+        saved = A.new_empty(self.saved) if keep else None
+        final = None if self.final is None else A.new_empty(self.final)
+        _give(values, t)
+        if self.first is not None:
+            ends = A.new_empty(self.ends + self.ends // A.shape[1])
+            values[_ENDS], values[_SUMS] = ends.data_ptr(), ends.data_ptr() + 4 * self.ends
+            self.first(self.blocks, self.threads, values)
+        values[_Y] = y.data_ptr()
+        if saved is not None:
+            values[_SAVED] = saved.data_ptr()
+        if final is not None:
+            values[_FINAL] = final.data_ptr()
+        self.kernel(self.blocks, self.threads, values)
+        return y, final, saved
 
 
 def _ends(p: Problem, launch: Launch) -> int:
@@ -175,12 +194,10 @@ class Backward:
             ([(PLACES[n], v) for n, v in self.sums.bounds(i).items()], i) for i in reversed(range(self.sums.slices))
         ]
 
-    def __call__(
-        self, of: Straight, dy: Tensor, dstate: Tensor | None, saved: Tensor, t: Inputs
-    ) -> Sequence[Tensor | None]:
+    def __call__(self, dy: Tensor, dstate: Tensor | None, saved: Tensor, t: Inputs) -> Sequence[Tensor | None]:
         x, dt, A, B, C, D, z, bias, initial = t
         values, held = self.base[:], A.new_empty(self.held)
-        dx, ddt, dz = of.like_x(x), of.like_x(dt), None if z is None else of.like_x(z)
+        dx, ddt, dz = _like(x), _like(dt), None if z is None else _like(z)
         dB, dC = (m.new_empty(m.shape) for m in (B, C))
         dA, dD, dbias = torch.empty_like(A), None if D is None else torch.empty_like(D), None
         if bias is not None:

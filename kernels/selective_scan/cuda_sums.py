@@ -57,7 +57,7 @@ class Sums:
 
     def _slices(self, p: Problem, shape: Shape) -> int:
         """So many that the shares of one take no more room than the states that forward saved, if there are enough."""
-        if p.cu_seqlens is not None or not self.maps:
+        if p.cu_seqlens is not None or not self.maps or not self.chunks:
             return 1
         bytes_ = -(-2 * CHUNK * shape.blocks * p.groups // p.channels)  # theirs over those of the saved states
         slices = max(1, min(bytes_, self.chunks // LEAST))

@@ -10,21 +10,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from kernels import recompute
 from kernels.backend import resolve
 from kernels.checks import autocast_dtype, owned
-from kernels.plans import Plans, on_device
+from kernels.plans import Plans
 from kernels.registration import op, plain, simple, unwatched
 from kernels.selective_scan.outputs import like, unprojected
-from kernels.selective_scan.problem import Problem, make_problem
+from kernels.selective_scan.problem import Problem, make_problem, project
 
 TENSORS: tuple[str, ...] = (
     "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_weight", "route", "initial_state", "cu_seqlens", "seq_idx",
 )  # fmt: skip
 KERNELS = ("cpu", "cuda", "triton")  # backends with a forward and a backward of their own
 INITIAL = TENSORS.index("initial_state")
+FINAL = 4  # among the flags: whether the final state is asked for
+PLAIN = ("straight",)  # where a plan keeps what its calls without a projected dt go by
 DIFFERENTIABLE: tuple[str, ...] = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_weight", "initial_state")
 
 
@@ -74,14 +75,24 @@ def implementation(name: str) -> Any:
     return module
 
 
-def _straight(p: Problem, backend: str, final: bool) -> Any:
+def _key(dt_weight: Tensor | None, device: torch.device) -> tuple[object, ...]:
+    """Where a plan keeps what is right for one dtype of the projected dt, which autocast has a say in."""
+    return PLAIN if dt_weight is None else ("straight", "projected", autocast_dtype(device))
+
+
+def _straight(p: Problem, backend: str) -> Any:
     """The ``Straight`` of a problem's signature, or False."""
     if backend != "cuda":
         return False
     from kernels.selective_scan import cuda_straight
 
-    with on_device(p.x):
-        return cuda_straight.supports(p) and cuda_straight.Straight(p, final)
+    return cuda_straight.supports(p) and cuda_straight.Straight(p)
+
+
+def _given(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs of a ``Straight``, dt projected."""
+    x, dt, A, B, C, D, z, dt_bias, dt_weight, _, initial_state, *_ = tensors
+    return x, dt if dt_weight is None else project(dt, dt_weight), A, B, C, D, z, dt_bias, initial_state
 
 
 _plans, _backward_plans = Plans(), Plans()
@@ -114,14 +125,15 @@ def _selective_scan(
     tensors = (x, dt, A, B, C, D, z, dt_bias, dt_weight, route, initial_state, cu_seqlens, seq_idx)
     flags = (dt_softplus, route_params, merge, reverse)
     plan = _plans.find(tensors, (*flags, return_final_state, backend))
-    straight = plan.get("straight")
+    key = _key(dt_weight, x.device)
+    straight = plan.get(key)
     if straight:
-        y, state, saved = straight.forward((*tensors[:8], initial_state), keep=True)
-        return y, x.new_empty(0, dtype=saved.dtype) if state is None else state, saved
+        y, state, saved = straight.forward(_given(tensors), True, return_final_state)
+        return y, saved.new_empty(0) if state is None else state, saved
     p = make_problem(*tensors, *flags, plan)
     name = _resolve(p, backend)
-    if straight is None and dt_weight is None:
-        plan["straight"] = _straight(p, name, return_final_state)
+    if straight is None:
+        plan[key] = _straight(p, name)
     if name in KERNELS:
         kernel = _loaded(name)
         y, state, saved = kernel.forward(p, return_final_state) if name == "cuda" else kernel.forward(p)
@@ -178,8 +190,18 @@ def _selective_scan_backward(
     """Gradients in the order of ``DIFFERENTIABLE``, shaped as the inputs; empty for absent ones."""
     inputs = (x, dt, A, B, C, D, z, dt_bias, dt_weight, route, initial_state, cu_seqlens, seq_idx)
     flags = (dt_softplus, route_params, merge, reverse)
-    p = make_problem(*inputs, *flags, _backward_plans.find((dy, dstate, saved, *inputs), (*flags, backend)))
+    plan, key = _backward_plans.find((dy, dstate, saved, *inputs), (*flags, backend)), _key(dt_weight, x.device)
+    straight = plan.get(key)
+    if straight:
+        given = _given(inputs)
+        dx, ddt, *others, dinitial = straight.backward(dy, dstate, saved, given)
+        ddt, ddt_weight = unprojected(ddt, dt, dt_weight, routed=False)
+        grads = (dx, like(ddt, dt, x), *others, like(ddt_weight, dt_weight, x), dinitial)
+        return tuple(x.new_empty(0) if t is None else t for t in grads)  # type: ignore[return-value]
+    p = make_problem(*inputs, *flags, plan)
     name = _resolve(p, backend)
+    if straight is None:
+        plan[key] = _straight(p, name)
     if name not in KERNELS:
         scan = _loaded(name).scan
         grads = recompute.gradients(lambda *t: scan(make_problem(*t, *flags)), inputs, (dy, dstate))  # type: ignore
@@ -239,7 +261,7 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, straight: Any, flags: tuple[Any, ...], *inputs: Tensor | None) -> Any:
-        y, state, saved = straight.forward(inputs, keep=True)
+        y, state, saved = straight.forward(inputs, True, flags[FINAL])
         ctx.save_for_backward(*inputs, saved)
         ctx.straight, ctx.flags = straight, flags
         ctx.set_materialize_grads(False)
@@ -254,9 +276,7 @@ class _Straight(torch.autograd.Function):
             dy = torch.zeros_like(inputs[0], memory_format=torch.contiguous_format)
         tensors = (*inputs[:8], None, None, inputs[8], None, None)
         direct = not torch.is_grad_enabled() and plain((dy, dstate, saved)) and simple(inputs)
-        if (
-            direct and _plans.find(tensors, ctx.flags).get("straight") is ctx.straight
-        ):  # hooks may replace what is saved
+        if direct and _plans.find(tensors, ctx.flags).get(PLAIN) is ctx.straight:  # hooks may replace what is saved
             return (None, None, *ctx.straight.backward(dy, dstate, saved, inputs))
         *flags, _, backend = ctx.flags
         grads = _selective_scan_backward(dy, dstate, saved, *tensors, *flags, backend)
@@ -268,28 +288,10 @@ class _Straight(torch.autograd.Function):
 def eager(tensors: tuple[Tensor | None, ...], flags: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
     """y and the final state, by the shortest way."""
     if unwatched() and simple(tensors):
-        straight = _plans.find(tensors, flags).get("straight")
+        straight = _plans.find(tensors, flags).get(PLAIN)
         if straight:
             inputs = (*tensors[:8], tensors[INITIAL])
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
                 return _Straight.apply(straight, flags, *inputs)
-            return straight.forward(inputs, keep=False)[:2]
+            return straight.forward(inputs, False, flags[FINAL])[:2]
     return _selective_scan(*tensors, *flags)[:2]
-
-
-def _scan_flops(x: Any, A: Any, dt_weight: Any, route: Any) -> int:
-    """Multiplications and additions: 7 a state (decay, input, recurrence, read-out), 2 R for each projected dt."""
-    routes, positions = (1, x[1]) if route is None else route
-    elements = x[0] * positions * routes * x[-1]
-    return elements * (7 * A[-1] + (0 if dt_weight is None else 2 * dt_weight[-1]))
-
-
-@register_flop_formula(torch.ops.triscan.selective_scan)
-def _forward_flops(x, dt, A, B, C, D, z, dt_bias, dt_weight, route, *args, **kwargs) -> int:
-    return _scan_flops(x, A, dt_weight, route)
-
-
-@register_flop_formula(torch.ops.triscan.selective_scan_backward)
-def _backward_flops(dy, dstate, saved, x, dt, A, B, C, D, z, dt_bias, dt_weight, route, *args, **kwargs) -> int:
-    """Twice the forward for the two adjoint scans, once more for the states that are computed again."""
-    return 3 * _scan_flops(x, A, dt_weight, route)

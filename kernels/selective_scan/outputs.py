@@ -75,11 +75,11 @@ class MapGradients:
 
 
 def unprojected(ddt: Tensor, dt: Tensor, weight: Tensor | None, routed: bool) -> tuple[Tensor, Tensor | None]:
-    """Gradients of a low-rank dt and its weight from that of the projected dt ``(B, L, K, D)``."""
+    """Gradients of a low-rank dt and its weight from that of the projected one, ``(B, L, K, D)`` or without K."""
     if weight is None:
         return ddt, None
     if not routed:
-        rows, low = ddt.flatten(0, 2), dt.flatten(0, 1).to(ddt.dtype)
+        rows, low = ddt.reshape(-1, ddt.shape[-1]), dt.flatten(0, 1).to(ddt.dtype)
         return rows @ weight.to(ddt.dtype), rows.T @ low
     low = torch.einsum("blkd,kdr->blkr", ddt, weight.to(ddt.dtype))
     return low, torch.einsum("blkd,blkr->kdr", ddt, dt.to(ddt.dtype))

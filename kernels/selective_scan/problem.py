@@ -168,7 +168,7 @@ def make_problem(
 
     return Problem(
         x=x if x.ndim == 4 else x.unsqueeze(2),
-        dt=routes(dt, 2) if dt_weight is None else _project(routes(dt, 2), routes(dt_weight, 0)),
+        dt=routes(dt if dt_weight is None else project(dt, dt_weight), 2),
         A=routes(A, 0),
         B=routes(B, 0 if B.ndim == A.ndim else 2),
         C=routes(C, 0 if C.ndim == A.ndim else 2),
@@ -288,14 +288,17 @@ def _check_shapes(
         raise ValueError(f"C: got {C.shape[-2]} groups, wanted {B.shape[-2]} as in B")
 
 
-def _project(dt: Tensor, dt_weight: Tensor) -> Tensor:
-    """Low-rank dt ``(B, L, K, R)`` to ``(B, L, K, D)``, in float32 (float64 for float64) or autocast's dtype."""
+def project(dt: Tensor, dt_weight: Tensor) -> Tensor:
+    """Low-rank dt ``(B, L, [K,] R)`` to ``(B, L, [K,] D)``, in float32 (float64 for float64) or autocast's dtype."""
     if _narrow(dt, dt_weight):
-        flat = torch.mm(dt.flatten(0, -2), dt_weight.squeeze(0).t(), out_dtype=torch.float32)
+        weight = dt_weight if dt_weight.ndim == 2 else dt_weight.squeeze(0)
+        flat = torch.mm(dt.flatten(0, -2), weight.t(), out_dtype=torch.float32)
         return flat.unflatten(0, dt.shape[:-1])
     if dt.dtype == torch.float64 or autocast_dtype(dt.device) is None:
         dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
         dt, dt_weight = dt.to(dtype), dt_weight.to(dtype)
+    if dt.ndim == 3:
+        return F.linear(dt, dt_weight)
     if dt_weight.shape[0] == 1:
         return F.linear(dt.squeeze(2), dt_weight.squeeze(0)).unsqueeze(2)
     return torch.einsum("blkr,kdr->blkd", dt, dt_weight)
@@ -327,5 +330,6 @@ def restarts(seq_idx: Tensor, route: Tensor | None, reverse: bool) -> Tensor:
 
 def _narrow(dt: Tensor, dt_weight: Tensor) -> bool:
     """Whether tensor cores can multiply 16-bit numbers to float32: it is the float32 product, but has no derivative."""
-    same = dt.dtype == dt_weight.dtype and dt.dtype in (torch.bfloat16, torch.float16) and dt_weight.shape[0] == 1
-    return same and dt.is_cuda and not torch.is_grad_enabled() and autocast_dtype(dt.device) is None
+    one = dt_weight.ndim == 2 or dt_weight.shape[0] == 1
+    same = dt.dtype == dt_weight.dtype and dt.dtype in (torch.bfloat16, torch.float16)
+    return one and same and dt.is_cuda and not torch.is_grad_enabled() and autocast_dtype(dt.device) is None

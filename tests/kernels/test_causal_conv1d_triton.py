@@ -9,6 +9,7 @@ import torch
 from accuracy import assert_as_accurate
 from contract import assert_equals_reference, assert_repeats, assert_same_bits, triton_device
 from conv_cases import CASES, ROUNDED, Case, compare, run
+from memory import poison
 from torch import Tensor
 
 from kernels import causal_conv1d
@@ -31,13 +32,7 @@ IN_ORDER = {  # what the kernels for tokens in order take: beyond one run, one b
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills fresh memory with NaN, so that an element that no kernel wrote shows."""
-    empty = torch.empty
-
-    def poison(*args, **kwargs):
-        t = empty(*args, **kwargs)
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    monkeypatch.setattr(torch, "empty", poison)
+    poison(monkeypatch)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -102,6 +97,20 @@ def test_inputs_and_gradients_may_be_views(name: str) -> None:
     torch.testing.assert_close(got, wanted)
     assert got.is_contiguous()
     torch.testing.assert_close(*(torch.autograd.grad(y, (x, weight), dy) for y in (got, wanted)))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("name", VIEWS)
+def test_the_short_way_of_the_next_call_is_the_same(name: str) -> None:
+    wide, dwide = (torch.randn(2, 70, 96, device=DEVICE) for _ in range(2))
+    weight, bias = torch.randn(32, 4, device=DEVICE).requires_grad_(), torch.randn(32, device=DEVICE).requires_grad_()
+    x, dy = VIEWS[name](wide).requires_grad_(), VIEWS[name](dwide)
+    found = []
+    for _ in range(2):
+        y = causal_conv1d(x, weight, bias, activation="silu", backend="triton")
+        assert isinstance(y, Tensor)
+        found.append((y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy)))
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(*found, strict=True))
 
 
 def test_a_gradient_may_be_one_number() -> None:

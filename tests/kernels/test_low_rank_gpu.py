@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.selective_scan.problem import _narrow, _project
+from kernels.selective_scan.problem import _narrow, project
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +20,7 @@ def test_equals_the_float32_product(dtype: torch.dtype) -> None:
     weight = torch.randn(1, 96, 48, device="cuda", dtype=dtype)
     with torch.no_grad():
         assert _narrow(dt, weight)
-        found = _project(dt, weight)
+        found = project(dt, weight)
     assert not _narrow(dt, weight)  # with gradients
     wanted = torch.einsum("blkr,kdr->blkd", dt.double(), weight.double())
     assert found.dtype == torch.float32

@@ -10,6 +10,7 @@ import itertools
 import pytest
 import torch
 from accuracy import assert_as_accurate, relative_rms
+from memory import poison
 from scan_options import CASES, FULL, check, inputs, run
 
 from kernels import nvrtc, selective_scan
@@ -68,13 +69,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on an
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills fresh memory with NaN, so that an element that no kernel wrote shows."""
-    empty = torch.empty
-
-    def poison(*args, **kwargs):
-        t = empty(*args, **kwargs)
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    monkeypatch.setattr(torch, "empty", poison)
+    poison(monkeypatch)
 
 
 @gpu

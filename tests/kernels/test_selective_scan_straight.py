@@ -49,17 +49,18 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
 
 
 @pytest.mark.parametrize("segments", [1, 3])
-@pytest.mark.parametrize("options", ["", "D z", FULL])
+@pytest.mark.parametrize(("options", "rank"), [("", 0), ("D z", 3), (FULL, 0)])
 def test_launches_what_the_long_way_does(
-    options: str, segments: int, launched: Launched, monkeypatch: pytest.MonkeyPatch
+    options: str, rank: int, segments: int, launched: Launched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh(monkeypatch, segments)
-    tensors = inputs(B=2, L=30 * CHUNK + 5, D=40, N=16, options=options)
+    tensors = inputs(B=2, L=30 * CHUNK + 5, D=40, N=16, R=rank, options=options)
     for wanted in (False, True):  # the final state
         leaves = {n: t.float().requires_grad_() for n, t in tensors.items()}
         calls = []
         for takes in (True, False):
             monkeypatch.setattr(op, "_plans", Plans())
+            monkeypatch.setattr(op, "_backward_plans", Plans())
             monkeypatch.setattr(cuda_straight, "supports", lambda p, takes=takes: takes)
             for _ in range(2):  # the first call makes the plan
                 launched.clear()
@@ -82,7 +83,7 @@ def test_lazy_and_watched_tensors_take_the_long_way(launched: Launched, monkeypa
         selective_scan(**tensors)
     short = cuda_straight.Straight.forward
     taken = []
-    monkeypatch.setattr(cuda_straight.Straight, "forward", lambda *a, **k: taken.append(k["keep"]) or short(*a, **k))
+    monkeypatch.setattr(cuda_straight.Straight, "forward", lambda *a: taken.append(a[2]) or short(*a))
     selective_scan(**tensors)
     assert taken == [False]  # nothing is kept where nobody asks for gradients
     selective_scan(**tensors | {"x": torch._neg_view(tensors["x"])})
@@ -95,13 +96,17 @@ def test_lazy_and_watched_tensors_take_the_long_way(launched: Launched, monkeypa
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_the_long_way_bit_by_bit(dtype: torch.dtype, segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_long_way_bit_by_bit(
+    dtype: torch.dtype, rank: int, segments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fresh(monkeypatch, segments)
-    tensors = inputs(B=2, L=30 * CHUNK + 5, D=72, N=16, options=FULL)
+    tensors = inputs(B=2, L=30 * CHUNK + 5, D=72, N=16, R=rank, options=FULL)
     run(tensors, "cuda", dtype, "cuda", reverse=True)
     short = run(tensors, "cuda", dtype, "cuda", reverse=True)
     monkeypatch.setattr(op, "_plans", Plans())
+    monkeypatch.setattr(op, "_backward_plans", Plans())
     monkeypatch.setattr(cuda_straight, "supports", lambda p: False)
     long = run(tensors, "cuda", dtype, "cuda", reverse=True)
     assert all(torch.equal(t, long[n]) for n, t in short.items())
