@@ -1,6 +1,6 @@
 """Decoding: one token a row and step, over a state that stays where it is, on NVIDIA GPUs as one CUDA graph.
 
-The step of a Mamba or Mamba-2 layer is three kernels for a few rows and six or five for many, see ``kernels.decode``;
+The step of a Mamba or Mamba-2 layer is three kernels for a few rows and seven or five for many, see ``kernels.decode``;
 other layers run their ``decode``.
 
 Legend: B batch, D model width, V vocabulary.
@@ -20,6 +20,7 @@ from core.block import Block, start_stream
 from core.lm import MambaLM
 from core.mixers import Mamba, Mamba2
 from core.mixers.mamba import decay_rates
+from core.prompt import copy_state, weights_key
 from core.sampling import Sampling, penalize_repetition, sample
 from kernels import conv_update
 from kernels.decode import Conv, project, scan_step
@@ -83,8 +84,22 @@ class FusedStep(PlainStep):
         return both, convolved, stream, None if following is None else F.linear(convolved, following).unsqueeze(1)
 
 
-class MambaStep(FusedStep):
-    """A Mamba block in three kernels, or six."""
+class DecayStep(FusedStep):
+    """A block whose decay rates are kept."""
+
+    def __init__(self, layer: Block, state: Any, few: bool) -> None:
+        super().__init__(layer, state, few)
+        assert isinstance(layer.mixer, Mamba | Mamba2)
+        self.A = decay_rates(layer.mixer.A_log)
+
+    def refresh(self) -> None:
+        """Computes the decay rates again."""
+        assert isinstance(self.layer.mixer, Mamba | Mamba2)
+        self.A.copy_(decay_rates(self.layer.mixer.A_log))
+
+
+class MambaStep(DecayStep):
+    """A Mamba block in three kernels, or seven."""
 
     @staticmethod
     def supports(layer: Block) -> bool:
@@ -97,29 +112,25 @@ class MambaStep(FusedStep):
         both, u, stream, low = self.project_in(x, residual, 0, m.x_proj.weight)
         assert low is not None
         z = both[:, m.d_inner :]
-        y = scan_step(low, u, z, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, self.state.ssm)
-        x = project(y, m.out_proj.weight, m.out_proj.bias)[0] if self.few else m.out_proj(y)
-        return self.layer.apply_mlp(x, stream)
+        if self.few:
+            y = scan_step(low, u, z, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, self.state.ssm)
+            return self.layer.apply_mlp(project(y, m.out_proj.weight, m.out_proj.bias)[0], stream)
+        dt, B, C = low.split([m.dt_rank, m.d_state, m.d_state], dim=-1)
+        y = state_update(
+            self.state.ssm, u.unsqueeze(1), F.linear(dt, m.dt_proj.weight), self.A, B.unsqueeze(1), C.unsqueeze(1),
+            m.D, z.unsqueeze(1), m.dt_proj.bias,
+        ).squeeze(1)  # fmt: skip
+        return self.layer.apply_mlp(m.out_proj(y), stream)
 
 
-class Mamba2Step(FusedStep):
+class Mamba2Step(DecayStep):
     """A Mamba-2 block in three kernels, or five."""
-
-    def __init__(self, layer: Block, state: Any, few: bool) -> None:
-        super().__init__(layer, state, few)
-        assert isinstance(layer.mixer, Mamba2)
-        self.A = decay_rates(layer.mixer.A_log)
 
     @staticmethod
     def supports(layer: Block) -> bool:
         """Whether this class knows the layer: a causal Mamba-2 without MLP channels, behind RMSNorm."""
         m = layer.mixer
         return isinstance(m, Mamba2) and not m.reverse and not m.d_mlp and layer.norm.kind == "rms"
-
-    def refresh(self) -> None:
-        """Computes the decay rates again."""
-        assert isinstance(self.layer.mixer, Mamba2)
-        self.A.copy_(decay_rates(self.layer.mixer.A_log))
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         m = self.layer.mixer
@@ -302,8 +313,7 @@ def decoder_for(
     if not graph:
         return Decoder(model, batch, sampling, ends, padding, room)
     kept = _decoders.setdefault(model, OrderedDict())
-    weights = hash(tuple((p.data_ptr(), p.dtype) for p in model.parameters()))  # a graph reads them where they were
-    key = (batch, sampling, ends, padding, room, weights)
+    key = (batch, sampling, ends, padding, room, weights_key(model))
     if key not in kept:
         kept[key] = Decoder(model, batch, sampling, ends, padding, room, graph=True)
     if kept[key].busy:
@@ -312,12 +322,3 @@ def decoder_for(
     while len(kept) > KEPT_GRAPHS:
         kept.popitem(last=False)
     return kept[key]
-
-
-def copy_state(target: Any, source: Any) -> None:
-    """Copies a mixer's state, a nest of tuples of tensors, into another of the same shapes."""
-    if isinstance(target, Tensor):
-        target.copy_(source)
-    else:
-        for ours, given in zip(target, source, strict=True):
-            copy_state(ours, given)

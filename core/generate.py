@@ -15,6 +15,7 @@ from torch import Tensor
 
 from core.decode import decoder_for
 from core.lm import MambaLM
+from core.prompt import reader_for
 from core.sampling import PLAIN, Sampling, filter_logits, penalize_repetition, sample
 
 __all__ = [
@@ -142,7 +143,7 @@ def stream(
         seed: Makes the draws repeatable.
         generator: Instead of a seed: the source of randomness, on the model's device.
         prefill_chunk: See ``prefill``.
-        graph: Replay each step as a CUDA graph. None: on NVIDIA GPUs, without a ``generator``.
+        graph: Replay each step, and short prompts, as CUDA graphs. None: on NVIDIA GPUs, without a ``generator``.
 
     Yields:
         A ``Step`` a token, until every row is finished or ``max_new_tokens`` are reached.
@@ -161,9 +162,14 @@ def stream(
     padding = pad_token_id if pad_token_id is not None else min(ends, default=0)
     seen = _seen(input_ids, lengths, model.config.vocab_size) if sampling.repetition_penalty != 1 else None
     room = -(-(input_ids.shape[1] + max_new_tokens) // ROOM) * ROOM if model.has_attention else 0
-    hidden, state = prefill(model, input_ids, lengths, chunk=prefill_chunk, room=room)
     if graph is None:
         graph = input_ids.is_cuda and torch.version.hip is None and generator is None
+    same = graph and lengths is None and prefill_chunk is None
+    reader = reader_for(model, *input_ids.shape) if same else None
+    if reader is None:
+        hidden, state = prefill(model, input_ids, lengths, chunk=prefill_chunk, room=room)
+    else:
+        hidden, state = reader(input_ids)
     decoder = decoder_for(model, input_ids.shape[0], sampling, ends, padding, room, graph=graph)
     if generator is None:
         generator = decoder.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
