@@ -198,6 +198,25 @@ def _scan_kernel(
     tl.store(y_ptr + b * E + e, y, mask=m_e)
 
 
+@triton.jit
+def _largest_kernel(x_ptr, y_ptr, V, sx, BLOCK: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr):
+    """The first of the largest values of a row; NaN counts as the largest."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = x_ptr + tl.program_id(0).to(tl.int64) * sx
+    best = tl.full((BLOCK,), float("-inf"), ACC)
+    where = tl.arange(0, BLOCK)
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        x = tl.load(row + v, mask=v < V, other=float("-inf")).to(ACC)
+        x = tl.where(x == x, x, float("inf"))
+        where = tl.where(x > best, v, where)
+        best = tl.maximum(best, x)
+    first = tl.min(tl.where(best == tl.max(best, 0), where, V), 0)
+    tl.store(y_ptr + tl.program_id(0), first.to(tl.int64))
+
+
 def _accumulator(t: Tensor) -> Any:
     return tl.float64 if t.dtype == torch.float64 else tl.float32
 
@@ -262,5 +281,16 @@ def scan_step(
         R=rank, N=n, BLOCK_R=triton.next_power_of_2(rank), BLOCK_N=triton.next_power_of_2(n),
         BLOCK_PARTS=each, UNROLL=min(6, -(-parts // each)), BLOCK=block, ACC=_accumulator(x),
         num_warps=8 if parts > 1 else 2, **dependent_launch(x),
+    )  # fmt: skip
+    return y
+
+
+def largest(x: Tensor) -> Tensor:
+    """Index (B,) of the largest value of each row of (B, V)."""
+    y = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    block = min(16384, triton.next_power_of_2(x.shape[1]))
+    _largest_kernel[(x.shape[0],)](
+        x, y, x.shape[1], x.stride(0), BLOCK=block, ACC=_accumulator(x), num_warps=max(1, min(16, block // 256)),
+        **dependent_launch(x),
     )  # fmt: skip
     return y
