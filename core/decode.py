@@ -19,7 +19,8 @@ from torch import Tensor
 from core.block import Block, start_stream
 from core.lm import MambaLM
 from core.mixers import Mamba, Mamba2
-from core.mixers.mamba import decay_rates
+from core.mixers.mamba import MambaState, decay_rates
+from core.mixers.mamba2 import Mamba2State
 from core.prompt import copy_state, weights_key
 from core.sampling import Sampling, penalize_repetition, sample
 from kernels import conv_update
@@ -158,6 +159,13 @@ class Mamba2Step(DecayStep):
         return self.layer.apply_mlp(x, stream)
 
 
+def narrowed(state: Any, dtype: torch.dtype | None) -> Any:
+    """A layer's state with the scan's part in ``dtype``, if it is a Mamba or Mamba-2 layer's."""
+    if dtype is None or not isinstance(state, MambaState | Mamba2State):
+        return state
+    return state._replace(ssm=state.ssm.to(dtype))
+
+
 def layer_step(layer: Block, state: Any, batch: int, fused: bool) -> PlainStep:
     """The way to step a layer that fits it best."""
     for kind in (MambaStep, Mamba2Step) if fused else ():
@@ -184,6 +192,7 @@ class Decoder:
         ends: Tokens that finish a row.
         padding: What finished rows emit.
         room: Tokens that attention's caches must hold, prompts included.
+        state_dtype: Of the scans' states in Mamba and Mamba-2 layers; by default the layers' own, float32.
         fused: Use fused kernels for the layers that have them; by default on GPUs.
         graph: Capture the step in a CUDA graph.
     """
@@ -197,6 +206,7 @@ class Decoder:
         ends: frozenset[int] = frozenset(),
         padding: int = 0,
         room: int = 0,
+        state_dtype: torch.dtype | None = None,
         *,
         fused: bool | None = None,
         graph: bool = False,
@@ -206,9 +216,9 @@ class Decoder:
         self.sampling, self.padding, self.ends = sampling, padding, ends
         self.generator = torch.Generator(head.device)
         fused = head.is_cuda if fused is None else fused
+        states = [narrowed(state, state_dtype) for state in model.init_state(batch, max_length=room)]
         self.steps = [
-            layer_step(layer, state, batch, fused)
-            for layer, state in zip(model.backbone.layers, model.init_state(batch, max_length=room), strict=True)
+            layer_step(layer, state, batch, fused) for layer, state in zip(model.backbone.layers, states, strict=True)
         ]
         self.few = fused and batch <= FEW_ROWS and model.backbone.norm_f.kind == "rms"
         vocabulary = model.config.vocab_size
@@ -307,17 +317,25 @@ _decoders: weakref.WeakKeyDictionary[MambaLM, OrderedDict[Any, Decoder]] = weakr
 
 
 def decoder_for(
-    model: MambaLM, batch: int, sampling: Sampling, ends: frozenset[int], padding: int, room: int, *, graph: bool
+    model: MambaLM,
+    batch: int,
+    sampling: Sampling,
+    ends: frozenset[int],
+    padding: int,
+    room: int,
+    state_dtype: torch.dtype | None = None,
+    *,
+    graph: bool,
 ) -> Decoder:
     """A decoder that is not busy; with a graph one that may have served before: capturing takes long."""
     if not graph:
-        return Decoder(model, batch, sampling, ends, padding, room)
+        return Decoder(model, batch, sampling, ends, padding, room, state_dtype)
     kept = _decoders.setdefault(model, OrderedDict())
-    key = (batch, sampling, ends, padding, room, weights_key(model))
+    key = (batch, sampling, ends, padding, room, state_dtype, weights_key(model))
     if key not in kept:
-        kept[key] = Decoder(model, batch, sampling, ends, padding, room, graph=True)
+        kept[key] = Decoder(model, batch, sampling, ends, padding, room, state_dtype, graph=True)
     if kept[key].busy:
-        return Decoder(model, batch, sampling, ends, padding, room)
+        return Decoder(model, batch, sampling, ends, padding, room, state_dtype)
     kept.move_to_end(key)
     while len(kept) > KEPT_GRAPHS:
         kept.popitem(last=False)

@@ -159,3 +159,20 @@ def test_which_prompts_go_in_pieces() -> None:
     assert prompt.reader_for(model, 2, 13) is prompt.reader_for(model, 2, 40)
     assert prompt.reader_for(model, 64, 2048) is None
     assert prompt.reader_for(lm(**MODELS["hybrid"]), 2, 13) is None
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@pytest.mark.parametrize("batch", [2, decode.FEW_ROWS + 1])
+def test_narrow_states(name: str, batch: int) -> None:
+    """Each step rounds them once: far more than float64 does, no more than bfloat16 does."""
+    model = lm(**MODELS[name])
+    ids = torch.randint(VOCAB, (batch, 7), device=DEVICE)
+    hidden, state = prefill(model, ids)
+    (_, truth), (_, same), (_, narrow) = (
+        run(Decoder(model, batch, GREEDY, state_dtype=dtype), hidden, state, 3)
+        for dtype in (None, torch.float64, torch.bfloat16)
+    )
+    assert torch.equal(same, truth)
+    assert 1e-9 < (narrow[:, 1] - truth[:, 1]).norm() / truth[:, 1].norm() < 0.02
+    with pytest.raises(ValueError, match=r"state_dtype: got torch\.int32"):
+        generate(model, ids, 2, state_dtype=torch.int32)
