@@ -4,7 +4,8 @@
 
 Random weights, greedy, bfloat16. A time is that of a whole call, reading the prompt included, by the wall clock; tokens
 a second count the new ones. The floor is that of the steps: weights, and each row's state read and written, once a
-token over the bandwidth of a copy. The peer runs as its own benchmark runs it, ``generate(cg=True)``.
+token over the bandwidth of a copy. The peer runs as its own benchmark runs it, ``generate(cg=True)``, and keeps its
+states in bfloat16; ours are float32 unless the case says otherwise.
 
 B rows.
 """
@@ -12,6 +13,7 @@ B rows.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Row, Timing, floor, installed, require_gpu, row, write
+from core.decode import narrowed
 from core.generate import Sampling, generate
 from core.lm import MambaConfig, MambaLM
 
@@ -38,13 +41,14 @@ class Case:
     batch: int
     prompt: int
     new: int
+    state_dtype: torch.dtype | None = None
 
 
 CASES = {
     f"target/{model}_B{batch}_{prompt}_and_{new}": Case(model, batch, prompt, new)
     for model in LAYERS
     for batch, prompt, new in ((1, 128, 128), (64, 2048, 64))
-}
+} | {f"bfloat16_state/{model}_B64_2048_and_64": Case(model, 64, 2048, 64, torch.bfloat16) for model in LAYERS}
 
 
 def measure(function: Callable[[], object]) -> Timing:
@@ -69,8 +73,11 @@ def ours(case: Case) -> tuple[Callable[[], object], float]:
     model = MambaLM(MambaConfig(**CONFIG, ssm_cfg=LAYERS[case.model]), device="cuda", dtype=torch.bfloat16)
     ids = torch.randint(CONFIG["vocab_size"], (case.batch, case.prompt), device="cuda")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    state = sum(t.numel() * t.element_size() for layer in model.init_state(case.batch) for t in layer)
-    return lambda: generate(model, ids, case.new, Sampling(temperature=0)), case.new * (weights + 2.0 * state)
+    states = [narrowed(layer, case.state_dtype) for layer in model.init_state(case.batch)]
+    moved = sum(t.numel() * t.element_size() for layer in states for t in layer)
+    greedy = Sampling(temperature=0)
+    call = functools.partial(generate, model, ids, case.new, greedy, state_dtype=case.state_dtype)
+    return call, case.new * (weights + 2.0 * moved)
 
 
 def theirs(case: Case) -> Callable[[], Tensor]:

@@ -1,6 +1,6 @@
 """Times ``ssd`` on a GPU, beside the floor and, on request, the published kernels in the same run.
 
-    python -m benchmarks.ssd [--peers] [--write] [--case NAME ...]
+    python -m benchmarks.ssd [--peers [NAME ...]] [--write] [--case NAME ...]
 
 ``backward`` is the backward alone. The floor is the larger of the bytes that must move (x, dt, y, B, C; backward: x,
 dt, dy, B, C and the gradients of all but dy) over the bandwidth of a copy, and the operations of the chunked algorithm
@@ -136,15 +136,16 @@ def floors(case: Case, t: dict[str, Tensor]) -> dict[str, float]:
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", action="store_true", help=f"also time {' and '.join(PEERS)} where installed")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="also time these where installed, by default all")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/ssd.csv")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="only these shapes")
     options = parser.parse_args()
     require_gpu("ssd")
-    for name in PEERS if options.peers else ():
+    peers = () if options.peers is None else options.peers or PEERS
+    for name in peers:
         if not installed(name):
             print(f"benchmarks.ssd: {name} is not installed, its rows are left out", file=sys.stderr)
-    providers = ["triscan", *(n for n in PEERS if options.peers and installed(n))]
+    providers = ["triscan", *(n for n in peers if installed(n))]
     found: list[Row] = []
     for name in options.case:
         case = CASES[name]
@@ -156,8 +157,8 @@ def main() -> None:
                 found += time_passes("ssd", name, provider, function, leaves, least)
             else:
                 print(f"{name} {provider}: differs from the reference, no row", file=sys.stderr)
-    if options.write:
-        print(write("ssd", found))
+        if options.write:  # a run that is cut short keeps its rows
+            print(write("ssd", found))
 
 
 if __name__ == "__main__":

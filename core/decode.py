@@ -1,6 +1,6 @@
 """Decoding: one token a row and step, over a state that stays where it is, on NVIDIA GPUs as one CUDA graph.
 
-The step of a Mamba or Mamba-2 layer is three kernels for a few rows and six or five for many, see ``kernels.decode``;
+The step of a Mamba or Mamba-2 layer is three kernels for a few rows and seven or five for many, see ``kernels.decode``;
 other layers run their ``decode``.
 
 Legend: B batch, D model width, V vocabulary.
@@ -19,7 +19,9 @@ from torch import Tensor
 from core.block import Block, start_stream
 from core.lm import MambaLM
 from core.mixers import Mamba, Mamba2
-from core.mixers.mamba import decay_rates
+from core.mixers.mamba import MambaState, decay_rates
+from core.mixers.mamba2 import Mamba2State
+from core.prompt import copy_state, weights_key
 from core.sampling import Sampling, penalize_repetition, sample
 from kernels import conv_update
 from kernels.decode import Conv, project, scan_step
@@ -83,8 +85,22 @@ class FusedStep(PlainStep):
         return both, convolved, stream, None if following is None else F.linear(convolved, following).unsqueeze(1)
 
 
-class MambaStep(FusedStep):
-    """A Mamba block in three kernels, or six."""
+class DecayStep(FusedStep):
+    """A block whose decay rates are kept."""
+
+    def __init__(self, layer: Block, state: Any, few: bool) -> None:
+        super().__init__(layer, state, few)
+        assert isinstance(layer.mixer, Mamba | Mamba2)
+        self.A = decay_rates(layer.mixer.A_log)
+
+    def refresh(self) -> None:
+        """Computes the decay rates again."""
+        assert isinstance(self.layer.mixer, Mamba | Mamba2)
+        self.A.copy_(decay_rates(self.layer.mixer.A_log))
+
+
+class MambaStep(DecayStep):
+    """A Mamba block in three kernels, or seven."""
 
     @staticmethod
     def supports(layer: Block) -> bool:
@@ -97,29 +113,25 @@ class MambaStep(FusedStep):
         both, u, stream, low = self.project_in(x, residual, 0, m.x_proj.weight)
         assert low is not None
         z = both[:, m.d_inner :]
-        y = scan_step(low, u, z, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, self.state.ssm)
-        x = project(y, m.out_proj.weight, m.out_proj.bias)[0] if self.few else m.out_proj(y)
-        return self.layer.apply_mlp(x, stream)
+        if self.few:
+            y = scan_step(low, u, z, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, self.state.ssm)
+            return self.layer.apply_mlp(project(y, m.out_proj.weight, m.out_proj.bias)[0], stream)
+        dt, B, C = low.split([m.dt_rank, m.d_state, m.d_state], dim=-1)
+        y = state_update(
+            self.state.ssm, u.unsqueeze(1), F.linear(dt, m.dt_proj.weight), self.A, B.unsqueeze(1), C.unsqueeze(1),
+            m.D, z.unsqueeze(1), m.dt_proj.bias,
+        ).squeeze(1)  # fmt: skip
+        return self.layer.apply_mlp(m.out_proj(y), stream)
 
 
-class Mamba2Step(FusedStep):
+class Mamba2Step(DecayStep):
     """A Mamba-2 block in three kernels, or five."""
-
-    def __init__(self, layer: Block, state: Any, few: bool) -> None:
-        super().__init__(layer, state, few)
-        assert isinstance(layer.mixer, Mamba2)
-        self.A = decay_rates(layer.mixer.A_log)
 
     @staticmethod
     def supports(layer: Block) -> bool:
         """Whether this class knows the layer: a causal Mamba-2 without MLP channels, behind RMSNorm."""
         m = layer.mixer
         return isinstance(m, Mamba2) and not m.reverse and not m.d_mlp and layer.norm.kind == "rms"
-
-    def refresh(self) -> None:
-        """Computes the decay rates again."""
-        assert isinstance(self.layer.mixer, Mamba2)
-        self.A.copy_(decay_rates(self.layer.mixer.A_log))
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         m = self.layer.mixer
@@ -145,6 +157,13 @@ class Mamba2Step(FusedStep):
         else:
             x = m.out_proj(m.norm(y, z))
         return self.layer.apply_mlp(x, stream)
+
+
+def narrowed(state: Any, dtype: torch.dtype | None) -> Any:
+    """A layer's state with the scan's part in ``dtype``, if it is a Mamba or Mamba-2 layer's."""
+    if dtype is None or not isinstance(state, MambaState | Mamba2State):
+        return state
+    return state._replace(ssm=state.ssm.to(dtype))
 
 
 def layer_step(layer: Block, state: Any, batch: int, fused: bool) -> PlainStep:
@@ -174,6 +193,7 @@ class Decoder:
         padding: What finished rows emit.
         room: Tokens that attention's caches must hold, prompts included.
         allowed: The only tokens that are drawn; none is all.
+        state_dtype: Of the scans' states in Mamba and Mamba-2 layers; by default the layers' own, float32.
         fused: Use fused kernels for the layers that have them; by default on GPUs.
         graph: Capture the step in a CUDA graph.
     """
@@ -188,6 +208,7 @@ class Decoder:
         padding: int = 0,
         room: int = 0,
         allowed: tuple[int, ...] = (),
+        state_dtype: torch.dtype | None = None,
         *,
         fused: bool | None = None,
         graph: bool = False,
@@ -197,9 +218,9 @@ class Decoder:
         self.sampling, self.padding, self.ends = sampling, padding, ends
         self.generator = torch.Generator(head.device)
         fused = head.is_cuda if fused is None else fused
+        states = [narrowed(state, state_dtype) for state in model.init_state(batch, max_length=room)]
         self.steps = [
-            layer_step(layer, state, batch, fused)
-            for layer, state in zip(model.backbone.layers, model.init_state(batch, max_length=room), strict=True)
+            layer_step(layer, state, batch, fused) for layer, state in zip(model.backbone.layers, states, strict=True)
         ]
         self.few = fused and batch <= FEW_ROWS and model.backbone.norm_f.kind == "rms"
         vocabulary = model.config.vocab_size
@@ -302,29 +323,27 @@ _decoders: weakref.WeakKeyDictionary[MambaLM, OrderedDict[Any, Decoder]] = weakr
 
 
 def decoder_for(
-    model: MambaLM, batch: int, sampling: Sampling, ends: frozenset[int], padding: int, room: int,
-    allowed: tuple[int, ...] = (), *, graph: bool,
-) -> Decoder:  # fmt: skip
+    model: MambaLM,
+    batch: int,
+    sampling: Sampling,
+    ends: frozenset[int],
+    padding: int,
+    room: int,
+    allowed: tuple[int, ...] = (),
+    state_dtype: torch.dtype | None = None,
+    *,
+    graph: bool,
+) -> Decoder:
     """A decoder that is not busy; with a graph one that may have served before: capturing takes long."""
     if not graph:
-        return Decoder(model, batch, sampling, ends, padding, room, allowed)
+        return Decoder(model, batch, sampling, ends, padding, room, allowed, state_dtype)
     kept = _decoders.setdefault(model, OrderedDict())
-    weights = hash(tuple((p.data_ptr(), p.dtype) for p in model.parameters()))  # a graph reads them where they were
-    key = (batch, sampling, ends, padding, room, allowed, weights)
+    key = (batch, sampling, ends, padding, room, allowed, state_dtype, weights_key(model))
     if key not in kept:
-        kept[key] = Decoder(model, batch, sampling, ends, padding, room, allowed, graph=True)
+        kept[key] = Decoder(model, batch, sampling, ends, padding, room, allowed, state_dtype, graph=True)
     if kept[key].busy:
-        return Decoder(model, batch, sampling, ends, padding, room, allowed)
+        return Decoder(model, batch, sampling, ends, padding, room, allowed, state_dtype)
     kept.move_to_end(key)
     while len(kept) > KEPT_GRAPHS:
         kept.popitem(last=False)
     return kept[key]
-
-
-def copy_state(target: Any, source: Any) -> None:
-    """Copies a mixer's state, a nest of tuples of tensors, into another of the same shapes."""
-    if isinstance(target, Tensor):
-        target.copy_(source)
-    else:
-        for ours, given in zip(target, source, strict=True):
-            copy_state(ours, given)

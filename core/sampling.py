@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.decode import largest
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -93,7 +95,7 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
         (B,) int64.
     """
     if not sampling.draws:
-        return logits.argmax(dim=-1)
+        return largest(logits.detach())
     probability = filter_logits(logits, sampling).softmax(dim=-1)
     # The largest of p / Exp(1) falls on a token with probability p; multinomial would wait for the device.
     noise = torch.empty_like(probability).exponential_(generator=generator)

@@ -36,6 +36,18 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+@functools.cache
+def _launches_early(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def dependent_launch(t: torch.Tensor) -> dict[str, bool]:
+    """Options of a Triton kernel with a ``PDL`` switch: programmatic dependent launch where the GPU of ``t`` has it."""
+    if t.device.type != "cuda" or interpreting() or not _launches_early(t.device):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
 def choose(backend: str, device: torch.device, cuda: bool = False) -> tuple[str, str]:
     """The implementation that ``backend`` means on ``device``, and the reason in words.
 

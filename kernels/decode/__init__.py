@@ -21,7 +21,7 @@ from kernels.backend import choose
 from kernels.checks import check_float, check_shape
 from kernels.decode import reference
 
-__all__ = ["Conv", "project", "scan_step"]
+__all__ = ["Conv", "largest", "project", "scan_step"]
 
 
 class Conv(NamedTuple):
@@ -152,6 +152,27 @@ def scan_step(
 
         return triton.scan_step(low, x, z, dt_weight, dt_bias, A_log, D, state)
     return reference.scan_step(low, x, z, dt_weight, dt_bias, A_log, D, state).to(x.dtype)
+
+
+def largest(x: Tensor, *, backend: str = "auto") -> Tensor:
+    """The first index of the largest value of each row, as ``x.argmax(-1)``; NaN counts as the largest.
+
+    PyTorch's reduction takes 14 us for a row of 50,000 values, more than a whole layer of a decoding step.
+
+    Args:
+        x: (B, V), V >= 1.
+        backend: See ``project``.
+
+    Returns:
+        (B,) int64.
+    """
+    if x.ndim != 2 or not x.shape[1]:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, wanted (B, V) with V >= 1")
+    if x.stride(1) == 1 and _name(backend, x) == "triton":
+        from kernels.decode import triton
+
+        return triton.largest(x)
+    return x.argmax(dim=-1)
 
 
 def _name(backend: str, x: Tensor) -> str:

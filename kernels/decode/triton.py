@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.backend import interpreting
+from kernels.backend import dependent_launch
 from kernels.selective_scan.triton_steps import softplus
 
 TILE = 8192  # weights that a program of 4 warps holds: 64 a thread
@@ -141,10 +141,21 @@ def _project_kernel(
 
 
 @triton.jit
+def _parts(row, first, parts, r, n, R: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK parts of a row's [dt, B, C]."""
+    part = first + tl.arange(0, BLOCK)
+    at, m_p = row + part[:, None] * (R + 2 * N), (part < parts)[:, None]
+    low = tl.load(at + r[None, :], mask=m_p & (r < R)[None, :], other=0.0)
+    B = tl.load(at + R + n[None, :], mask=m_p & (n < N)[None, :], other=0.0)
+    C = tl.load(at + R + N + n[None, :], mask=m_p & (n < N)[None, :], other=0.0)
+    return low, B, C
+
+
+@triton.jit
 def _scan_kernel(
     part_ptr, x_ptr, z_ptr, dt_weight_ptr, bias_ptr, A_ptr, D_ptr, state_ptr, y_ptr, E, parts, sx, sz,
     R: tl.constexpr, N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_PARTS: tl.constexpr,
-    BLOCK: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
+    UNROLL: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h = exp(dt A) h + dt x B, y = (<C, h> + D x) silu(z), for BLOCK channels of one row."""
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -165,16 +176,19 @@ def _scan_kernel(
     h = tl.load(state_at, mask=m_en, other=0.0).to(ACC)
     x = tl.load(x_ptr + b * sx + e, mask=m_e, other=0.0).to(ACC)
     z = tl.load(z_ptr + b * sz + e, mask=m_e, other=0.0).to(ACC)
-    low = tl.zeros((BLOCK_R,), ACC)
-    B = tl.zeros((BLOCK_N,), ACC)
-    C = tl.zeros((BLOCK_N,), ACC)
-    for i in range(tl.cdiv(parts, BLOCK_PARTS)):
-        part = i * BLOCK_PARTS + tl.arange(0, BLOCK_PARTS)
-        at = part_ptr + (b * parts + part)[:, None] * (R + 2 * N)
-        m_p = (part < parts)[:, None]
-        low += tl.sum(tl.load(at + r[None, :], mask=m_p & (r < R)[None, :], other=0.0).to(ACC), 0)
-        B += tl.sum(tl.load(at + R + n[None, :], mask=m_p & m_n[None, :], other=0.0).to(ACC), 0)
-        C += tl.sum(tl.load(at + R + N + n[None, :], mask=m_p & m_n[None, :], other=0.0).to(ACC), 0)
+    wide = tl.zeros((BLOCK_PARTS, BLOCK_R), ACC)
+    B_wide = tl.zeros((BLOCK_PARTS, BLOCK_N), ACC)
+    C_wide = tl.zeros((BLOCK_PARTS, BLOCK_N), ACC)
+    row = part_ptr + b * parts * (R + 2 * N)
+    for i in range(0, parts, BLOCK_PARTS * UNROLL):
+        some = ()
+        for u in tl.static_range(UNROLL):  # all on their way before the first is waited for
+            some = some + (_parts(row, i + u * BLOCK_PARTS, parts, r, n, R, N, BLOCK_PARTS),)  # noqa: RUF005
+        for u in tl.static_range(UNROLL):
+            wide += some[u][0].to(ACC)
+            B_wide += some[u][1].to(ACC)
+            C_wide += some[u][2].to(ACC)
+    low, B, C = tl.sum(wide, 0), tl.sum(B_wide, 0), tl.sum(C_wide, 0)
     dt = tl.sum(weight.to(ACC) * low[None, :], 1) + bias
     dt = softplus(dt)
     h = tl.exp(dt[:, None] * A) * h + (dt * x)[:, None] * B[None, :]
@@ -184,15 +198,27 @@ def _scan_kernel(
     tl.store(y_ptr + b * E + e, y, mask=m_e)
 
 
+@triton.jit
+def _largest_kernel(x_ptr, y_ptr, V, sx, BLOCK: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr):
+    """The first of the largest values of a row; NaN counts as the largest."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = x_ptr + tl.program_id(0).to(tl.int64) * sx
+    best = tl.full((BLOCK,), float("-inf"), ACC)
+    where = tl.arange(0, BLOCK)
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        x = tl.load(row + v, mask=v < V, other=float("-inf")).to(ACC)
+        x = tl.where(x == x, x, float("inf"))
+        where = tl.where(x > best, v, where)
+        best = tl.maximum(best, x)
+    first = tl.min(tl.where(best == tl.max(best, 0), where, V), 0)
+    tl.store(y_ptr + tl.program_id(0), first.to(tl.int64))
+
+
 def _accumulator(t: Tensor) -> Any:
     return tl.float64 if t.dtype == torch.float64 else tl.float32
-
-
-def _launch(t: Tensor) -> dict[str, Any]:
-    """Programmatic dependent launch where the GPU has it."""
-    pdl = t.device.type == "cuda" and not interpreting() and torch.version.hip is None
-    pdl = pdl and torch.cuda.get_device_capability(t.device)[0] >= 9
-    return {"PDL": pdl, "launch_pdl": pdl} if pdl else {"PDL": False}
 
 
 def block_rows(inputs: int, outputs: int) -> tuple[int, int]:
@@ -237,7 +263,7 @@ def project(
         HAS_NORM=norm_weight is not None, GATE_LAST=norm_before_gate, HAS_BIAS=bias is not None,
         W=width, HAS_CONV_BIAS=conv_bias is not None,
         BLOCK_P=triton.next_power_of_2(P) if P else 0, BLOCK_O=rows, BLOCK_K=triton.next_power_of_2(inputs),
-        ACC=_accumulator(x), num_warps=warps, **_launch(x),
+        ACC=_accumulator(x), num_warps=warps, **dependent_launch(x),
     )  # fmt: skip
     return y, total, part
 
@@ -249,11 +275,22 @@ def scan_step(
     (batch, channels), (rank, n) = x.shape, (dt_weight.shape[1], A_log.shape[1])
     y = torch.empty(batch, channels, dtype=x.dtype, device=x.device)
     parts = low.shape[1]
-    block = 16 if batch < 8 else 32  # of fewer than 128 threads, whose registers would leave room for few programs
+    block, each = 16 if batch < 8 else 32, min(32, triton.next_power_of_2(parts))
     _scan_kernel[(-(-channels // block), batch)](
         low, x, z, dt_weight, dt_bias, A_log, D, state, y, channels, parts, x.stride(0), z.stride(0),
         R=rank, N=n, BLOCK_R=triton.next_power_of_2(rank), BLOCK_N=triton.next_power_of_2(n),
-        BLOCK_PARTS=min(256, triton.next_power_of_2(parts)), BLOCK=block, ACC=_accumulator(x),
-        num_warps=8 if parts > 64 else 4, **_launch(x),
+        BLOCK_PARTS=each, UNROLL=min(6, -(-parts // each)), BLOCK=block, ACC=_accumulator(x),
+        num_warps=8 if parts > 1 else 4, **dependent_launch(x),
+    )  # fmt: skip
+    return y
+
+
+def largest(x: Tensor) -> Tensor:
+    """Index (B,) of the largest value of each row of (B, V)."""
+    y = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
+    block = min(16384, triton.next_power_of_2(x.shape[1]))
+    _largest_kernel[(x.shape[0],)](
+        x, y, x.shape[1], x.stride(0), BLOCK=block, ACC=_accumulator(x), num_warps=max(1, min(16, block // 256)),
+        **dependent_launch(x),
     )  # fmt: skip
     return y

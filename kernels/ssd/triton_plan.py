@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.plans import kept, launch_named
 from kernels.selective_scan.cuda_shape import properties
@@ -60,6 +61,25 @@ def row_strides(dy: Tensor | None) -> dict[str, tuple[int, ...]]:
     if dy is None:
         return {"ys": (0, 0, 0, 0, 0)}
     return {"ys": (*dy.stride()[:2], dy.stride(2) if dy.shape[2] > 1 else 0, *dy.stride()[3:])}
+
+
+def bulk(device: torch.device) -> bool:
+    """Whether a GPU copies boxes of tensors by itself."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def as_lines(t: Tensor) -> bool:
+    """Whether (B, L, K, ...) is a matrix of tokens that a bulk copy can read: without gaps, lines of whole 16 bytes."""
+    batch, length, routes, heads, width = t.shape
+    s = t.stride()
+    dense = s[4] == 1 and (heads == 1 or s[3] == width) and (batch == 1 or s[0] == length * s[1])
+    return routes == 1 and dense and s[1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+
+
+def descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """The matrix of tokens, read in boxes."""
+    batch, length, _, heads, width = t.shape
+    return TensorDescriptor(t, [batch * length, heads * width], [t.stride(1), 1], [rows, columns])
 
 
 @dataclass(frozen=True)
@@ -292,6 +312,15 @@ class Plan:
         p = self.p
         odd = p.positions % self.chunk or p.head_dim % self.width or p.state != power(p.state)
         return not self.table and not odd
+
+    def boxes(self, y: Tensor) -> dict[str, Any]:
+        """x, B, C and y as matrices of tokens for the forward's bulk copies (TMA), where their layout allows that."""
+        p = self.p
+        wide = {"x_box": (p.x, self.width), "B_box": (p.B, p.state), "C_box": (p.C, p.state), "y_box": (y, self.width)}
+        lines = all(as_lines(t) and t.dtype == torch.bfloat16 for t, _ in wide.values())
+        if not (lines and self.full and not p.reverse and bulk(p.x.device)):
+            return dict.fromkeys(wide) | {"TMA": False}
+        return {n: descriptor(t, self.chunk, columns) for n, (t, columns) in wide.items()} | {"TMA": True}
 
     def by_chunk(self, t: Tensor) -> Tensor:
         """Memory for one tensor like t a chunk."""

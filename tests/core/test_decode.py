@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from core import decode
+from core import decode, prompt
 from core.decode import Decoder, decoder_for
 from core.generate import Sampling, generate, prefill, stream
 from core.lm import MambaConfig, MambaLM
@@ -101,7 +101,7 @@ def test_changed_weights_count() -> None:
 def test_graph_equals_eager(name: str, batch: int, sampling: Sampling) -> None:
     model = lm(torch.float32, **MODELS[name])
     ids = torch.randint(VOCAB, (batch, 7), device=DEVICE)
-    for seed in (0, 1):  # the second time the graph is an old one
+    for seed in (0, 1, 2):  # the second time the graph is an old one, the third time those of the prompt are
         kept, plain = (list(stream(model, ids, 12, sampling, seed=seed, graph=graph)) for graph in (True, False))
         for ours, theirs in zip(kept, plain, strict=True):
             assert torch.equal(ours.tokens, theirs.tokens)
@@ -140,3 +140,39 @@ def test_bfloat16_steps_stay_close(name: str) -> None:
     ids = torch.cat([ids, tokens], dim=1)
     truth, whole = (m(ids)[:, 6:-1, :VOCAB].detach().double() for m in (exact, model))
     assert (logits - truth).norm() < 2 * (whole - truth).norm()
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_prompts_in_pieces(name: str) -> None:
+    """On GPUs the first reading is eager, the second captures, the third replays."""
+    assert prompt.pieces(300) == [256, 32, 8, 4]
+    model = lm(**MODELS[name])
+    reader = prompt.reader_for(model, 2, 13)
+    assert reader is not None
+    for length in (13, 13, 13, 5) if DEVICE == "cuda" else (13,):
+        ids = torch.randint(VOCAB, (2, length), device=DEVICE)
+        torch.testing.assert_close(reader(ids), prefill(model, ids))
+
+
+def test_which_prompts_go_in_pieces() -> None:
+    model = lm()
+    assert prompt.reader_for(model, 2, 13) is prompt.reader_for(model, 2, 40)
+    assert prompt.reader_for(model, 64, 2048) is None
+    assert prompt.reader_for(lm(**MODELS["hybrid"]), 2, 13) is None
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+@pytest.mark.parametrize("batch", [2, decode.FEW_ROWS + 1])
+def test_narrow_states(name: str, batch: int) -> None:
+    """Each step rounds them once: far more than float64 does, no more than bfloat16 does."""
+    model = lm(**MODELS[name])
+    ids = torch.randint(VOCAB, (batch, 7), device=DEVICE)
+    hidden, state = prefill(model, ids)
+    (_, truth), (_, same), (_, narrow) = (
+        run(Decoder(model, batch, GREEDY, state_dtype=dtype), hidden, state, 3)
+        for dtype in (None, torch.float64, torch.bfloat16)
+    )
+    assert torch.equal(same, truth)
+    assert 1e-9 < (narrow[:, 1] - truth[:, 1]).norm() / truth[:, 1].norm() < 0.02
+    with pytest.raises(ValueError, match=r"state_dtype: got torch\.int32"):
+        generate(model, ids, 2, state_dtype=torch.int32)

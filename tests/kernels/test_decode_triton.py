@@ -8,7 +8,7 @@ from accuracy import assert_as_accurate
 from contract import triton_device
 from torch import Tensor
 
-from kernels.decode import Conv, project, scan_step
+from kernels.decode import Conv, largest, project, scan_step
 
 DEVICE = triton_device()
 DTYPES = [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
@@ -120,6 +120,18 @@ def test_scan_step(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     reference = scan_step(**plain, backend="reference")
     compare("y", scan_step(**made, backend="triton"), reference, truth)
     compare("state", made["state"], plain["state"], want["state"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_largest(dtype: torch.dtype) -> None:
+    x = draw("scores", 5, 40_000).to(DEVICE, dtype)  # bfloat16 has many equal values
+    x[1], x[2, 7], x[3] = -torch.inf, torch.inf, 0
+    x[4, 39_000:] = torch.nan
+    got = largest(x[:, :39_990], backend="triton")
+    first = [int((row == row.max()).nonzero()[0]) for row in x[:4, :39_990]]
+    assert got.tolist() == [*first, 39_000]
+    with pytest.raises(ValueError, match=r"wanted \(B, V\) with V >= 1"):
+        largest(x[0])
 
 
 @pytest.mark.parametrize(
