@@ -6,7 +6,7 @@ Legend: B reads, L bases of a read, F features, M bases of a context, S species,
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 
 from genomics.vocabulary import A, N, T, reverse_complement
 
@@ -15,6 +15,7 @@ SHOWN_ORDERS = (0, 3, 6)
 PRIOR_STRENGTH = 8.0  # counts that the shorter context's estimate weighs
 KMER_LENGTHS = (4, 6, 8, 12)
 VOTE_LENGTH = 31  # bases; two bits each, the longest odd k-mer that a 64-bit integer holds
+CHUNK = 1 << 24  # bases that are counted at a time
 MAX_FEATURES = 1 << 16  # longer k-mers share features by their code modulo this
 
 
@@ -87,8 +88,12 @@ def kmer_features(reads: np.ndarray, k: int) -> csr_matrix:
     Returns:
         (B, F) float32, F = 4^k or, for long k-mers, a fixed number of features that several k-mers share.
     """
+    features, size = min(4**k, MAX_FEATURES), max(CHUNK // max(reads.shape[1], 1), 1)
+    return vstack([_counts(reads[i : i + size], k, features) for i in range(0, len(reads), size)], "csr")
+
+
+def _counts(reads: np.ndarray, k: int, features: int) -> csr_matrix:
     codes, good = canonical_codes(reads, k)
-    features = min(4**k, MAX_FEATURES)
     columns = codes % features
     rows = np.broadcast_to(np.arange(len(reads))[:, None], columns.shape)
     ones = np.ones(int(good.sum()), np.float32)

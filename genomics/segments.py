@@ -82,8 +82,10 @@ class Segments(Dataset):
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Return all segments (count, L) uint8 and their species (count,)."""
-        ids, species, _ = zip(*(self[i] for i in range(self.count)), strict=True)
-        return torch.stack(ids).numpy().astype(np.uint8), np.array(species)
+        ids = np.empty((self.count, self.length), np.uint8)
+        for row, i in zip(ids, range(self.count), strict=True):
+            row[:] = self[i][0].numpy()
+        return ids, np.arange(self.count) % len(self.genomes)
 
     def _clean(self, species: int, rng: np.random.Generator) -> np.ndarray:
         genome, region = self.genomes[species], self.regions[species]

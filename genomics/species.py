@@ -154,11 +154,13 @@ class SpeciesData(LightningDataModule):
 
         The vote knows the panel's loci of every species without errors, and nothing else of the genomes.
 
-        The regression is trained on eight epochs' worth of reads from the same individuals, at most 20,000.
+        The regression is trained on eight epochs' worth of reads from the same individuals, at most 20,000; of
+        long segments there are fewer, in the test too.
         """
-        most = min(8 * self.counts["train"], BASELINE_READS, max(BASELINE_BASES // self.read_length, 64))
-        train = self.reads("train", count=most, fixed=True).arrays()
-        tests = [self.reads("test", known).arrays() for known in (True, False)]
+        fit = max(BASELINE_BASES // self.read_length, 64)
+        train = self.reads("train", count=min(8 * self.counts["train"], BASELINE_READS, fit), fixed=True).arrays()
+        count = min(self.counts["test"], fit)
+        tests = [self.reads("test", known, count).arrays() for known in (True, False)]
         self.kmer_length, kmers = baselines.kmer_accuracies(train, self.reads("val").arrays(), tests)
         found = {"kmer": kmers, "chance": [1 / self.num_classes] * 2}
         if self.loci is not None:
