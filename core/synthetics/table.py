@@ -67,6 +67,8 @@ def fill(recipe: Recipe, wanted: Sequence[Settings], file: Path, options: TableO
     facts = {"device": command.device_name(device), "torch": torch.__version__, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     known = {row["id"] for row in rows.read_rows(file)}
     waiting = [settings for settings in wanted if recipe.identity(settings) not in known]
+    for settings in wanted[:1]:
+        rows.check_columns(file, rows.row(recipe, settings, training.Result(), facts))
     failed = []
     with command.progress(sum(settings.steps for settings in waiting)) as lines:
         for run, result in training.queue(recipe, waiting, device, options.parallel, options.minutes):
