@@ -1,6 +1,7 @@
 """Fills the table of a study, one CSV row a run: ``python -m core.synthetics.table induction_heads --parallel 8``.
 
-A table can be filled over several sittings and by several processes: runs that the file holds are not run again.
+A table can be filled over several sittings: runs that the file holds are not run again. Several processes can fill it
+that take different models or seeds.
 """
 
 from __future__ import annotations
