@@ -82,12 +82,13 @@ def run(parsed: Parsed, line: str) -> None:
 
 
 def leave(folder: Path, parsed: Parsed, work: Run, result: Result, line: str, status: str) -> None:
-    """Writes a run's figures, its history and its page."""
+    """Prints a run's figures, and writes them with its history and its page."""
     from core.synthetics import command, figures, rows
     from core.training.report import Report, curves, write_atomically
 
     facts = {"device": command.device_name(work.device), "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     row = rows.row(parsed.recipe, work.settings, result, facts)
+    print(rows.markdown(rows.summary([row])))
     accuracy = {f"test/accuracy@{length}": value for length, value in result.accuracy.items()}
     metrics = {
         **accuracy,

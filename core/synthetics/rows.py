@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
+from core.errors import UserError
 from core.synthetics.recipe import Recipe, Settings
 from core.synthetics.training import Result
 
@@ -51,6 +52,16 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def check_columns(path: Path, wanted: Iterable[str]) -> None:
+    """Raises UserError if a table's file has other columns than the rows that are to come."""
+    kept = read_rows(path)
+    if kept and list(kept[0]) != list(wanted):
+        raise UserError(
+            f"{path} has the columns {', '.join(kept[0])}, wanted {', '.join(wanted)}: the tests have other lengths; "
+            "name another --file"
+        )
 
 
 def append_row(path: Path, values: Mapping[str, str]) -> None:

@@ -1,6 +1,7 @@
 """Fills the table of a study, one CSV row a run: ``python -m core.synthetics.table induction_heads --parallel 8``.
 
-A table can be filled over several sittings and by several processes: runs that the file holds are not run again.
+A table can be filled over several sittings: runs that the file holds are not run again. Several processes can fill it
+that take different models or seeds.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def fill(recipe: Recipe, wanted: Sequence[Settings], file: Path, options: TableO
     facts = {"device": command.device_name(device), "torch": torch.__version__, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     known = {row["id"] for row in rows.read_rows(file)}
     waiting = [settings for settings in wanted if recipe.identity(settings) not in known]
+    for settings in wanted[:1]:
+        rows.check_columns(file, rows.row(recipe, settings, training.Result(), facts))
     failed = []
     with command.progress(sum(settings.steps for settings in waiting)) as lines:
         for run, result in training.queue(recipe, waiting, device, options.parallel, options.minutes):

@@ -153,6 +153,8 @@ def test_table_is_filled_once(tmp_path: Path) -> None:
     assert {row["id"] for row in found} == {runs_of.identity(settings) for settings in wanted}
     lines = rows.summary(found)
     assert [line["model"] for line in lines] == ["mamba", "rope"]
+    with pytest.raises(UserError, match="the tests have other lengths"):
+        table.fill(runs_of, [replace(wanted[0], test_lengths=[8])], file, options)
     assert lines[0]["seeds"] == "0, 1"
 
 
