@@ -25,17 +25,18 @@ CHUNK = 64
 ELEMENTS = 1 << 24  # of a (B, K, H, Q, Q) tensor: more rows and heads than fit take shorter chunks
 
 
-def scan(p: Problem, inside: Block = block, longest: int = CHUNK) -> tuple[Tensor, Tensor]:
+def scan(p: Problem, inside: Block = block, longest: int = CHUNK, whole: bool = False) -> tuple[Tensor, Tensor]:
     """Returns ``y (B, L, H, P)`` or ``(B, L, K, H, P)`` in x's dtype, and the final state ``(S, K, H, P, N)``.
 
     Args:
         p: The scan.
         inside: What computes a chunk.
         longest: Positions of a chunk at most.
+        whole: Whether the routes are known to have no padding.
     """
     if p.cu_seqlens is not None:
         return packed(p, p.cu_seqlens, functools.partial(scan, inside=inside, longest=longest))
-    rows, h = gather(p), start_state(p)
+    rows, h = gather(p, whole), start_state(p)
     parts = []
     for span in chunks(p, longest):
         x, dt, B, C = (t[:, span] for t in rows)

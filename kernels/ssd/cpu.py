@@ -34,7 +34,8 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """Runs the scan: y ``(B, L, [K,] H, P)`` in x's dtype and the final state ``(S, K, H, P, N)``."""
     with torch.no_grad():
         inside = _block()
-        y, state = scan(p, inside, CHUNK if inside is block else SPAN)
+        whole = p.route is not None and bool((p.route >= 0).all())
+        y, state = scan(p, inside, CHUNK if inside is block else SPAN, whole)
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in (y, state))  # type: ignore[return-value]
 
 
