@@ -32,13 +32,15 @@ def export(
     random: bool = False,
     img_size: int | None = None,
     batch_size: int = 1,
+    dynamic_batch: bool = False,
     format: Literal["both", "torch", "onnx"] = "both",
     out: str | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a model as plain operators: model.pt2 (torch.export) and model.onnx, each checked against the model.
 
-    The files need neither this project nor a GPU; their input has the size that is given here. model.pt2 is read by
+    The files need neither this project nor a GPU. Their images have the size that is given here, as the scan is written
+    out along its positions, and so many come at a time, or any number. model.pt2 is read by
     ``torch.export.load("model.pt2").module()``.
 
     Args:
@@ -47,6 +49,7 @@ def export(
         random: With a name: leave the weights at random.
         img_size: Side of the images instead of the model's own, in pixels.
         batch_size: Images at a time.
+        dynamic_batch: Take any number of images at a time; ``batch_size`` and one more are checked.
         format: torch, onnx (which needs onnx and onnxscript, and onnxruntime to be checked), or both.
         out: Folder to write to instead of the next one in runs/vision/export.
         overwrite: Replace what an earlier run has written to that folder.
@@ -59,17 +62,20 @@ def export(
             f"ONNX needs {', '.join(missing)}: pip install {' '.join(missing)}; or export with --format torch alone"
         )
     trained = load_trained(model, weights, img_size, random)
-    image = torch.rand(batch_size, trained.in_chans, trained.size, trained.size)
+    image = torch.rand(batch_size + dynamic_batch, trained.in_chans, trained.size, trained.size)
+    checked = [image, image[:-1]] if dynamic_batch else [image]
     facts: dict[str, Any] = {
-        "model": trained.label, "parameters": f"{count_parameters(trained.net):,}", "input": str(tuple(image.shape)),
+        "model": trained.label, "parameters": f"{count_parameters(trained.net):,}",
+        "input": str(("any number" if dynamic_batch else batch_size, *image.shape[1:])),
         "torch": torch.__version__,
     }  # fmt: skip
     figures: dict[str, float] = {}
     with output_folder("export", out, overwrite) as folder, torch.no_grad():
-        wanted = trained.net(image)
-        program = plain_program(trained.net, image)
+        wanted = [trained.net(x) for x in checked]
+        program = plain_program(trained.net, image, dynamic_batch)
         facts["operators"] = len(program.graph.nodes)
-        figures["torch/difference"] = _compare("model.pt2", program.module()(image), wanted)
+        module = program.module()
+        figures["torch/difference"] = _compare("model.pt2", [module(x) for x in checked], wanted)
         if format != "onnx":
             torch.export.save(program, folder / "model.pt2")
         if format != "torch":
@@ -77,7 +83,7 @@ def export(
             if "onnxruntime" in missing:
                 print("model.onnx is not checked: pip install onnxruntime")
             else:
-                figures["onnx/difference"] = _compare("model.onnx", _run_onnx(folder / "model.onnx", image), wanted)
+                figures["onnx/difference"] = _compare("model.onnx", _run_onnx(folder / "model.onnx", checked), wanted)
         files = {path.name: f"{path.stat().st_size / 2**20:.1f} MiB" for path in sorted(folder.glob("model.*"))}
         report = Report("vision export", ", ".join(files), "written")
         report.facts("Files", files)
@@ -88,13 +94,20 @@ def export(
         print("  ".join(f"{name} {size}" for name, size in files.items()))
 
 
-def plain_program(net: nn.Module, image: Tensor) -> torch.export.ExportedProgram:
-    """A model as an exported program of ATen operators alone, for images of one size."""
+def plain_program(net: nn.Module, image: Tensor, dynamic_batch: bool = False) -> torch.export.ExportedProgram:
+    """A model as an exported program of ATen operators alone, for images of one size.
+
+    Args:
+        net: The model.
+        image: Images (B, C, H, W) of that size; two at least with ``dynamic_batch``, as tracers take 1 for a constant.
+        dynamic_batch: Whether the program takes any number of them.
+    """
+    shapes = ({0: torch.export.Dim("batch", min=1)},) if dynamic_batch else None
     table = torch.export.default_decompositions()
     table.update(plain_operators())  # type: ignore[arg-type]
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.export.export(net.eval(), (image,)).run_decompositions(table)
+        return torch.export.export(net.eval(), (image,), dynamic_shapes=shapes).run_decompositions(table)
 
 
 def plain_operators() -> dict[Any, Callable[..., Any]]:
@@ -153,13 +166,15 @@ def _ssd(*arguments: Any) -> tuple[Tensor, Tensor]:
     return y, state if keep else y.new_empty(0)
 
 
-def _compare(what: str, got: Tensor, wanted: Tensor) -> float:
-    """The largest difference in units of the largest output.
+def _compare(what: str, got: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest difference in units of the largest output, over several inputs.
 
     Raises:
         UserError: If it is more than rounding.
     """
-    difference = float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12))
+    difference = max(
+        float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) for a, b in zip(got, wanted, strict=True)
+    )
     if not difference <= TOLERANCE:
         raise UserError(f"{what}: differs from the model by {difference:.2g} of its largest output, wanted {TOLERANCE}")
     return difference
@@ -175,11 +190,12 @@ def _write_onnx(program: torch.export.ExportedProgram, file: Path) -> None:
     onnx.save(file)
 
 
-def _run_onnx(file: Path, image: Tensor) -> Tensor:
+def _run_onnx(file: Path, images: list[Tensor]) -> list[Tensor]:
     import onnxruntime  # pyright: ignore[reportMissingImports]
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: image.numpy()})[0])
+    name = session.get_inputs()[0].name
+    return [torch.from_numpy(session.run(None, {name: x.numpy()})[0]) for x in images]
 
 
 if __name__ == "__main__":

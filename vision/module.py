@@ -113,7 +113,7 @@ class Classifier(TrainingModule):
             checkpoint["preprocessing"] = data.preprocessing()
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Mean cross-entropy of images (B, C, H, W) and labels (B,), mixed first if so configured."""
+        """Mean cross-entropy of images (B, C, H, W) or videos and labels (B,), mixed first if so configured."""
         images, labels = batch
         if self.graph_requested and images.is_cuda and self._steps_seen > 1:  # the first step's FLOPs are counted
             if (steps := self.trainer.accumulate_grad_batches) > 1:
@@ -125,9 +125,9 @@ class Classifier(TrainingModule):
             capture(self.net, images)
         if self.mixup is None:
             return F.cross_entropy(self.net(images), labels, label_smoothing=self.label_smoothing)
-        even = len(images) // 2 * 2  # images are mixed in pairs
-        images, targets = self.mixup(images[:even].clone(), labels[:even])
-        return F.cross_entropy(self.net(images), targets)
+        even = len(images) // 2 * 2  # images are mixed in pairs, all frames of a video alike
+        mixed, targets = self.mixup(images[:even].flatten(1, -3).clone(), labels[:even])
+        return F.cross_entropy(self.net(mixed.view_as(images[:even])), targets)
 
     @torch.no_grad()
     def evaluate(self, batch: tuple[Tensor, Tensor], stage: str) -> None:

@@ -30,7 +30,8 @@ def scan(p: Problem, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
     """
     if p.cu_seqlens is not None:
         return packed(p, p.cu_seqlens, scan)
-    step = max(1, min(chunk, ELEMENTS // max(1, p.batch * p.routes * p.channels * p.state)))
+    batch = 1 if isinstance(p.batch, torch.SymInt) else p.batch  # an export's symbol, which is to stay open
+    step = max(1, min(chunk, ELEMENTS // max(1, batch * p.routes * p.channels * p.state)))
     starts = range(0, p.positions, step)
     h = start_state(p)
     parts = []

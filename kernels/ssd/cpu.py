@@ -1,5 +1,7 @@
 """``ssd`` on the CPU: the chunked matrix products of ``aten.py``, with a backward that keeps one state a chunk.
 
+With numba the forward's masked matrices take one pass (``cpu_block.py``).
+
 A chunk's gradients come from autograd of that chunk alone, from the last to the first, so that memory beyond the
 gradients is the states between the chunks (P N / Q numbers a token and head) and one chunk's intermediates.
 
@@ -10,26 +12,41 @@ sequences.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import recompute
+from kernels.backend import has
 from kernels.ssd import Gradients
-from kernels.ssd.aten import at, chunk, chunks, scan
+from kernels.ssd.aten import CHUNK, at, chunk, chunks, scan
 from kernels.ssd.problem import Problem
-from kernels.ssd.quadratic import full_precision
+from kernels.ssd.quadratic import Block, block, full_precision
 from kernels.ssd.reference import gate, gather, sequences, start_state
 
 PARAMETERS = ("A", "D", "dt_bias")
+SPAN = 2 * CHUNK  # positions that the compiled forward takes at once: few calls, matrices that stay in the cache
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """Runs the scan: y ``(B, L, [K,] H, P)`` in x's dtype and the final state ``(S, K, H, P, N)``."""
     with torch.no_grad():
-        y, state = scan(p)
+        inside = _block()
+        whole = p.route is not None and bool((p.route >= 0).all())
+        y, state = scan(p, inside, CHUNK if inside is block else SPAN, whole)
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in (y, state))  # type: ignore[return-value]
+
+
+@functools.cache
+def _block() -> Block:
+    """What computes a chunk: numba's where it is installed."""
+    if has("numba"):
+        from kernels.ssd.cpu_block import block as compiled_block
+
+        return compiled_block
+    return block
 
 
 def backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:

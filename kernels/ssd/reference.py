@@ -45,10 +45,13 @@ def start_state(p: Problem) -> Tensor:
     return p.x.new_zeros((p.sequences, p.routes, p.heads, p.head_dim, p.state), dtype=p.dtype)
 
 
-def gather(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x ``(B, T, K, H, P)``, dt ``(B, T, K, H)``, B and C ``(B, T, K, G, N)`` as they are, read along the routes."""
-    x = along(p.x.expand(-1, -1, p.routes, -1, -1), p.route)
-    return x, along(p.dt, p.route), along(p.B, p.route), along(p.C, p.route)
+def gather(p: Problem, whole: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x ``(B, T, K, H, P)``, dt ``(B, T, K, H)``, B and C ``(B, T, K, G, N)`` as they are, read along the routes.
+
+    ``whole`` says that the routes have no padding.
+    """
+    x = along(p.x.expand(-1, -1, p.routes, -1, -1), p.route, whole)
+    return x, along(p.dt, p.route, whole), along(p.B, p.route, whole), along(p.C, p.route, whole)
 
 
 def prepare(p: Problem, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

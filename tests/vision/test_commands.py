@@ -258,18 +258,19 @@ SLOW = [
 def test_export_leaves_plain_operators_alone(name):
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=3).eval()
-    image = torch.rand(1, 3, 48, 64)
     with torch.no_grad():
-        program = plain_program(net, image)
+        program = plain_program(net, torch.rand(2, 3, 48, 64), dynamic_batch=True)
         assert not [n for n in program.graph.nodes if "triscan" in str(n.target)]
-        torch.testing.assert_close(program.module()(image), net(image), rtol=1e-4, atol=1e-5)
+        for count in (1, 3):
+            image = torch.rand(count, 3, 48, 64)
+            torch.testing.assert_close(program.module()(image), net(image), rtol=1e-4, atol=1e-5)
 
 
 def test_export_writes_a_program_that_needs_nothing_of_ours(tmp_path, capsys):
     run(export, ["test_plain_mamba", "--random", "true", "--img_size", "32", "--format", "torch",
-                 "--out", str(tmp_path / "o")])  # fmt: skip
+                 "--dynamic_batch", "true", "--out", str(tmp_path / "o")])  # fmt: skip
     program = torch.export.load(tmp_path / "o" / "model.pt2")
-    assert program.module()(torch.rand(1, 3, 32, 32)).shape == (1, 1000)
+    assert program.module()(torch.rand(5, 3, 32, 32)).shape == (5, 1000)
     assert json.loads((tmp_path / "o" / "metrics.json").read_text())["torch/difference"] < 1e-5
     if importlib.util.find_spec("onnx") is None:
         assert "pip install onnx" in refused(capsys, export, "test_vim", "--random", "true")
@@ -282,7 +283,8 @@ def test_export_writes_a_program_that_needs_nothing_of_ours(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vim", "test_vmamba_m2"])
 def test_export_to_onnx_runs_there(name, tmp_path):
-    run(export, [name, "--random", "true", "--img_size", "32", "--format", "onnx", "--out", str(tmp_path / "o")])
+    run(export, [name, "--random", "true", "--img_size", "32", "--format", "onnx", "--dynamic_batch", "true",
+                 "--out", str(tmp_path / "o")])  # fmt: skip
     assert json.loads((tmp_path / "o" / "metrics.json").read_text())["onnx/difference"] < 1e-4
 
 
