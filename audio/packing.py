@@ -105,9 +105,9 @@ class Packed:
             row[DIM], row[W_NORM] = len(block.norm.weight), self._add_norm(block.norm)
             layer: Any = block.layer
             if isinstance(layer, MLP):
-                first, second = layer.linears
-                row[KIND], row[INNER] = FEED_FORWARD, second.in_features
-                row[W_IN], row[W_OUT] = self._add_linear(first), self._add_linear(second)
+                inwards, outwards = layer.linears
+                row[KIND], row[INNER] = FEED_FORWARD, outwards.in_features
+                row[W_IN], row[W_OUT] = self._add_linear(inwards), self._add_linear(outwards)
             elif isinstance(layer, S4D):
                 self._add_diagonal(row, layer, state)
             else:
