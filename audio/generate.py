@@ -165,8 +165,8 @@ def _write(
         wave, name = trained.codec.decode(clip), f"clip_{i + 1:03d}"
         write_wav(folder.path / f"{name}.wav", wave, trained.sample_rate)
         (folder.path / f"{name}.png").write_bytes(spectrogram_png(wave, trained.sample_rate))
-        said = starts[i] - trained.codec.levels
-        clips.append((wave, f"{name}.wav{f': {trained.class_names[said]}' if said >= 0 else ''}"))
+        said = f": {trained.class_names[starts[i] // trained.codec.levels]}" if trained.class_names else ""
+        clips.append((wave, f"{name}.wav{said}"))
     report = Report(
         "audio generate", f"{metrics['real_time_factor']:.2f}", "seconds taken per second of sound, over all clips"
     )

@@ -118,7 +118,7 @@ class SoundModel(TrainingModule):
         sampling = Sampling(temperature=self.report_temperature)
         starts = self.starts(count)
         clips = generate_levels(self.net, starts, count, length, sampling, generator=generator)
-        words = [self.class_names[start - self.codec.levels] if self.class_names else "clip" for start in starts]
+        words = [self.class_names[start // self.codec.levels] if self.class_names else "clip" for start in starts]
         heard = [(self.codec.decode(clip), f"{words[i]} {i + 1}") for i, clip in enumerate(clips)]
         how = f"temperature {self.report_temperature:g}, seed 0"
         add_players(
@@ -147,7 +147,7 @@ def disturb(inputs: Tensor, most: float, levels: int) -> Tensor:
     """Adds Gaussian noise to levels, of another strength in each window.
 
     Args:
-        inputs: (B, L) int64 levels; classes among them, which are Q or more, stay as they are.
+        inputs: (B, L) int64 levels, with their class.
         most: Largest standard deviation, in levels; that of a window is uniform from 0 to this.
         levels: Number of levels Q; what leaves their range is clipped.
 
@@ -156,4 +156,5 @@ def disturb(inputs: Tensor, most: float, levels: int) -> Tensor:
     """
     strength = most * torch.rand(len(inputs), 1, device=inputs.device)
     noise = (strength * torch.randn(inputs.shape, device=inputs.device)).round().long()
-    return torch.where(inputs < levels, (inputs + noise).clamp(0, levels - 1), inputs)
+    level = inputs % levels
+    return inputs - level + (level + noise).clamp(0, levels - 1)

@@ -73,11 +73,17 @@ class CompiledStepper:
         net: The net, in evaluation mode; see ``has_compiled_step``.
         state: State of the clips, copied.
         logits: (B, Q) what the net said last; needed to ``draw``.
+        classes: (B,) int64 classes of the clips; 0 by default.
     """
 
-    def __init__(self, net: SoundNet, state: StageState, logits: Tensor | None = None) -> None:
+    def __init__(
+        self, net: SoundNet, state: StageState, logits: Tensor | None = None, classes: Tensor | None = None
+    ) -> None:
         self._packed = Packed(net, state)
         count = len(self._packed.state)
+        self._offset = np.zeros(count, np.int64)
+        if classes is not None:
+            self._offset[:] = classes.numpy() * net.levels
         self._logits = np.zeros((count, net.levels), np.float32)
         if logits is not None:
             self._logits[:] = logits.numpy()
@@ -106,7 +112,7 @@ class CompiledStepper:
         how = float(sampling.temperature), int(sampling.top_k), float(sampling.top_p), float(sampling.min_p)
         parts = min(count, torch.get_num_threads())
         edges = [count * i // parts for i in range(parts + 1)]
-        arrays = (p.blocks, p.stages, p.weights, p.state, p.phase, p.ends, self._logits)
+        arrays = (p.blocks, p.stages, p.weights, p.state, p.phase, p.ends, self._logits, self._offset)
         threads.run(_advance, [(a, b, levels, uniform, how, draw, *arrays) for a, b in pairwise(edges)])
 
 
@@ -284,7 +290,7 @@ def _choose(logits, uniform, temperature, top_k, top_p, min_p):
 
 
 @njit(**OPTIONS)
-def _advance(first, stop, levels, uniform, sampling, draw, blocks, stages, w, state, phase, ends, logits):
+def _advance(first, stop, levels, uniform, sampling, draw, blocks, stages, w, state, phase, ends, logits, offset):
     """Takes the clips ``first:stop`` through levels (B, T), or draws these first."""
     widest = max(2 * blocks[:, INNER].max(), (stages[:, POOL] * stages[:, WIDE]).max(), stages[:, WIDE].max())
     widest = max(widest, (blocks[:, RANK] + 2 * blocks[:, STATE]).max())
@@ -294,4 +300,4 @@ def _advance(first, stop, levels, uniform, sampling, draw, blocks, stages, w, st
         for t in range(levels.shape[1]):
             if draw:
                 levels[b, t] = _choose(logits[b], uniform[b, t], *sampling)
-            _net(levels[b, t], blocks, stages, w, state[b], phase[b], ends, room, skips, logits[b])
+            _net(offset[b] + levels[b, t], blocks, stages, w, state[b], phase[b], ends, room, skips, logits[b])

@@ -30,7 +30,7 @@ class Trained(NamedTuple):
     class_names: tuple[str, ...] = ()  # of its classes, none for a model that cannot be asked for one
 
     def start(self, name: str | None = None) -> int:
-        """What a sequence of a class begins with, or for None of no class.
+        """The first level that goes into the net in a sequence of a class, or for None of no class.
 
         Raises:
             UserError: For a class that the model does not know, and for a model of classes without one.
@@ -40,7 +40,7 @@ class Trained(NamedTuple):
         if name not in self.class_names:
             known = ", ".join(self.class_names) or "none: it was trained without labels"
             raise UserError(f"the class is {name!r}, wanted one of the model's ({known})")
-        return self.codec.levels + self.class_names.index(name)
+        return self.codec.start + self.codec.levels * self.class_names.index(name)
 
     def starts(self, count: int, names: Sequence[str] = ()) -> list[int]:
         """What ``count`` clips begin with: the classes named, or else all, take turns; see ``start``."""
