@@ -14,21 +14,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from audio.baseline import MarkovModel
 from audio.codec import Codec
-from audio.files import conversions, find_audio, read_clip, to_mono
+from audio.files import conversions, read_clip, to_mono
+from audio.splits import Labels, Layout, class_names, label_of, split_files
 from core.errors import UserError
 from core.training.rng import ResumableLoader
 
 EMBEDDED = Path(__file__).parent / "data" / "digits"
 PADDING = -100  # target of samples that are no part of a recording, which no loss counts
-PARTS = ("train", "val", "test")
-SC09_LISTS = {"val": "validation_list.txt", "test": "testing_list.txt"}
-SC09_FOLDERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 class Batch(NamedTuple):
     """Windows of a batch, padded on the right to the longest."""
 
-    inputs: Tensor  # (B, L) int64 levels: the start level, then the window but for its last sample
+    inputs: (
+        Tensor  # (B, L) int64 levels: the start level, then the window but for its last sample; c Q added in class c
+    )
     targets: Tensor  # (B, L) int64 levels: the window; PADDING behind its end
 
 
@@ -38,30 +38,29 @@ class Windows(Dataset):
     Args:
         clips: Levels of each recording, (samples,) each.
         window: Longest window, in samples.
+        classes: Class of each recording, 0 without labels.
     """
 
-    def __init__(self, clips: Sequence[Tensor], window: int) -> None:
+    def __init__(self, clips: Sequence[Tensor], window: int, classes: Sequence[int]) -> None:
         self.clips = clips
         self.window = window
+        self.classes = classes
         self.index = [(i, begin) for i, clip in enumerate(clips) for begin in range(0, len(clip), window)]
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, item: int) -> Tensor:
+    def __getitem__(self, item: int) -> tuple[Tensor, int]:
         clip, begin = self.index[item]
-        return self.clips[clip][begin : begin + self.window]
+        return self.clips[clip][begin : begin + self.window], self.classes[clip]
 
 
 class AudioData(LightningDataModule):
     """Recordings of a folder and all folders below it, as levels.
 
     Every file is read once at the start, mixed to one channel, resampled, normalised as a whole and quantised; the
-    levels stay in memory: 1 byte a sample up to 256 levels, 58 MB for an hour at 16 kHz. Files are WAV, FLAC, OGG, Opus
-    or AIFF, of any rate, number of channels and length.
-
-    Whole files go to one part. A folder with Speech Commands' ``validation_list.txt`` and ``testing_list.txt`` is split
-    by these, and only its ten digits are read (SC09); any other at random by ``split_seed``.
+    levels stay in memory: 1 byte a sample up to 256 levels, 58 MB for an hour at 16 kHz. Files are WAV, FLAC, OGG,
+    Opus, MP3 or AIFF, of any rate, number of channels and length. Whole files go to one part.
 
     Args:
         root: The folder; null is the spoken digits that come with the project.
@@ -69,8 +68,16 @@ class AudioData(LightningDataModule):
         window: Longest window, in samples. A window is a sequence of its own: nothing is known before it.
         codec: Quantisation.
         batch_size: Windows per step and device.
-        val_fraction: Part of the files that is validated on, at least one file; not for SC09.
-        test_fraction: Part of the files that is tested on, at least one file; not for SC09.
+        layout: How the files are split: ``sc09`` by the lists of Speech Commands, of which only the digits are read;
+            ``fsdd`` by the takes of the Free Spoken Digit Dataset; ``ordered`` by name, the last ones to test on, as
+            YouTubeMix and Beethoven are; ``random`` by ``split_seed``; ``auto`` is one of the first two where the
+            folder is such, otherwise random.
+        labels: What a recording is of: ``folder``, the name of its folder (Speech Commands); ``name``, its own name up
+            to the first underscore (the Free Spoken Digit Dataset); ``none``. A model of labelled sound can be asked
+            for a class.
+        held_out: Test on the files with this word in their names, such as a speaker's, and on no others.
+        val_fraction: Part of the files that is validated on, at least one file; for random and ordered.
+        test_fraction: Part of the files that is tested on, at least one file; for random and ordered.
         split_seed: Of the random split.
     """
 
@@ -81,6 +88,9 @@ class AudioData(LightningDataModule):
         window: int = 16000,
         codec: Codec = Codec(),  # noqa: B008  frozen
         batch_size: int = 16,
+        layout: Layout = "auto",
+        labels: Labels = "none",
+        held_out: str | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         split_seed: int = 0,
@@ -97,7 +107,8 @@ class AudioData(LightningDataModule):
         self.root = EMBEDDED if root is None else Path(root).expanduser()
         self.sample_rate, self.window, self.codec, self.batch_size = sample_rate, window, codec, batch_size
         self.fractions = {"val": val_fraction, "test": test_fraction}
-        self.split_seed = split_seed
+        self.split = {"seed": split_seed, "layout": layout, "held_out": held_out}
+        self.labels: Labels = labels
         self.files: dict[str, list[Path]] = {}
         self.parts: dict[str, Windows] = {}
         self.notes: list[str] = []
@@ -106,7 +117,8 @@ class AudioData(LightningDataModule):
         """Reads and quantises every file, and refuses folders that cannot be used."""
         if self.parts:
             return
-        self.files = split_files(self.root, self.fractions, self.split_seed)
+        self._find()
+        names = self.class_names
         found: list[tuple[int, int]] = []
         for part, paths in self.files.items():
             clips = []
@@ -115,8 +127,17 @@ class AudioData(LightningDataModule):
                 found.append((clip.sample_rate, clip.channels))
                 levels = self.codec.encode(to_mono(clip, self.sample_rate))
                 clips.append(levels.to(torch.uint8 if self.codec.levels <= 256 else torch.int16))
-            self.parts[part] = Windows(clips, self.window)
+            classes = [names.index(label_of(path, self.labels)) if names else 0 for path in paths]
+            self.parts[part] = Windows(clips, self.window, classes)
         self.notes = conversions(found, self.sample_rate)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes, none without labels; the folder is looked at, but nothing read."""
+        if self.labels == "none":
+            return ()
+        self._find()
+        return tuple(class_names([path for paths in self.files.values() for path in paths], self.labels))
 
     def train_dataloader(self) -> DataLoader:
         """All windows, shuffled."""
@@ -133,11 +154,12 @@ class AudioData(LightningDataModule):
     def baselines(self) -> dict[str, float]:
         """Bits per sample of simple models on the test windows, by name, fitted to the training windows."""
         bits = {}
+        levels = {part: [window for window, _ in windows] for part, windows in self.parts.items()}
         for order, name in enumerate(("unigram", "markov1", "markov2")):
             if MarkovModel.fits(order, self.codec.levels):
                 model = MarkovModel(order, self.codec.levels, self.codec.start)
-                model.fit(self.parts["train"], self.parts["val"])
-                bits[f"{name}_bits_per_sample"] = model.bits_per_sample(self.parts["test"])
+                model.fit(levels["train"], levels["val"])
+                bits[f"{name}_bits_per_sample"] = model.bits_per_sample(levels["test"])
         return bits
 
     def facts(self) -> dict[str, str]:
@@ -148,67 +170,23 @@ class AudioData(LightningDataModule):
             facts[part] = f"{len(self.files[part])} files, {seconds:.1f} s, {len(windows)} windows"
         facts["rate and window"] = f"{self.sample_rate} Hz, up to {self.window} samples"
         facts["codec"] = str(self.codec)
+        facts["classes"] = ", ".join(self.class_names) or "none"
         facts["conversions"] = "; ".join(self.notes) or "none"
         return facts
+
+    def _find(self) -> None:
+        if not self.files:
+            self.files = split_files(self.root, self.fractions, **self.split)
 
     def _loader(self, part: str, **options: Any) -> DataLoader:
         return ResumableLoader(self.parts[part], batch_size=self.batch_size, collate_fn=self._collate, **options)
 
-    def _collate(self, windows: list[Tensor]) -> Batch:
-        longest = max(len(window) for window in windows)
+    def _collate(self, windows: list[tuple[Tensor, int]]) -> Batch:
+        longest = max(len(window) for window, _ in windows)
         targets = torch.full((len(windows), longest), PADDING, dtype=torch.int64)
-        for row, window in zip(targets, windows, strict=True):
+        for row, (window, _) in zip(targets, windows, strict=True):
             row[: len(window)] = window
         inputs = torch.roll(targets, 1, dims=1).masked_fill(targets == PADDING, self.codec.start)
         inputs[:, 0] = self.codec.start
-        return Batch(inputs, targets)
-
-
-def split_files(root: Path, fractions: dict[str, float], seed: int) -> dict[str, list[Path]]:
-    """Divides the audio files of a folder into train, val and test.
-
-    Args:
-        root: The folder.
-        fractions: Of the files, for val and test.
-        seed: Of the random split.
-
-    Raises:
-        UserError: If there are no files, or fewer than one for each part.
-    """
-    if all((root / name).is_file() for name in SC09_LISTS.values()):
-        return _split_sc09(root)
-    paths = find_audio(root)
-    if len(paths) < len(PARTS):
-        raise UserError(
-            f"{root}: got {len(paths)} audio files, wanted at least 3: parts are split by file, one each for train, "
-            "val and test; cut the recording into several files"
-        )
-    order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(seed)).tolist()
-    counts = {part: max(1, round(fraction * len(paths))) for part, fraction in fractions.items()}
-    first, second = counts["test"], counts["test"] + counts["val"]
-    if second >= len(paths):
-        raise UserError(f"{root}: {len(paths)} files less {counts} leave none to train on; give smaller fractions")
-    chosen = {"train": order[second:], "val": order[first:second], "test": order[:first]}
-    return {part: [paths[i] for i in sorted(indices)] for part, indices in chosen.items()}
-
-
-def _split_sc09(root: Path) -> dict[str, list[Path]]:
-    """The ten digits of Speech Commands (Warden 2018), split by its official lists."""
-    listed = {}
-    for part, name in SC09_LISTS.items():
-        lines = (root / name).read_text(encoding="utf-8").split("\n")
-        listed.update({line.strip(): part for line in lines if line.strip()})
-    files: dict[str, list[Path]] = {part: [] for part in PARTS}
-    for folder in SC09_FOLDERS:
-        if not (root / folder).is_dir():
-            raise UserError(
-                f"{root}: no folder {folder}/, though the lists of Speech Commands are there; wanted the ten digits "
-                f"{', '.join(SC09_FOLDERS)}"
-            )
-        for path in find_audio(root / folder):
-            files[listed.get(path.relative_to(root).as_posix(), "train")].append(path)
-    for part, paths in files.items():
-        if not paths:
-            name = SC09_LISTS.get(part, "neither list")
-            raise UserError(f"{root}: no file for {part} ({name}); wanted lines such as zero/0a2b400e_nohash_0.wav")
-    return files
+        classes = torch.tensor([number for _, number in windows])
+        return Batch(inputs + self.codec.levels * classes[:, None], targets)

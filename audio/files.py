@@ -15,7 +15,7 @@ from torch import Tensor
 
 from core.errors import UserError
 
-EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".aif", ".aiff")
+EXTENSIONS = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff")
 STREAMED = (0, 0xFFFFFFFF)  # sizes that programs put in a WAV header when they write to a pipe
 
 

@@ -1,4 +1,4 @@
-"""Generates sound from a checkpoint of ``audio.train``: ``python -m audio.generate CHECKPOINT --num 8 --seconds 2``."""
+"""Generates sound: ``python -m audio.generate``, or ``python -m audio.generate CHECKPOINT --num 8 --seconds 2``."""
 
 import json
 import sys
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from audio.files import read_clip, to_mono, write_wav
 from audio.listen import add_players, spectrogram_png
-from audio.module import Trained, load_trained
 from audio.sampling import generate_levels
+from audio.trained import Trained, load_trained
 from core import env
 from core.cli import run
 from core.errors import UserError
@@ -26,9 +26,10 @@ RUNS = Path("runs/audio/generate")
 
 
 def generate(
-    checkpoint: str,
-    num: int = 8,
+    checkpoint: str | None = None,
+    num: int = 4,
     seconds: float = 1.0,
+    classes: str | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -44,9 +45,12 @@ def generate(
     playing.
 
     Args:
-        checkpoint: A .ckpt file of audio.train, or the folder of its run.
+        checkpoint: A .ckpt or .safetensors file of audio.train, or the folder of its run; without one, the model of
+            spoken digits that comes with the project.
         num: Number of clips.
         seconds: Length of what is generated for each, without the prompt.
+        classes: What is said, for a model that was trained with labels: one of its classes, or several separated by
+            commas; the clips take turns. Without it all classes take turns.
         temperature: Divides the logits; 0 takes the most likely level.
         top_k: Draw from so many of the most likely levels; 0 is all.
         top_p: Draw from the most likely levels that together have this probability; 1 is all.
@@ -57,23 +61,25 @@ def generate(
         device: Where to run, such as cuda.
     """
     sampling = _check(num, seconds, temperature, top_k, top_p, device)
-    trained = load_trained(Path(checkpoint).expanduser())
+    trained = load_trained(None if checkpoint is None else Path(checkpoint).expanduser())
+    starts = trained.starts(num, [name.strip() for name in classes.split(",")] if classes else ())
     start = None
     if prompt is not None:
         start = trained.codec.encode(to_mono(read_clip(Path(prompt).expanduser()), trained.sample_rate))
     length = max(1, round(seconds * trained.sample_rate))
     folder = numbered(RUNS) if out is None else _named(Path(out), overwrite)
-    command = f"python -m audio.generate {checkpoint}"
+    command = " ".join(["python -m audio.generate", *([checkpoint] if checkpoint else [])])
     try:
         folder.mark({"status": "running", "command": command})
-        levels, taken = _draw(trained, num, length, sampling, start, seed, device)
+        levels, taken = _draw(trained, starts, length, sampling, start, seed, device)
         metrics = _figures(taken, num, length, trained.sample_rate)
         options = {
-            "checkpoint": checkpoint, "codec": str(trained.codec), "rate": f"{trained.sample_rate} Hz",
+            "checkpoint": checkpoint or "spoken digits, which come with the project",
+            "codec": str(trained.codec), "rate": f"{trained.sample_rate} Hz",
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "prompt": prompt or "none",
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else env.cpu_name(),
         }  # fmt: skip
-        _write(folder, trained, levels, metrics, options)
+        _write(folder, trained, starts, levels, metrics, options)
         folder.mark({"status": "finished", "command": command})
         folder.start()
     finally:
@@ -86,15 +92,21 @@ def generate(
 
 
 def _draw(
-    trained: Trained, num: int, length: int, sampling: Sampling, start: Tensor | None, seed: int, device: str
+    trained: Trained,
+    starts: list[int],
+    length: int,
+    sampling: Sampling,
+    prompt: Tensor | None,
+    seed: int,
+    device: str,
 ) -> tuple[Tensor, float]:
     """Draws the clips; returns their levels, prompt included, and the seconds it took."""
     trained.net.to(device)
-    generate_levels(trained.net, trained.codec.start, 1, 1, sampling)  # compiles what was never run here
+    generate_levels(trained.net, starts[0], 1, 1, sampling)  # compiles what was never run here
     begin = time.perf_counter()
     with _progress(length, trained.sample_rate) as progress:
         levels = generate_levels(
-            trained.net, trained.codec.start, num, length, sampling, prompt=start,
+            trained.net, starts, len(starts), length, sampling, prompt=prompt,
             generator=torch.Generator().manual_seed(seed), progress=progress,
         )  # fmt: skip
     return levels, time.perf_counter() - begin
@@ -140,7 +152,12 @@ def _figures(taken: float, num: int, length: int, sample_rate: int) -> dict[str,
 
 
 def _write(
-    folder: RunFolder, trained: Trained, levels: Tensor, metrics: dict[str, float], options: dict[str, object]
+    folder: RunFolder,
+    trained: Trained,
+    starts: list[int],
+    levels: Tensor,
+    metrics: dict[str, float],
+    options: dict[str, object],
 ) -> None:
     """Writes the sound, the pictures, the page and the figures."""
     clips = []
@@ -148,7 +165,8 @@ def _write(
         wave, name = trained.codec.decode(clip), f"clip_{i + 1:03d}"
         write_wav(folder.path / f"{name}.wav", wave, trained.sample_rate)
         (folder.path / f"{name}.png").write_bytes(spectrogram_png(wave, trained.sample_rate))
-        clips.append((wave, f"{name}.wav"))
+        said = f": {trained.class_names[starts[i] // trained.codec.levels]}" if trained.class_names else ""
+        clips.append((wave, f"{name}.wav{said}"))
     report = Report(
         "audio generate", f"{metrics['real_time_factor']:.2f}", "seconds taken per second of sound, over all clips"
     )
@@ -181,4 +199,4 @@ def _progress(length: int, sample_rate: int) -> Iterator[Callable[[int], None]]:
 
 
 if __name__ == "__main__":
-    run(generate)
+    run(generate, optional="checkpoint")

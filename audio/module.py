@@ -4,10 +4,7 @@ Dimension letters: B batch, L samples, Q levels.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +16,11 @@ from audio.listen import add_players
 from audio.net import SoundNet
 from audio.sampling import generate_levels
 from audio.sashimi import SashimiConfig
-from core.checkpoints import load_into
+from audio.trained import RECORD, Trained, record
 from core.errors import UserError
 from core.generate import Sampling
 from core.training.module import OptimizerOptions, ScheduleOptions, TrainingModule
 from core.training.report import Report
-
-RECORD = "audio"  # the entry of a checkpoint that says what the net's weights mean
 
 
 class SoundModel(TrainingModule):
@@ -35,6 +30,7 @@ class SoundModel(TrainingModule):
         config: Sizes of the net.
         codec: What the levels mean; the data's.
         sample_rate: In Hz; the data's.
+        class_names: What recordings are of, if the data are labelled; the data's.
         report_clips: Clips that are generated for the report.
         report_seconds: Their length.
         report_temperature: Divides the logits when they are drawn.
@@ -54,6 +50,7 @@ class SoundModel(TrainingModule):
         config: SashimiConfig = SashimiConfig(),  # noqa: B008  frozen
         codec: Codec = Codec(),  # noqa: B008  frozen
         sample_rate: int = 16000,
+        class_names: tuple[str, ...] = (),
         report_clips: int = 4,
         report_seconds: float = 1.0,
         report_temperature: float = 1.0,
@@ -64,13 +61,14 @@ class SoundModel(TrainingModule):
     ) -> None:
         super().__init__(optimizer, schedule, compile)
         self.config, self.codec, self.sample_rate = config, codec, sample_rate
+        self.class_names = tuple(class_names)
         self.report_clips, self.report_seconds = report_clips, report_seconds
         for name, value in (("report_temperature", report_temperature), ("input_noise", input_noise)):
             if not value >= 0:
                 raise UserError(f"--model.{name} is {value}, wanted at least 0")
         self.report_temperature, self.input_noise = report_temperature, input_noise
         try:
-            self.net = SoundNet(config, codec.levels)
+            self.net = SoundNet(config, codec.levels, len(class_names))
         except (TypeError, ValueError) as error:
             raise UserError(f"--model.config: {error}") from error
 
@@ -103,26 +101,28 @@ class SoundModel(TrainingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Record what the weights mean, so that generation needs nothing but the checkpoint."""
-        checkpoint[RECORD] = {
-            "config": asdict(self.config),
-            "codec": asdict(self.codec),
-            "sample_rate": self.sample_rate,
-        }
+        checkpoint[RECORD] = record(self.config, self.codec, self.sample_rate, self.class_names)
 
     @torch.no_grad()
     def add_to_report(self, report: Report) -> None:
         """Add what was read, and clips: generated ones, and recordings of the test part as the codec leaves them."""
         report.facts("Recordings", self._data.facts())
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "add_to_report"):
+                callback.add_to_report(report, self)
         count, length = self.report_clips, round(self.report_seconds * self.sample_rate)
         if not count or not length:
             return
         self.net.eval()
         generator = torch.Generator().manual_seed(0)
         sampling = Sampling(temperature=self.report_temperature)
-        clips = generate_levels(self.net, self.codec.start, count, length, sampling, generator=generator)
+        starts = self.starts(count)
+        clips = generate_levels(self.net, starts, count, length, sampling, generator=generator)
+        words = [self.class_names[start // self.codec.levels] if self.class_names else "clip" for start in starts]
+        heard = [(self.codec.decode(clip), f"{words[i]} {i + 1}") for i, clip in enumerate(clips)]
         how = f"temperature {self.report_temperature:g}, seed 0"
         add_players(
-            report, "Generated", [(self.codec.decode(clip), f"clip {i + 1}") for i, clip in enumerate(clips)],
+            report, "Generated", heard,
             self.sample_rate, f"Drawn sample by sample from the model, {how}; none was left out.",
         )  # fmt: skip
         recorded = [clip[:length].long() for clip in self._data.parts["test"].clips[:count]]
@@ -131,6 +131,10 @@ class SoundModel(TrainingModule):
             report, "Recorded", [(self.codec.decode(clip), name) for clip, name in zip(recorded, names, strict=False)],
             self.sample_rate, "Recordings of the test part through the codec: as good as the generated ones can get.",
         )  # fmt: skip
+
+    def starts(self, count: int) -> list[int]:
+        """What ``count`` generated clips begin with: the classes take turns."""
+        return Trained(self.net, self.codec, self.sample_rate, self.class_names).starts(count)
 
     @property
     def _data(self) -> AudioData:
@@ -143,7 +147,7 @@ def disturb(inputs: Tensor, most: float, levels: int) -> Tensor:
     """Adds Gaussian noise to levels, of another strength in each window.
 
     Args:
-        inputs: (B, L) int64 levels.
+        inputs: (B, L) int64 levels, with their class.
         most: Largest standard deviation, in levels; that of a window is uniform from 0 to this.
         levels: Number of levels Q; what leaves their range is clipped.
 
@@ -151,46 +155,6 @@ def disturb(inputs: Tensor, most: float, levels: int) -> Tensor:
         (B, L) int64 levels.
     """
     strength = most * torch.rand(len(inputs), 1, device=inputs.device)
-    noise = strength * torch.randn(inputs.shape, device=inputs.device)
-    return (inputs + noise.round().long()).clamp(0, levels - 1)
-
-
-class Trained(NamedTuple):
-    """A trained net, and what its levels mean."""
-
-    net: SoundNet
-    codec: Codec
-    sample_rate: int  # Hz
-
-
-def load_trained(path: Path) -> Trained:
-    """Reads a checkpoint of ``audio.train``; the net is on the CPU, ready to generate.
-
-    Args:
-        path: The file, or the folder of a run, whose best checkpoint is then taken.
-
-    Raises:
-        UserError: If there is none, or it is one of another model.
-    """
-    if path.is_dir():
-        path = next(
-            (p for p in (path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")) if p.is_file()), path
-        )
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; give a .ckpt file of audio.train, or the folder of its run")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds for files that are something else
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-        raise UserError(
-            f"{path} is no checkpoint of a training run ({reason}); give a .ckpt file of audio.train"
-        ) from error
-    record = checkpoint.get(RECORD) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(record, Mapping) or "state_dict" not in checkpoint:
-        raise UserError(f"{path} is a checkpoint of another model; give a .ckpt file of audio.train")
-    config = SashimiConfig(**{**record["config"], "pool": tuple(record["config"]["pool"])})
-    codec = Codec(**record["codec"])
-    net = SoundNet(config, codec.levels)
-    weights = {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}
-    load_into(net, weights, str(path))
-    return Trained(net.eval(), codec, int(record["sample_rate"]))
+    noise = (strength * torch.randn(inputs.shape, device=inputs.device)).round().long()
+    level = inputs % levels
+    return inputs - level + (level + noise).clamp(0, levels - 1)

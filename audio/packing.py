@@ -36,7 +36,7 @@ class Packed:
         phase: (B, stages) samples that wait in each stage's frame; the centre's is 0.
         blocks: A row of sizes and places for each residual block.
         stages: A row for each stage, from the outermost, and one for the centre.
-        ends: Where embedding, last norm and head begin.
+        ends: Where embedding (of all classes), last norm and head begin.
 
     Args:
         net: The net; see ``can_pack``.
@@ -68,7 +68,7 @@ class Packed:
         layers: list[Any] = list(model.c_layers)
         centre[[WIDE, FIRST_DOWN, BLOCKS]] = len(layers[0].norm.weight), self._add_blocks(layers, at), len(layers)
         stages.append(centre)
-        ends = [self._add(net.embedding.weight), self._add_norm(model.norm), self._add_linear(net.head)]
+        ends = [self._add(net.table()), self._add_norm(model.norm), self._add_linear(net.head)]
         self.ends = np.array(ends, np.int64)
         self.blocks, self.stages = np.stack(self._rows), np.stack(stages)
         self.weights = np.concatenate(self._weights)

@@ -2,11 +2,7 @@
 
 from core.cli import main
 
+LINKS = {f"data.{name}": f"model.{name}" for name in ("codec", "sample_rate", "class_names")}
+
 if __name__ == "__main__":
-    main(
-        "audio",
-        "audio.module.SoundModel",
-        "audio.datasets.AudioData",
-        default_recipe="digits",
-        links={"data.codec": "model.codec", "data.sample_rate": "model.sample_rate"},
-    )
+    main("audio", "audio.module.SoundModel", "audio.datasets.AudioData", default_recipe="digits", links=LINKS)

@@ -88,7 +88,7 @@ def main(
             cli.execute()
 
 
-def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
+def run(function: Callable[..., Any], argv: Sequence[str] | None = None, optional: str | None = None) -> None:
     """Run one typed function as a command: parameters without default are positionals, the others options.
 
     A positional ``list[T]`` takes one or more arguments.
@@ -96,6 +96,7 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None
     Args:
         function: The function; its signature and docstring make the help. What it returns is dropped.
         argv: Arguments instead of the process's own.
+        optional: Name of a parameter with a default that is a positional nonetheless, which may be left out.
 
     Raises:
         SystemExit: With code 2 after a user's mistake, 130 after Ctrl-C.
@@ -108,6 +109,8 @@ def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None
         for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
             if parameter.default is parameter.empty and get_origin(parameter.annotation) is list:
                 _take_several(parser, name, get_args(parameter.annotation)[0])
+            if name == optional:
+                _take_or_leave(parser, name, parameter.annotation, parameter.default)
         arguments = list(sys.argv[1:] if argv is None else argv)
         config = parse(parser, arguments)
         function(**parser.instantiate(config).as_dict())
@@ -118,6 +121,15 @@ def _take_several(parser: Any, name: str, kind: type) -> None:
     action = next(action for action in parser._actions if action.dest == name)
     action.container._remove_action(action)
     parser.add_argument(name, nargs="+", type=kind, help=action.help)
+
+
+def _take_or_leave(parser: Any, name: str, kind: Any, default: Any) -> None:
+    """Turn an option into a positional that may be left out."""
+    action = next(action for action in parser._actions if action.dest == name)
+    action.container._remove_action(action)
+    for option in action.option_strings:
+        del parser._option_string_actions[option]
+    parser.add_argument(name, nargs="?", type=kind, default=default, help=action.help)
 
 
 @contextmanager

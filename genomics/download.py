@@ -3,19 +3,16 @@
 Files are UCSC's; their MD5 sums are read from the same server's ``md5sum.txt``, since UCSC replaces files at times.
 """
 
-import hashlib
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.progress import Progress
-
 from core.cli import run
 from core.errors import UserError
+from core.fetch import get
 
 UCSC = "https://hgdownload.soe.ucsc.edu/goldenPath"
-CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -96,55 +93,5 @@ def checksum(source: Source) -> str:
     raise UserError(f"{address} states no sum for {source.file}; the server's layout has changed")
 
 
-def get(address: str, path: Path, md5: str) -> Path:
-    """Fetch a file, going on from a part that is there, and check it.
-
-    Args:
-        address: Where from.
-        path: Where to; ``<path>.part`` until it is whole and checked.
-        md5: Its MD5 sum, in hexadecimal.
-
-    Returns:
-        The path.
-
-    Raises:
-        UserError: If the server cannot be reached or the sum is wrong; a part that was fetched stays, one whose sum is
-            wrong goes.
-    """
-    if path.is_file():
-        if digest(path) == md5:
-            return path
-        raise UserError(f"{path} exists with another content (MD5 sum {digest(path)}, wanted {md5}); remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    begun = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(address, headers={"Range": f"bytes={begun}-"} if begun else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer, Progress() as bar:
-            resumed = begun and answer.status == 206
-            total = int(answer.headers.get("Content-Length", 0)) + (begun if resumed else 0)
-            task = bar.add_task(path.name, total=total or None, completed=begun if resumed else 0)
-            with part.open("ab" if resumed else "wb") as file:
-                while chunk := answer.read(CHUNK):
-                    file.write(chunk)
-                    bar.advance(task, len(chunk))
-    except urllib.error.HTTPError as error:
-        if error.code != 416:  # the part is whole already: nothing is left to ask for
-            raise UserError(f"{address} cannot be had ({error}); the part fetched so far stays in {part}") from None
-    except (urllib.error.URLError, OSError) as error:
-        raise UserError(f"{address} broke off ({error}); the same command goes on from {part}") from None
-    if (found := digest(part)) != md5:
-        part.unlink()
-        raise UserError(f"{address}: the MD5 sum is {found}, wanted {md5}; the file was removed, fetch it again")
-    part.replace(path)
-    return path
-
-
-def digest(path: Path) -> str:
-    """MD5 sum of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
-
-
 if __name__ == "__main__":
-    run(download)
+    run(download, optional="name")

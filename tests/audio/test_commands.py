@@ -10,11 +10,15 @@ import torch
 
 from audio.codec import Codec
 from audio.datasets import Batch
+from audio.export import export
 from audio.generate import generate
 from audio.listen import mel_spectrogram
-from audio.module import SoundModel, disturb, load_trained
+from audio.module import SoundModel, disturb
 from audio.sashimi import SashimiConfig
+from audio.train import LINKS
+from audio.trained import load_trained
 from core.cli import CONFIGS, main, run
+from core.errors import UserError
 
 SMALL = ["--model.config.d_model=4", "--model.config.pool=[2]", "--model.config.mixer_cfg={d_state: 2}"]
 FEW = ["--model.config.n_layers=1", "--data.window=256", "--data.batch_size=4", "--model.report_seconds=0.02"]
@@ -26,9 +30,13 @@ def train(*options: str) -> None:
         "audio.module.SoundModel",
         "audio.datasets.AudioData",
         default_recipe="digits",
-        links={"data.codec": "model.codec", "data.sample_rate": "model.sample_rate"},
+        links=LINKS,
         argv=["smoke", "fit", *options],
     )
+
+
+def say(arguments: list[str]) -> None:
+    run(generate, arguments, optional="checkpoint")
 
 
 def recordings(root: Path, count: int = 5) -> Path:
@@ -73,7 +81,7 @@ def test_what_a_run_leaves(trained: Path) -> None:
 
 
 def test_a_checkpoint_knows_its_codec(trained: Path) -> None:
-    net, codec, rate = load_trained(trained)
+    net, codec, rate, _ = load_trained(trained)
     assert codec == Codec("linear", "peak", 64)
     assert rate == 16000
     assert net.config == SashimiConfig(4, 1, (2,), mixer_cfg={"d_state": 2})
@@ -82,7 +90,7 @@ def test_a_checkpoint_knows_its_codec(trained: Path) -> None:
 def test_the_test_counts_every_sample(trained: Path) -> None:
     from audio.datasets import PADDING, AudioData
 
-    net, codec, _ = load_trained(trained)
+    net, codec, *_ = load_trained(trained)
     data = AudioData(str(trained.parent / "recordings"), window=256, batch_size=1, codec=codec)
     data.setup("test")
     bits, count = 0.0, 0
@@ -121,7 +129,7 @@ def test_only_training_is_disturbed() -> None:
 
 def test_generation(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "clips"
-    run(generate, [str(trained), "--num=2", "--seconds=0.05", "--top_k=20", "--top_p=0.9", "--out", str(out)])
+    say([str(trained), "--num=2", "--seconds=0.05", "--top_k=20", "--top_p=0.9", "--out", str(out)])
     printed = capsys.readouterr().out
     assert "real-time factor" in printed
     assert printed.strip().endswith(str(out))
@@ -135,8 +143,8 @@ def test_generation(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "http" not in page
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["real_time_factor"] == pytest.approx(metrics["wall_seconds"] / 0.1, rel=0.01)
-    fails(capsys, lambda: run(generate, [str(trained), "--out", str(out)]), "not empty", "--overwrite")
-    run(generate, [str(trained), "--num=1", "--seconds=0.01", "--out", str(out), "--overwrite", "true"])
+    fails(capsys, lambda: say([str(trained), "--out", str(out)]), "not empty", "--overwrite")
+    say([str(trained), "--num=1", "--seconds=0.01", "--out", str(out), "--overwrite", "true"])
     assert sorted(path.name for path in out.glob("*.wav")) == ["clip_001.wav"]
 
 
@@ -144,11 +152,36 @@ def test_generation_goes_on_from_a_recording(trained: Path, tmp_path: Path) -> N
     prompt = trained.parent / "recordings" / "0.wav"
     out = tmp_path / "clips"
     options = ["--prompt", str(prompt), "--num=1", "--seconds=0.02", "--temperature=0", "--out", str(out)]
-    run(generate, [str(trained / "checkpoints" / "last.ckpt"), *options])
+    say([str(trained / "checkpoints" / "last.ckpt"), *options])
     samples, _ = soundfile.read(out / "clip_001.wav")
     assert len(samples) == 1400 + 320
     tone = np.sin(2 * np.pi * 200 * np.arange(1400) / 16000)
     assert np.corrcoef(samples[100:1300], tone[100:1300])[0, 1] > 0.99
+
+
+def test_a_model_of_classes_says_what_is_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "words"
+    root.mkdir()
+    for i in range(8):
+        soundfile.write(root / f"{'yes' if i % 2 else 'no'}_{i}.wav", 0.5 * np.sin(np.arange(600) * 0.1 * i), 8000)
+    sampled = "{class_path: audio.samples.SampleClips, init_args: {every_steps: 1, num: 2, seconds: 0.01}}"
+    rate = ["--data.labels=name", "--data.sample_rate=8000", f"--trainer.callbacks=[{sampled}]"]
+    train("--data.root", str(root), "--run_dir", str(tmp_path / "run"), *SMALL, *FEW, *rate)
+    written = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
+    assert len(written) == 2
+    assert all(name.endswith(("_1.wav", "_2.wav")) for name in written)
+    assert "In training" in (tmp_path / "run" / "report.html").read_text()
+    file = tmp_path / "net.safetensors"
+    export(str(tmp_path / "run"), str(file))
+    trained = load_trained(file)
+    assert trained.class_names == ("no", "yes")
+    assert trained.starts(3) == [128, 384, 128]
+    assert trained.starts(2, ["yes"]) == [384, 384]
+    say([str(file), "--num=3", "--classes=yes", "--seconds=0.01", "--out", str(tmp_path / "clips")])
+    assert (tmp_path / "clips" / "report.html").read_text().count("wav: yes") >= 3
+    fails(capsys, lambda: say([str(file), "--classes=perhaps"]), "'perhaps'", "no, yes")
+    with pytest.raises(UserError, match="exists already"):
+        export(str(tmp_path / "run"), str(file))
 
 
 def test_checkpoints_of_other_models_are_refused(
@@ -156,14 +189,14 @@ def test_checkpoints_of_other_models_are_refused(
 ) -> None:
     other = tmp_path / "other.ckpt"
     torch.save({"state_dict": {"net.weight": torch.zeros(2)}, "hyper_parameters": {"name": "vim"}}, other)
-    fails(capsys, lambda: run(generate, [str(other)]), "other.ckpt", "another model")
+    fails(capsys, lambda: say([str(other)]), "other.ckpt", "another model")
     broken = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
     broken["state_dict"].pop("net.head.bias")
     torch.save(broken, other)
-    fails(capsys, lambda: run(generate, [str(other)]), "head.bias")
+    fails(capsys, lambda: say([str(other)]), "head.bias")
     other.write_text("no checkpoint at all")
-    fails(capsys, lambda: run(generate, [str(other)]), "no checkpoint of a training run")
-    fails(capsys, lambda: run(generate, [str(tmp_path / "absent.ckpt")]), "no checkpoint at")
+    fails(capsys, lambda: say([str(other)]), "no checkpoint of a training run")
+    fails(capsys, lambda: say([str(tmp_path / "absent.ckpt")]), "no checkpoint at")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +208,7 @@ def test_checkpoints_of_other_models_are_refused(
 def test_options_that_make_no_sense(
     trained: Path, capsys: pytest.CaptureFixture[str], options: list[str], word: str
 ) -> None:
-    fails(capsys, lambda: run(generate, [str(trained), *options]), word)
+    fails(capsys, lambda: say([str(trained), *options]), word)
 
 
 def test_bad_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +240,7 @@ def test_prompts_that_cannot_be_read_leave_nothing(
     for content, words in ((whole[:500], "cut off"), (b"a text", "not a readable"), (b"", "not a readable")):
         (tmp_path / "prompt.wav").write_bytes(content)
         options = ["--prompt", str(tmp_path / "prompt.wav"), "--out", str(tmp_path / "clips")]
-        fails(capsys, lambda options=options: run(generate, [str(trained), *options]), "prompt.wav", words)
+        fails(capsys, lambda options=options: say([str(trained), *options]), "prompt.wav", words)
         assert not (tmp_path / "clips").exists()
 
 
@@ -243,7 +276,7 @@ def test_recipes_are_understood(recipe: str, capsys: pytest.CaptureFixture[str])
             "audio",
             SoundModel,
             "audio.datasets.AudioData",
-            links={"data.codec": "model.codec", "data.sample_rate": "model.sample_rate"},
+            links=LINKS,
             argv=[recipe, "fit", "--print_config"],
         )
     assert stopped.value.code == 0
@@ -272,7 +305,7 @@ def test_the_smoke_recipe_learns(tmp_path: Path) -> None:
 def test_the_digits_recipe_beats_the_markov_models(tmp_path: Path) -> None:
     main(
         "audio", "audio.module.SoundModel", "audio.datasets.AudioData", default_recipe="digits",
-        links={"data.codec": "model.codec", "data.sample_rate": "model.sample_rate"},
+        links=LINKS,
         argv=["--run_dir", str(tmp_path / "run")],
     )  # fmt: skip
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -8,7 +8,8 @@ import soundfile
 import torch
 
 from audio.codec import Codec
-from audio.datasets import EMBEDDED, PADDING, SC09_FOLDERS, AudioData, split_files
+from audio.datasets import EMBEDDED, PADDING, AudioData
+from audio.splits import SC09_FOLDERS, split_files
 from core.errors import UserError
 
 
@@ -141,3 +142,60 @@ def test_the_embedded_digits() -> None:
 def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         AudioData(**options)
+
+
+def fsdd(root: Path) -> Path:
+    for digit in (0, 7):
+        for speaker in ("ann", "bob"):
+            for take in (0, 4, 5, 7, 8, 10):
+                write(root / f"{digit}_{speaker}_{take}.wav", 40 + take, rate=8000, seed=take)
+    return root
+
+
+def test_the_free_spoken_digits_are_split_by_their_takes(tmp_path: Path) -> None:
+    parts = split_files(fsdd(tmp_path), {})
+    found = {part: sorted({int(path.stem.split("_")[2]) for path in paths}) for part, paths in parts.items()}
+    assert found == {"train": [8, 10], "val": [5, 7], "test": [0, 4]}
+    assert all(len(paths) == 8 for paths in parts.values())
+    held = split_files(tmp_path, {}, held_out="bob")
+    assert {path.stem.split("_")[1] for path in held["test"]} == {"bob"}
+    assert {path.stem.split("_")[1] for path in (*held["train"], *held["val"])} == {"ann"}
+    assert (len(held["train"]), len(held["val"]), len(held["test"])) == (8, 4, 12)
+    with pytest.raises(UserError, match="no file has 'eve' in its name"):
+        split_files(tmp_path, {}, held_out="eve")
+
+
+def test_ordered_files_are_split_by_the_numbers_in_their_names(tmp_path: Path) -> None:
+    for i in range(12):
+        write(tmp_path / f"out{i}.wav", 10, seed=i)
+    parts = split_files(tmp_path, {"val": 0.1, "test": 0.2}, layout="ordered")
+    names = {part: [path.stem for path in paths] for part, paths in parts.items()}
+    assert names == {"train": [f"out{i}" for i in range(9)], "val": ["out9"], "test": ["out10", "out11"]}
+
+
+def test_every_sample_has_its_class(tmp_path: Path) -> None:
+    data = AudioData(str(fsdd(tmp_path)), sample_rate=8000, window=30, labels="name", batch_size=4)
+    assert data.class_names == ("0", "7")
+    data.setup("fit")
+    classes = []
+    for batch in data.test_dataloader():
+        assert torch.equal(batch.inputs // 256, batch.inputs[:, :1].expand_as(batch.inputs) // 256)
+        real = batch.targets[:, 1:] != PADDING
+        assert torch.equal((batch.inputs[:, 1:] % 256)[real], batch.targets[:, :-1][real])
+        classes += (batch.inputs[:, 0] // 256).tolist()
+    assert classes == [0] * 8 + [1] * 8  # two windows a recording, in the files' order
+    assert "0, 7" in data.facts()["classes"]
+    assert set(data.baselines()) >= {"unigram_bits_per_sample"}
+    words = AudioData(str(sc09(tmp_path / "sc09")), labels="folder")
+    assert words.class_names == SC09_FOLDERS
+
+
+def test_mp3_and_ogg_are_read(tmp_path: Path) -> None:
+    wave = 0.4 * np.sin(np.arange(44100) * 0.05)
+    for i, suffix in enumerate(("mp3", "ogg", "flac", "wav")):
+        soundfile.write(tmp_path / f"{i}.{suffix}", wave, 44100)
+    data = AudioData(str(tmp_path), sample_rate=16000)
+    data.setup("fit")
+    lengths = [len(clip) for part in data.parts.values() for clip in part.clips]
+    assert len(lengths) == 4
+    assert all(abs(length - 16000) < 800 for length in lengths)  # MP3 pads its ends

@@ -106,6 +106,33 @@ def test_compiled_and_other_drawing_are_the_same(
     assert torch.equal(draw(), compiled)
 
 
+def test_clips_of_classes_are_the_parallel_pass_of_their_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    sizes = SashimiConfig(d_model=8, n_layers=1, pool=(2,), mixer_cfg={"d_state": 2})
+    net = SoundNet(sizes, levels=16, classes=3).eval()
+    with torch.no_grad():
+        assert net.class_embedding is not None
+        net.class_embedding.weight.mul_(20)  # so that the classes differ
+    starts, prompt = [8 + 16 * 2, 8, 8 + 16], torch.randint(0, 16, (3,))
+
+    def draw(sampling: Sampling) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(5)
+        return generate_levels(net, starts, 3, 12, sampling, prompt=prompt, generator=generator)
+
+    greedy, drawn = draw(Sampling(0)), draw(Sampling())
+    classes = torch.tensor([[2], [0], [1]])
+    with torch.no_grad():
+        best = net(torch.cat([torch.full((3, 1), 8), greedy[:, :-1]], dim=1) + 16 * classes).argmax(-1)
+    assert torch.equal(best[:, 3:], greedy[:, 3:])
+    assert not torch.equal(greedy[0], greedy[1])
+    assert torch.equal(greedy[:, :3], prompt.expand(3, -1))
+    torch.testing.assert_close(net.table()[40], net.embed(torch.tensor([40]))[0])
+    monkeypatch.setenv("TRISCAN_BACKEND", "reference")
+    assert torch.equal(draw(Sampling()), drawn)
+    with pytest.raises(ValueError, match="2 starts for 3 clips"):
+        generate_levels(net, [8, 24], 3, 5)
+
+
 @pytest.mark.parametrize("sampling", [Sampling(top_k=2), Sampling(top_p=0.5), Sampling(temperature=0.5)])
 def test_filters(sampling: Sampling) -> None:
     p = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)

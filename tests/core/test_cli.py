@@ -64,6 +64,16 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err.strip()
 
 
+@pytest.mark.parametrize(("arguments", "said"), [(["hi"], "hi 1"), ([], "hello 1"), (["hi", "--times", "2"], "hi 2")])
+def test_a_positional_that_may_be_left_out(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def say(word: str = "hello", times: int = 1) -> None:
+        """Says it."""
+        print(word, times)
+
+    run(say, arguments, optional="word")
+    assert capsys.readouterr().out.strip() == said
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -1,0 +1,119 @@
+"""Trained nets on disk, with what their levels mean: checkpoints of a training, and small files to pass on."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from audio.codec import Codec
+from audio.net import SoundNet
+from audio.sashimi import SashimiConfig
+from core.checkpoints import load_into
+from core.errors import UserError
+
+RECORD = "audio"  # the entry of a checkpoint that says what the net's weights mean
+SHIPPED = Path(__file__).parent / "data" / "spoken_digits.safetensors"
+
+
+class Trained(NamedTuple):
+    """A trained net, and what its levels mean."""
+
+    net: SoundNet
+    codec: Codec
+    sample_rate: int  # Hz
+    class_names: tuple[str, ...] = ()  # of its classes, none for a model that cannot be asked for one
+
+    def start(self, name: str | None = None) -> int:
+        """The first level that goes into the net in a sequence of a class, or for None of no class.
+
+        Raises:
+            UserError: For a class that the model does not know, and for a model of classes without one.
+        """
+        if name is None and not self.class_names:
+            return self.codec.start
+        if name not in self.class_names:
+            known = ", ".join(self.class_names) or "none: it was trained without labels"
+            raise UserError(f"the class is {name!r}, wanted one of the model's ({known})")
+        return self.codec.start + self.codec.levels * self.class_names.index(name)
+
+    def starts(self, count: int, names: Sequence[str] = ()) -> list[int]:
+        """What ``count`` clips begin with: the classes named, or else all, take turns; see ``start``."""
+        turns = [self.start(name) for name in names or self.class_names] or [self.codec.start]
+        return [turns[i % len(turns)] for i in range(count)]
+
+
+def record(config: SashimiConfig, codec: Codec, sample_rate: int, class_names: Sequence[str]) -> dict[str, Any]:
+    """What is kept beside the weights, in plain types."""
+    return {
+        "config": asdict(config),
+        "codec": asdict(codec),
+        "sample_rate": sample_rate,
+        "class_names": list(class_names),
+    }
+
+
+def load_trained(path: Path | None = None) -> Trained:
+    """Reads a net that ``audio.train`` or ``save_trained`` wrote; it is on the CPU, in float32, ready to generate.
+
+    Args:
+        path: A .ckpt or .safetensors file, or the folder of a run, whose best checkpoint is then taken; None is the
+            model of spoken digits that comes with the project.
+
+    Raises:
+        UserError: If there is none, or it is one of another model.
+    """
+    path = SHIPPED if path is None else path
+    if path.is_dir():
+        path = next(
+            (p for p in (path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")) if p.is_file()), path
+        )
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}; give a .ckpt file of audio.train, or the folder of its run")
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_checkpoint
+    about, weights = read(path)
+    config = SashimiConfig(**{**about["config"], "pool": tuple(about["config"]["pool"])})
+    codec, names = Codec(**about["codec"]), tuple(about.get("class_names", ()))
+    net = SoundNet(config, codec.levels, len(names))
+    load_into(net, weights, str(path))
+    return Trained(net.eval(), codec, int(about["sample_rate"]), names)
+
+
+def save_trained(trained: Trained, path: Path) -> None:
+    """Writes a net to a safetensors file: float16 weights, and beside them, as JSON, what they mean."""
+    about = record(trained.net.config, trained.codec, trained.sample_rate, trained.class_names)
+    weights = {name: value.detach().half().cpu().contiguous() for name, value in trained.net.state_dict().items()}
+    save_file(weights, path, metadata={RECORD: json.dumps(about)})
+
+
+def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {}).get(RECORD, "null"))
+            weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118  no mapping
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"{path} is no file of weights ({error}); give one of audio.train, or the folder of its run"
+        ) from (error)
+    if about is None:
+        raise UserError(f"{path} holds the weights of another model; give a file of audio.train")
+    return about, weights
+
+
+def _read_checkpoint(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen kinds for files that are something else
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise UserError(
+            f"{path} is no checkpoint of a training run ({reason}); give a .ckpt file of audio.train"
+        ) from error
+    about = checkpoint.get(RECORD) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(about, Mapping) or "state_dict" not in checkpoint:
+        raise UserError(f"{path} is a checkpoint of another model; give a .ckpt file of audio.train")
+    return about, {k.removeprefix("net."): v for k, v in checkpoint["state_dict"].items() if k.startswith("net.")}

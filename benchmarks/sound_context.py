@@ -1,0 +1,128 @@
+"""Bits per sample of long recordings against the length of the windows, at a constant number of samples a step.
+
+    python -m benchmarks.sound_context LEVELS.npz benchmarks/results/sound_context.csv --steps 250
+
+As figure 7 of the Mamba paper: a window is all the context there is, in training and in the test. LEVELS.npz is what
+``python -m benchmarks.pack_levels`` writes; the last recording is the test part. A row is written as soon as it is
+measured, and rows that are there already are not measured again.
+
+Legend: B windows, L samples of a window.
+"""
+
+import csv
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from audio.net import SoundNet
+from audio.sashimi import SashimiConfig
+from benchmarks.spoken_digits import LEVELS, SILENCE, Trainer
+from core.cli import run
+
+COLUMNS = ("name", "window", "seed", "steps", "samples", "params", "test_bits", "train_bits", "seconds", "gpu", "torch")
+
+
+def main(
+    levels: str,
+    out: str,
+    windows: tuple[int, ...] = (8192, 262144, 32768, 131072, 16384, 65536),
+    name: str = "mamba",
+    config: str = '{"n_layers": 3, "pool": [16, 16]}',
+    steps: int = 250,
+    samples: int = 262144,
+    lr: float = 2e-3,
+    seed: int = 0,
+    graphs: bool = True,
+    device: str = "cuda",
+) -> None:
+    """Trains one net for each window and tests it.
+
+    Args:
+        levels: Packed levels.
+        out: CSV file.
+        windows: Lengths L, in the order in which they are measured.
+        name: Of the net, in the file.
+        config: Its sizes, SashimiConfig's fields as JSON.
+        steps: Of each training.
+        samples: B L of each step.
+        lr: Peak learning rate; after a tenth of the training it falls to 0 as half a cosine.
+        seed: Of everything random.
+        graphs: Keep the step in CUDA graphs.
+        device: Where to run.
+    """
+    packed = np.load(levels)
+    ends = np.cumsum(packed["meta"][:, 3])
+    train = torch.from_numpy(packed["levels"][: ends[-2]]).to(device)
+    test = torch.from_numpy(packed["levels"][ends[-2] : ends[-1]]).to(device)
+    path = Path(out)
+    done = set()
+    if path.is_file():
+        with path.open() as file:
+            done = {
+                (row["name"], int(row["window"]), int(row["seed"]), int(row["steps"])) for row in csv.DictReader(file)
+            }
+    for window in windows:
+        if (name, window, seed, steps) in done:
+            continue
+        begin = time.perf_counter()
+        torch.manual_seed(seed)
+        fields = json.loads(config)
+        net = SoundNet(SashimiConfig(**{**fields, "pool": tuple(fields["pool"])}), LEVELS).to(device)
+        trainer = Trainer(net, lr, 0.1, 0.0, 0.5, graphs)
+        losses = _train(trainer, train, window, steps, samples, lr, seed)
+        row = {
+            "name": name, "window": window, "seed": seed, "steps": steps, "samples": samples,
+            "params": sum(p.numel() for p in net.parameters()),
+            "test_bits": f"{bits_per_sample(net, test, window):.4f}",
+            "train_bits": f"{losses:.4f}", "seconds": f"{time.perf_counter() - begin:.1f}",
+            "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
+        }  # fmt: skip
+        new = not path.is_file()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print(json.dumps(row), flush=True)
+
+
+def _train(trainer: Trainer, levels: Tensor, window: int, steps: int, samples: int, lr: float, seed: int) -> float:
+    """Trains on random windows; returns the mean bits of the last tenth."""
+    draws, count, losses = torch.Generator().manual_seed(seed), max(1, samples // window), []
+    place = torch.arange(window, device=levels.device)
+    for step in range(steps):
+        part = step / steps
+        trainer.rate.fill_(lr * max(min(10 * part, 0.5 + 0.5 * math.cos(math.pi * (part - 0.1) / 0.9)), 1e-3))
+        begin = torch.randint(len(levels) - window + 1, (count, 1), generator=draws).to(levels.device)
+        targets = levels[begin + place].long()
+        inputs = F.pad(targets[:, :-1], (1, 0), value=SILENCE)
+        losses.append(trainer.step(inputs, targets).clone())
+    return float(torch.stack(losses[-max(1, steps // 10) :]).mean()) / math.log(2)
+
+
+@torch.no_grad()
+def bits_per_sample(net: SoundNet, levels: Tensor, window: int) -> float:
+    """Mean over all samples of a recording, cut into windows; nothing is known before a window."""
+    net.eval()
+    bits, together = 0.0, max(1, 262144 // window)
+    whole = len(levels) // window * window
+    rows = [*levels[:whole].view(-1, window).split(together), levels[None, whole:]]
+    for row in rows:
+        if not row.numel():
+            continue
+        targets = row.long()
+        with torch.autocast(levels.device.type, torch.bfloat16, enabled=levels.is_cuda):
+            logits = net(F.pad(targets[:, :-1], (1, 0), value=SILENCE))
+        bits += float(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")) / math.log(2)
+    net.train()
+    return bits / len(levels)
+
+
+if __name__ == "__main__":
+    run(main)
