@@ -346,7 +346,7 @@ def _advance(
     stop,
     levels,
     uniform,
-    sampling,
+    how,
     draw,
     unet,
     likelihood,
