@@ -24,7 +24,7 @@ POOL, WIDE, FIRST_DOWN, FIRST_UP, BLOCKS, UP_BLOCKS, W_DOWN, W_UP, S_WAITING, S_
 def can_pack(net: SoundNet) -> bool:
     """Tells whether ``Packed`` knows all layers of a net: Mamba, S4D and MLPs."""
     layers = [module.layer for module in net.modules() if isinstance(module, ResidualBlock)]
-    return all(isinstance(layer, Mamba | S4D | MLP) for layer in layers)
+    return all(type(layer) in (Mamba, S4D, MLP) for layer in layers)
 
 
 class Packed:
