@@ -72,7 +72,7 @@ class LabelledClips(LightningDataModule):
                 "wanted numbers above 0"
             )
         if labels == "none":
-            raise UserError("--data.labels is none: a classifier needs labels; wanted folder or name")
+            raise UserError("--data.labels is none: a classifier needs labels; wanted folder, name or speaker")
         self.root = Path(root).expanduser()
         self.sample_rate, self.length, self.batch_size = sample_rate, round(seconds * sample_rate), batch_size
         self.files = split_files(self.root, {"val": val_fraction, "test": test_fraction}, split_seed, layout, held_out)

@@ -3,8 +3,8 @@
     python -m benchmarks.sound_layers LEVELS.npz benchmarks/results/sound_layers.csv --steps 400
 
 As table 5 of the Mamba paper at a reduced scale: which layers stand in the outer stages, which in the centre.
-LEVELS.npz is what ``python -m benchmarks.pack_levels`` writes of the Free Spoken Digit Dataset. A row is written as soon
-as it is measured, and rows that are there already are not measured again.
+LEVELS.npz is what ``python -m benchmarks.pack_levels`` writes of the Free Spoken Digit Dataset. A row is written as
+soon as it is measured, and rows that are there already are not measured again.
 """
 
 import csv
