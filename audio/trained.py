@@ -59,7 +59,7 @@ class Trained(NamedTuple):
         return [groups[i % len(groups)][i // len(groups)] for i in range(count)]
 
     def _turns(self, names: Sequence[str], count: int) -> list[int]:
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
+        order: list[int] = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
         return [self.start(names[order[i % len(order)]]) for i in range(count)]
 
 

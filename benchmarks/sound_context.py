@@ -24,8 +24,6 @@ from audio.net import SoundNet
 from benchmarks.spoken_digits import LEVELS, SILENCE, Trainer, sizes
 from core.cli import run
 
-COLUMNS = ("name", "window", "seed", "steps", "samples", "params", "test_bits", "train_bits", "seconds", "gpu", "torch")
-
 
 def main(
     levels: str,
@@ -83,7 +81,7 @@ def main(
         }  # fmt: skip
         new = not path.is_file()
         with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, list(row))
             if new:
                 writer.writeheader()
             writer.writerow(row)

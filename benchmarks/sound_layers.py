@@ -25,7 +25,6 @@ LAYERS = {
     "s4d+mlp outside, mamba in the centre": {**S4D, "centre": "mamba", "centre_cfg": {}, "centre_mlp": 0},
     "mamba outside, s4d+mlp in the centre": {"mixer": "mamba", "centre": "s4d", "centre_cfg": {}, "centre_mlp": 2},
 }
-COLUMNS = ("name", "seed", "steps", "samples", "params", "test_bits", "train_bits", "seconds", "gpu", "torch")
 
 
 def main(
@@ -78,7 +77,7 @@ def main(
             }  # fmt: skip
             new = not path.is_file()
             with path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, COLUMNS)
+                writer = csv.DictWriter(file, list(row))
                 if new:
                     writer.writeheader()
                 writer.writerow(row)
