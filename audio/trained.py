@@ -18,7 +18,7 @@ from core.checkpoints import load_into
 from core.errors import UserError
 
 RECORD = "audio"  # the entry of a checkpoint that says what the net's weights mean
-SHIPPED = Path(__file__).parent / "data" / "spoken_digits.safetensors"
+SHIPPED = Path(__file__).parent / "weights" / "spoken_digits.safetensors"
 
 
 class Trained(NamedTuple):
