@@ -73,8 +73,8 @@ class AudioData(LightningDataModule):
             YouTubeMix and Beethoven are; ``random`` by ``split_seed``; ``auto`` is one of the first two where the
             folder is such, otherwise random.
         labels: What a recording is of: ``folder``, the name of its folder (Speech Commands); ``name``, its own name up
-            to the first underscore (the Free Spoken Digit Dataset); ``none``. A model of labelled sound can be asked
-            for a class.
+            to the first underscore (digits of the Free Spoken Digit Dataset); ``speaker``, up to the last one (its
+            digits by speaker, as in 7_theo); ``none``. A model of labelled sound can be asked for a class.
         held_out: Test on the files with this word in their names, such as a speaker's, and on no others.
         val_fraction: Part of the files that is validated on, at least one file; for random and ordered.
         test_fraction: Part of the files that is tested on, at least one file; for random and ordered.

@@ -59,8 +59,8 @@ def generate(
             spoken digits that comes with the project.
         num: Number of clips.
         seconds: Length of what is generated for each, without the prompt.
-        classes: What is said, for a model that was trained with labels: one of its classes, or several separated by
-            commas; the clips take turns. Without it all classes take turns.
+        classes: What is said, for a model that was trained with labels: one of its classes or several, separated by
+            commas, which take turns; 7 is all of 7_theo, 7_lucas and so on. Without it all classes take turns.
         temperature: Divides the logits; 0 takes the most likely level.
         top_k: Draw from so many of the most likely levels; 0 is all.
         top_p: Draw from the most likely levels that together have this probability; 1 is all.

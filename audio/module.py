@@ -117,7 +117,7 @@ class SoundModel(TrainingModule):
         generator = torch.Generator().manual_seed(0)
         sampling = Sampling(temperature=self.report_temperature)
         starts = self.starts(count)
-        clips = generate_levels(self.net, starts, count, length, sampling, generator=generator)
+        clips = generate_levels(self.sound_net, starts, count, length, sampling, generator=generator)
         words = [self.class_names[start // self.codec.levels] if self.class_names else "clip" for start in starts]
         heard = [(self.codec.decode(clip), f"{words[i]} {i + 1}") for i, clip in enumerate(clips)]
         how = f"temperature {self.report_temperature:g}, seed 0"
@@ -132,9 +132,15 @@ class SoundModel(TrainingModule):
             self.sample_rate, "Recordings of the test part through the codec: as good as the generated ones can get.",
         )  # fmt: skip
 
+    @property
+    def sound_net(self) -> SoundNet:
+        """The net, as what it is."""
+        assert isinstance(self.net, SoundNet)
+        return self.net
+
     def starts(self, count: int) -> list[int]:
         """What ``count`` generated clips begin with: the classes take turns."""
-        return Trained(self.net, self.codec, self.sample_rate, self.class_names).starts(count)
+        return Trained(self.sound_net, self.codec, self.sample_rate, self.class_names).starts(count)
 
     @property
     def _data(self) -> AudioData:

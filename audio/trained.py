@@ -18,7 +18,7 @@ from core.checkpoints import load_into
 from core.errors import UserError
 
 RECORD = "audio"  # the entry of a checkpoint that says what the net's weights mean
-SHIPPED = Path(__file__).parent / "data" / "spoken_digits.safetensors"
+SHIPPED = Path(__file__).parent / "weights" / "spoken_digits.safetensors"
 
 
 class Trained(NamedTuple):
@@ -43,9 +43,24 @@ class Trained(NamedTuple):
         return self.codec.start + self.codec.levels * self.class_names.index(name)
 
     def starts(self, count: int, names: Sequence[str] = ()) -> list[int]:
-        """What ``count`` clips begin with: the classes named, or else all, take turns; see ``start``."""
-        turns = [self.start(name) for name in names or self.class_names] or [self.codec.start]
-        return [turns[i % len(turns)] for i in range(count)]
+        """What ``count`` clips begin with: classes take turns, in an order that is mixed up but always the same.
+
+        Args:
+            count: Number of clips.
+            names: Classes, or words that classes begin with, such as 7 for all of 7_theo, 7_lucas, ...; a turn has one
+                class of each. Without any, all classes take turns.
+        """
+        if not names:
+            return self._turns(self.class_names, count) if self.class_names else [self.codec.start] * count
+        groups = []
+        for name in names:
+            named = [known for known in self.class_names if name in (known, known.partition("_")[0])]
+            groups.append(self._turns(named, count) if named else [self.start(name)])  # which says what is wrong
+        return [groups[i % len(groups)][i // len(groups)] for i in range(count)]
+
+    def _turns(self, names: Sequence[str], count: int) -> list[int]:
+        order: list[int] = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
+        return [self.start(names[order[i % len(order)]]) for i in range(count)]
 
 
 def record(config: SashimiConfig, codec: Codec, sample_rate: int, class_names: Sequence[str]) -> dict[str, Any]:

@@ -181,3 +181,19 @@ def test_mistakes_have_one_message(judge: tuple[Path, Path], tmp_path: Path) -> 
         LabelledClips(str(folder), labels="none")
     with pytest.raises(UserError, match=r"--model\.width"):
         SpokenClassifier(class_names=("a", "b"), width=0)
+
+
+def test_classes_are_asked_for_by_word_or_by_word_and_speaker() -> None:
+    net = SoundNet(SashimiConfig(d_model=4, n_layers=1, pool=(2,), mixer_cfg={"d_state": 2}), classes=4)
+    trained = Trained(net, Codec(), RATE, ("3_ann", "3_bob", "7_ann", "7_bob"))
+
+    def said(count: int, *names: str) -> list[str]:
+        return [trained.class_names[start // 256] for start in trained.starts(count, names)]
+
+    assert sorted(said(4)) == sorted(trained.class_names)
+    assert said(3, "7_bob") == ["7_bob"] * 3
+    turns = said(4, "7", "3_ann")
+    assert turns[1::2] == ["3_ann"] * 2
+    assert sorted(turns[::2]) == ["7_ann", "7_bob"]
+    with pytest.raises(UserError, match="the class is '9'"):
+        said(2, "9")
