@@ -155,13 +155,13 @@ def _stream(
         size = chunk if length is None else min(chunk, length - done)
         # Time outermost, so that the numbers of a sample do not depend on where a chunk ends.
         uniform = torch.rand(size, count, dtype=torch.float64, generator=generator).t()
-        with torch.inference_mode():
+        with torch.no_grad():
             levels = stepper.draw(uniform, sampling).cpu()
         yield Drawn(levels, stepper.log_likelihood.cpu())
         done += size
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def prefill(net: SoundNet, start: int | Sequence[int], count: int, prompt: Tensor | None = None) -> Stepper:
     """Reads the start and a prompt in one parallel pass; returns what draws on from there: see ``generate``."""
     starts = torch.tensor([start] if isinstance(start, int) else list(start))[:, None]
