@@ -102,6 +102,7 @@ def generate(
         levels = found.levels[kept]
         if start is not None:
             levels = torch.cat([start.long().expand(num, -1), levels], dim=1)
+        metrics |= {"clips": num, "drawn": drawn}
         metrics["bits_per_sample"] = float(bits[kept].mean())
         options = {
             "checkpoint": checkpoint or "spoken digits, which come with the project",
