@@ -172,9 +172,9 @@ class SpokenClassifier(TrainingModule):
         """Mean cross-entropy of varied clips (B, L) with their classes (B,)."""
         waves, classes = batch
         return F.cross_entropy(
-            self.net.forward_masked(augment(waves)),
+            self.net.forward_masked(augment(waves)),  # type: ignore[operator]
             classes,
-            label_smoothing=self.label_smoothing,  # type: ignore
+            label_smoothing=self.label_smoothing,
         )
 
     @torch.no_grad()

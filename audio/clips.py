@@ -72,13 +72,13 @@ class LabelledClips(LightningDataModule):
                 "wanted numbers above 0"
             )
         if labels == "none":
-            raise UserError("--data.labels is none: a classifier needs labels; wanted folder or name")
+            raise UserError("--data.labels is none: a classifier needs labels; wanted folder, name or speaker")
         self.root = Path(root).expanduser()
         self.sample_rate, self.length, self.batch_size = sample_rate, round(seconds * sample_rate), batch_size
         self.files = split_files(self.root, {"val": val_fraction, "test": test_fraction}, split_seed, layout, held_out)
         self.labels: Labels = labels
         self.class_names = tuple(class_names([path for paths in self.files.values() for path in paths], labels))
-        if len(self.class_names) < 2:
+        if len(self.class_names) == 1:
             raise UserError(
                 f"{self.root}: all files are of one class, {self.class_names[0]!r}; wanted folders named by class with "
                 "--data.labels folder, or files such as 7_jackson_32.wav with --data.labels name"

@@ -26,7 +26,9 @@ PADDING = -100  # target of samples that are no part of a recording, which no lo
 class Batch(NamedTuple):
     """Windows of a batch, padded on the right to the longest."""
 
-    inputs: Tensor  # (B, L) int64 levels: the start level, then the window but for its last sample
+    inputs: (
+        Tensor  # (B, L) int64 levels: the start level, then the window but for its last sample; c Q added in class c
+    )
     targets: Tensor  # (B, L) int64 levels: the window; PADDING behind its end
 
 
@@ -36,14 +38,13 @@ class Windows(Dataset):
     Args:
         clips: Levels of each recording, (samples,) each.
         window: Longest window, in samples.
-        starts: What stands before the first sample of a window, for each recording: the codec's start level, or a
-            class.
+        classes: Class of each recording, 0 without labels.
     """
 
-    def __init__(self, clips: Sequence[Tensor], window: int, starts: Sequence[int]) -> None:
+    def __init__(self, clips: Sequence[Tensor], window: int, classes: Sequence[int]) -> None:
         self.clips = clips
         self.window = window
-        self.starts = starts
+        self.classes = classes
         self.index = [(i, begin) for i, clip in enumerate(clips) for begin in range(0, len(clip), window)]
 
     def __len__(self) -> int:
@@ -51,7 +52,7 @@ class Windows(Dataset):
 
     def __getitem__(self, item: int) -> tuple[Tensor, int]:
         clip, begin = self.index[item]
-        return self.clips[clip][begin : begin + self.window], self.starts[clip]
+        return self.clips[clip][begin : begin + self.window], self.classes[clip]
 
 
 class AudioData(LightningDataModule):
@@ -72,8 +73,8 @@ class AudioData(LightningDataModule):
             YouTubeMix and Beethoven are; ``random`` by ``split_seed``; ``auto`` is one of the first two where the
             folder is such, otherwise random.
         labels: What a recording is of: ``folder``, the name of its folder (Speech Commands); ``name``, its own name up
-            to the first underscore (the Free Spoken Digit Dataset); ``none``. A model of labelled sound can be asked
-            for a class.
+            to the first underscore (digits of the Free Spoken Digit Dataset); ``speaker``, up to the last one (its
+            digits by speaker, as in 7_theo); ``none``. A model of labelled sound can be asked for a class.
         held_out: Test on the files with this word in their names, such as a speaker's, and on no others.
         val_fraction: Part of the files that is validated on, at least one file; for random and ordered.
         test_fraction: Part of the files that is tested on, at least one file; for random and ordered.
@@ -118,7 +119,6 @@ class AudioData(LightningDataModule):
             return
         self._find()
         names = self.class_names
-        starts = {name: self.codec.levels + i for i, name in enumerate(names)}
         found: list[tuple[int, int]] = []
         for part, paths in self.files.items():
             clips = []
@@ -127,8 +127,8 @@ class AudioData(LightningDataModule):
                 found.append((clip.sample_rate, clip.channels))
                 levels = self.codec.encode(to_mono(clip, self.sample_rate))
                 clips.append(levels.to(torch.uint8 if self.codec.levels <= 256 else torch.int16))
-            labels = [starts[label_of(path, self.labels)] if names else self.codec.start for path in paths]
-            self.parts[part] = Windows(clips, self.window, labels)
+            classes = [names.index(label_of(path, self.labels)) if names else 0 for path in paths]
+            self.parts[part] = Windows(clips, self.window, classes)
         self.notes = conversions(found, self.sample_rate)
 
     @property
@@ -187,5 +187,6 @@ class AudioData(LightningDataModule):
         for row, (window, _) in zip(targets, windows, strict=True):
             row[: len(window)] = window
         inputs = torch.roll(targets, 1, dims=1).masked_fill(targets == PADDING, self.codec.start)
-        inputs[:, 0] = torch.tensor([start for _, start in windows])
-        return Batch(inputs, targets)
+        inputs[:, 0] = self.codec.start
+        classes = torch.tensor([number for _, number in windows])
+        return Batch(inputs + self.codec.levels * classes[:, None], targets)

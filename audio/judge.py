@@ -20,7 +20,7 @@ from core.checkpoints import load_into
 from core.errors import UserError
 
 RECORD = "audio_classifier"
-SHIPPED = Path(__file__).parent / "data" / "digit_classifier.safetensors"
+SHIPPED = Path(__file__).parent / "weights" / "digit_classifier.safetensors"
 BATCH = 64
 
 

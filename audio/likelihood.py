@@ -27,13 +27,14 @@ def log_likelihood(trained: Trained, levels: Tensor, start: int) -> float:
     Args:
         trained: The net.
         levels: (L,) int64, of any length.
-        start: What the sequence begins with: the codec's start level, or a class.
+        start: Of ``Trained.start``: the codec's start level, with the class.
 
     Returns:
         Bits, at most 0.
     """
     device = trained.net.embedding.weight.device
-    inputs = torch.cat([torch.tensor([start]), levels[:-1]]).to(device)
+    offset = start - trained.codec.start
+    inputs = torch.cat([torch.tensor([start]), levels[:-1] + offset]).to(device)
     state, bits = trained.net.init_state(1), 0.0
     for i in range(0, len(levels), PIECE):
         logits, state = trained.net.forward_state(inputs[None, i : i + PIECE], state)

@@ -124,8 +124,8 @@ class SoundModel(TrainingModule):
         generator = torch.Generator().manual_seed(0)
         sampling = Sampling(temperature=self.report_temperature)
         starts = self.starts(count)
-        clips = generate_levels(self.net, starts, count, length, sampling, generator=generator)
-        words = [self.class_names[start - self.codec.levels] if self.class_names else "clip" for start in starts]
+        clips = generate_levels(self.sound_net, starts, count, length, sampling, generator=generator)
+        words = [self.class_names[start // self.codec.levels] if self.class_names else "clip" for start in starts]
         heard = [(self.codec.decode(clip), f"{words[i]} {i + 1}") for i, clip in enumerate(clips)]
         how = f"temperature {self.report_temperature:g}, seed 0"
         add_players(
@@ -139,9 +139,15 @@ class SoundModel(TrainingModule):
             self.sample_rate, "Recordings of the test part through the codec: as good as the generated ones can get.",
         )  # fmt: skip
 
+    @property
+    def sound_net(self) -> SoundNet:
+        """The net, as what it is."""
+        assert isinstance(self.net, SoundNet)
+        return self.net
+
     def starts(self, count: int) -> list[int]:
         """What ``count`` generated clips begin with: the classes take turns."""
-        return Trained(self.net, self.codec, self.sample_rate, self.class_names).starts(count)
+        return Trained(self.sound_net, self.codec, self.sample_rate, self.class_names).starts(count)
 
     @property
     def _data(self) -> AudioData:
@@ -154,7 +160,7 @@ def disturb(inputs: Tensor, most: float, levels: int) -> Tensor:
     """Adds Gaussian noise to levels, of another strength in each window.
 
     Args:
-        inputs: (B, L) int64 levels; classes among them, which are Q or more, stay as they are.
+        inputs: (B, L) int64 levels, with their class.
         most: Largest standard deviation, in levels; that of a window is uniform from 0 to this.
         levels: Number of levels Q; what leaves their range is clipped.
 
@@ -163,4 +169,5 @@ def disturb(inputs: Tensor, most: float, levels: int) -> Tensor:
     """
     strength = most * torch.rand(len(inputs), 1, device=inputs.device)
     noise = (strength * torch.randn(inputs.shape, device=inputs.device)).round().long()
-    return torch.where(inputs < levels, (inputs + noise).clamp(0, levels - 1), inputs)
+    level = inputs % levels
+    return inputs - level + (level + noise).clamp(0, levels - 1)

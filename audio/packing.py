@@ -24,7 +24,7 @@ POOL, WIDE, FIRST_DOWN, FIRST_UP, BLOCKS, UP_BLOCKS, W_DOWN, W_UP, S_WAITING, S_
 def can_pack(net: SoundNet) -> bool:
     """Tells whether ``Packed`` knows all layers of a net: Mamba, S4D and MLPs."""
     layers = [module.layer for module in net.modules() if isinstance(module, ResidualBlock)]
-    return all(isinstance(layer, Mamba | S4D | MLP) for layer in layers)
+    return all(type(layer) in (Mamba, S4D, MLP) for layer in layers)
 
 
 class Packed:
@@ -36,7 +36,7 @@ class Packed:
         phase: (B, stages) samples that wait in each stage's frame; the centre's is 0.
         blocks: A row of sizes and places for each residual block.
         stages: A row for each stage, from the outermost, and one for the centre.
-        ends: Where embedding, last norm and head begin.
+        ends: Where embedding (of all classes), last norm and head begin.
 
     Args:
         net: The net; see ``can_pack``.
@@ -68,7 +68,7 @@ class Packed:
         layers: list[Any] = list(model.c_layers)
         centre[[WIDE, FIRST_DOWN, BLOCKS]] = len(layers[0].norm.weight), self._add_blocks(layers, at), len(layers)
         stages.append(centre)
-        ends = [self._add(net.embedding.weight), self._add_norm(model.norm), self._add_linear(net.head)]
+        ends = [self._add(net.table()), self._add_norm(model.norm), self._add_linear(net.head)]
         self.ends = np.array(ends, np.int64)
         self.blocks, self.stages = np.stack(self._rows), np.stack(stages)
         self.weights = np.concatenate(self._weights)
@@ -105,9 +105,9 @@ class Packed:
             row[DIM], row[W_NORM] = len(block.norm.weight), self._add_norm(block.norm)
             layer: Any = block.layer
             if isinstance(layer, MLP):
-                first, second = layer.linears
-                row[KIND], row[INNER] = FEED_FORWARD, second.in_features
-                row[W_IN], row[W_OUT] = self._add_linear(first), self._add_linear(second)
+                inwards, outwards = layer.linears
+                row[KIND], row[INNER] = FEED_FORWARD, outwards.in_features
+                row[W_IN], row[W_OUT] = self._add_linear(inwards), self._add_linear(outwards)
             elif isinstance(layer, S4D):
                 self._add_diagonal(row, layer, state)
             else:

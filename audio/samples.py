@@ -75,7 +75,7 @@ class SampleClips(Callback):
         training = module.net.training
         module.net.eval()
         levels = generate_levels(
-            module.net, module.starts(self.num), self.num, max(1, round(self.seconds * module.sample_rate)),
+            module.sound_net, module.starts(self.num), self.num, max(1, round(self.seconds * module.sample_rate)),
             Sampling(temperature=self.temperature), generator=torch.Generator().manual_seed(0),
         )  # fmt: skip
         module.net.train(training)

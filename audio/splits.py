@@ -17,7 +17,7 @@ FSDD_NAME = re.compile(r"(\d)_([a-z]+)_(\d+)")  # digit, speaker, take
 FSDD_TAKES = {"test": range(5), "val": range(5, 8)}  # takes 0 to 4 are the published test part; the rest is ours
 
 Layout = Literal["auto", "random", "ordered", "sc09", "fsdd"]
-Labels = Literal["none", "folder", "name"]
+Labels = Literal["none", "folder", "name", "speaker"]
 
 
 def split_files(
@@ -59,7 +59,9 @@ def detect(root: Path) -> Literal["sc09", "fsdd", "random"]:
 
 
 def label_of(path: Path, labels: Labels) -> str:
-    """What a recording says: the name of its folder, or its own name up to the first underscore."""
+    """What a recording says: its folder's name, or its own up to the first underscore, or up to the last one."""
+    if labels == "speaker":
+        return path.stem.rpartition("_")[0] or path.stem
     return path.parent.name if labels == "folder" else path.stem.partition("_")[0]
 
 

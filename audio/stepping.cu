@@ -382,7 +382,7 @@ __device__ __noinline__ int choose(const Args& a, const Room& r, int s, double u
 
 extern "C" __global__ void __launch_bounds__(THREADS) advance(const __grid_constant__ Args a) {
     extern __shared__ __align__(16) char memory[];
-    __shared__ int chosen[NS];
+    __shared__ int chosen[NS], offset[NS];
     const int tid = threadIdx.x, Q = a.levels_count;
     Room r;
     r.weights = (double*)memory;
@@ -406,6 +406,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) advance(const __grid_const
         const bool real = clips[s] < a.count;
         r.states[s] = (float*)(real ? a.state : a.spare) + (real ? clips[s] : (long long)s) * a.state_size;
         if (!real) clips[s] = a.count - 1;
+        if (tid == 0) offset[s] = (int)((const long long*)a.offset)[clips[s]];
         for (int q = tid; q < Q; q += THREADS) r.logits[s * Q + q] = ((const float*)a.logits)[clips[s] * Q + q];
     }
     __syncthreads();
@@ -421,7 +422,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) advance(const __grid_const
         }
         __syncthreads();
         for (int i = tid; i < NS * dim; i += THREADS)
-            r.x[i / dim * a.widest + i % dim] = vector_at(a, a.embedding + (long long)chosen[i / dim] * dim + i % dim);
+            r.x[i / dim * a.widest + i % dim] =
+                vector_at(a, a.embedding + (long long)(offset[i / dim] + chosen[i / dim]) * dim + i % dim);
         __syncthreads();
         if (a.draw && tid < NS && (long long)blockIdx.x * NS + tid < a.count)
             ((long long*)a.levels)[clips[tid] * a.length + step] = chosen[tid];

@@ -73,11 +73,17 @@ class CompiledStepper:
         net: The net, in evaluation mode; see ``has_compiled_step``.
         state: State of the clips, copied.
         logits: (B, Q) what the net said last; needed to ``draw``.
+        classes: (B,) int64 classes of the clips; 0 by default.
     """
 
-    def __init__(self, net: SoundNet, state: StageState, logits: Tensor | None = None) -> None:
+    def __init__(
+        self, net: SoundNet, state: StageState, logits: Tensor | None = None, classes: Tensor | None = None
+    ) -> None:
         self._packed, self._unet = Packed(net, state), net.config.unet
         count = len(self._packed.state)
+        self._offset = np.zeros(count, np.int64)
+        if classes is not None:
+            self._offset[:] = classes.numpy() * net.levels
         self._logits = np.zeros((count, net.levels), np.float32)
         self._likelihood = np.zeros(count)
         if logits is not None:
@@ -112,11 +118,9 @@ class CompiledStepper:
         how = float(sampling.temperature), int(sampling.top_k), float(sampling.top_p), float(sampling.min_p)
         parts = min(count, torch.get_num_threads())
         edges = [count * i // parts for i in range(parts + 1)]
-        arrays = (p.blocks, p.stages, p.weights, p.state, p.phase, p.ends, self._logits)
-        flags = draw, self._unet
-        threads.run(
-            _advance, [(a, b, levels, uniform, how, *flags, self._likelihood, *arrays) for a, b in pairwise(edges)]
-        )
+        arrays = (p.blocks, p.stages, p.weights, p.state, p.phase, p.ends, self._logits, self._offset)
+        given = levels, uniform, how, draw, self._unet, self._likelihood
+        threads.run(_advance, [(a, b, *given, *arrays) for a, b in pairwise(edges)])
 
 
 @njit(**OPTIONS)
@@ -338,7 +342,22 @@ def _log_probability(logits, level):
 
 @njit(**OPTIONS)
 def _advance(
-    first, stop, levels, uniform, sampling, draw, unet, likelihood, blocks, stages, w, state, phase, ends, logits
+    first,
+    stop,
+    levels,
+    uniform,
+    how,
+    draw,
+    unet,
+    likelihood,
+    blocks,
+    stages,
+    w,
+    state,
+    phase,
+    ends,
+    logits,
+    offset,
 ):
     """Takes the clips ``first:stop`` through levels (B, T), or draws these first."""
     widest = max(2 * blocks[:, INNER].max(), (stages[:, POOL] * stages[:, WIDE]).max(), stages[:, WIDE].max())
@@ -348,6 +367,7 @@ def _advance(
     for b in range(first, stop):
         for t in range(levels.shape[1]):
             if draw:
-                levels[b, t] = _choose(logits[b], uniform[b, t], *sampling)
+                levels[b, t] = _choose(logits[b], uniform[b, t], *how)
                 likelihood[b] += _log_probability(logits[b], levels[b, t])
-            _net(levels[b, t], unet, blocks, stages, w, state[b], phase[b], ends, room, skips, logits[b])
+            level = offset[b] + levels[b, t]
+            _net(level, unet, blocks, stages, w, state[b], phase[b], ends, room, skips, logits[b])

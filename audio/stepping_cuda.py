@@ -32,6 +32,7 @@ POINTERS = (
     "spare",
     "logits",
     "levels",
+    "offset",
     "uniform",
     "how",
     "likelihood",
@@ -78,6 +79,7 @@ class CudaStepper:
             and float32 sums; all else is float32.
         state: State of the clips, copied.
         logits: (B, Q) what the net said last; needed to ``draw``.
+        classes: (B,) int64 classes of the clips; 0 by default.
         clips: Clips of one block of threads, 1, 2, 4 or 8; by default as few as keep the blocks to half the
             multiprocessors, beyond which they share the bandwidth of L2 rather than add to it.
 
@@ -86,7 +88,12 @@ class CudaStepper:
     """
 
     def __init__(
-        self, net: SoundNet, state: StageState, logits: Tensor | None = None, clips: int | None = None
+        self,
+        net: SoundNet,
+        state: StageState,
+        logits: Tensor | None = None,
+        classes: Tensor | None = None,
+        clips: int | None = None,
     ) -> None:
         device = net.embedding.weight.device
         packed = Packed(net, state)
@@ -101,6 +108,9 @@ class CudaStepper:
         self._tensors["logits"] = torch.zeros(count, net.levels, device=device)
         if logits is not None:
             self._tensors["logits"].copy_(logits)
+        self._tensors["offset"] = torch.zeros(count, dtype=torch.int64, device=device)
+        if classes is not None:
+            self._tensors["offset"].copy_(classes * net.levels)
         self.log_likelihood = torch.zeros(count, dtype=torch.float64, device=device)
         self._tensors["likelihood"] = self.log_likelihood
         self._integers = _sizes(packed, net)

@@ -18,7 +18,7 @@ from core.checkpoints import load_into
 from core.errors import UserError
 
 RECORD = "audio"  # the entry of a checkpoint that says what the net's weights mean
-SHIPPED = Path(__file__).parent / "data" / "spoken_digits.safetensors"
+SHIPPED = Path(__file__).parent / "weights" / "spoken_digits.safetensors"
 
 
 class Trained(NamedTuple):
@@ -30,7 +30,7 @@ class Trained(NamedTuple):
     class_names: tuple[str, ...] = ()  # of its classes, none for a model that cannot be asked for one
 
     def start(self, name: str | None = None) -> int:
-        """What a sequence of a class begins with, or for None of no class.
+        """The first level that goes into the net in a sequence of a class, or for None of no class.
 
         Raises:
             UserError: For a class that the model does not know, and for a model of classes without one.
@@ -40,12 +40,27 @@ class Trained(NamedTuple):
         if name not in self.class_names:
             known = ", ".join(self.class_names) or "none: it was trained without labels"
             raise UserError(f"the class is {name!r}, wanted one of the model's ({known})")
-        return self.codec.levels + self.class_names.index(name)
+        return self.codec.start + self.codec.levels * self.class_names.index(name)
 
     def starts(self, count: int, names: Sequence[str] = ()) -> list[int]:
-        """What ``count`` clips begin with: the classes named, or else all, take turns; see ``start``."""
-        turns = [self.start(name) for name in names or self.class_names] or [self.codec.start]
-        return [turns[i % len(turns)] for i in range(count)]
+        """What ``count`` clips begin with: classes take turns, in an order that is mixed up but always the same.
+
+        Args:
+            count: Number of clips.
+            names: Classes, or words that classes begin with, such as 7 for all of 7_theo, 7_lucas, ...; a turn has one
+                class of each. Without any, all classes take turns.
+        """
+        if not names:
+            return self._turns(self.class_names, count) if self.class_names else [self.codec.start] * count
+        groups = []
+        for name in names:
+            named = [known for known in self.class_names if name in (known, known.partition("_")[0])]
+            groups.append(self._turns(named, count) if named else [self.start(name)])  # which says what is wrong
+        return [groups[i % len(groups)][i // len(groups)] for i in range(count)]
+
+    def _turns(self, names: Sequence[str], count: int) -> list[int]:
+        order: list[int] = torch.randperm(len(names), generator=torch.Generator().manual_seed(0)).tolist()
+        return [self.start(names[order[i % len(order)]]) for i in range(count)]
 
 
 def record(config: SashimiConfig, codec: Codec, sample_rate: int, class_names: Sequence[str]) -> dict[str, Any]:

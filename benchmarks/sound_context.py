@@ -21,11 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audio.net import SoundNet
-from audio.sashimi import SashimiConfig
-from benchmarks.spoken_digits import LEVELS, SILENCE, Trainer
+from benchmarks.spoken_digits import LEVELS, SILENCE, Trainer, sizes
 from core.cli import run
-
-COLUMNS = ("name", "window", "seed", "steps", "samples", "params", "test_bits", "train_bits", "seconds", "gpu", "torch")
 
 
 def main(
@@ -72,8 +69,7 @@ def main(
             continue
         begin = time.perf_counter()
         torch.manual_seed(seed)
-        fields = json.loads(config)
-        net = SoundNet(SashimiConfig(**{**fields, "pool": tuple(fields["pool"])}), LEVELS).to(device)
+        net = SoundNet(sizes(config), LEVELS).to(device)
         trainer = Trainer(net, lr, 0.1, 0.0, 0.5, graphs)
         losses = _train(trainer, train, window, steps, samples, lr, seed)
         row = {
@@ -85,7 +81,7 @@ def main(
         }  # fmt: skip
         new = not path.is_file()
         with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, list(row))
             if new:
                 writer.writeheader()
             writer.writerow(row)

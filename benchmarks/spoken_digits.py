@@ -12,7 +12,7 @@ Legend: B rows, L samples of a row, Q levels.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -163,6 +163,51 @@ def bits_per_sample(net: SoundNet, part: list[Clips]) -> float:
     return bits / count
 
 
+class Budget(NamedTuple):
+    """How long a training is: in steps, or where those are 0 in seconds."""
+
+    steps: int
+    seconds: float = 0.0
+
+
+def fit(
+    trainer: Trainer, train: list[Clips], budget: Budget, lr: float, samples: int, seed: int, warmup: float = 0.05
+) -> Iterator[dict[str, float]]:
+    """Trains; yields figures every 200 steps.
+
+    Args:
+        trainer: Net and optimizer.
+        train: Rows to train on.
+        budget: Length of the training.
+        lr: Peak learning rate; after the warm-up it falls to 0 as half a cosine.
+        samples: Of one step.
+        seed: Of the order of the rows.
+        warmup: Part of the training.
+    """
+    draws, begin, step, losses = np.random.default_rng(seed), time.perf_counter(), 0, []
+    share = np.array([clips.targets.numel() for clips in train], float)
+    order = [np.empty(0, np.int64) for _ in train]
+    while True:
+        done = step / budget.steps if budget.steps else (time.perf_counter() - begin) / budget.seconds
+        if done >= 1:
+            return
+        factor = min(1.0, done / warmup, 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup)))
+        trainer.rate.fill_(lr * max(factor, 1e-3))
+        which = int(draws.choice(len(train), p=share / share.sum()))
+        clips = train[which]
+        rows = min(samples // clips.targets.shape[1], len(clips.targets))
+        if len(order[which]) < rows:
+            order[which] = draws.permutation(len(clips.targets))
+        chosen = torch.from_numpy(order[which][:rows]).to(clips.inputs.device)
+        order[which] = order[which][rows:]
+        losses.append(trainer.step(clips.inputs[chosen], clips.targets[chosen]).clone())
+        step += 1
+        if step % 200 == 0:
+            loss = float(torch.stack(losses).mean()) / math.log(2)
+            losses.clear()
+            yield {"step": step, "train_bits": round(loss, 4), "seconds": round(time.perf_counter() - begin, 1)}
+
+
 def main(
     levels: str,
     out: str,
@@ -172,7 +217,6 @@ def main(
     lr: float = 2e-3,
     weight_decay: float = 0.1,
     noise: float = 0.0,
-    warmup: float = 0.05,
     samples: int = 98304,
     seed: int = 0,
     init: str | None = None,
@@ -188,10 +232,9 @@ def main(
         config: Sizes of the net, SashimiConfig's fields as JSON.
         steps: Length of the training; 0 for as many as ``seconds`` allow.
         seconds: Length of the training, without its start.
-        lr: Peak learning rate; after the warm-up it falls to 0 as half a cosine.
+        lr: Peak learning rate.
         weight_decay: Of matrices.
         noise: Largest deviation of the noise on the inputs, in levels.
-        warmup: Part of the training.
         samples: Of one step.
         seed: Of everything random.
         init: Weights to begin from.
@@ -200,10 +243,7 @@ def main(
         device: Where to run.
     """
     torch.manual_seed(seed)
-    draws = np.random.default_rng(seed)
-    fields: dict[str, Any] = json.loads(config)
-    sizes = SashimiConfig(**{**fields, "pool": tuple(fields.get("pool", (4, 4)))})
-    net = SoundNet(sizes, LEVELS, DIGITS * SPEAKERS if speakers else DIGITS).to(device)
+    net = SoundNet(sizes(config), LEVELS, DIGITS * SPEAKERS if speakers else DIGITS).to(device)
     if init is not None:
         weights = {name: value.to(device).float() for name, value in load_file(init).items()}
         missing, unknown = net.load_state_dict(weights, strict=False)  # a net without classes may be gone on from
@@ -212,47 +252,31 @@ def main(
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     train, test = read(Path(levels), device, speakers)
-    share = np.array([clips.targets.numel() for clips in train], float)
     trainer = Trainer(net, lr, weight_decay, noise, 0.5, graphs)
-    order = [np.empty(0, np.int64) for _ in train]
-    begin, step, losses, said = time.perf_counter(), 0, [], 0.0
-    counted = sum(p.numel() for p in net.parameters())
+    said = -math.inf
     with (folder / "metrics.jsonl").open("a") as log:
 
-        def note(**figures: Any) -> None:
-            line = json.dumps({"seed": seed, "params": counted, "step": step, **figures})
+        def note(figures: dict[str, Any]) -> None:
+            line = json.dumps(figures)
             print(line, flush=True)
             log.write(line + "\n")
             log.flush()
 
-        while True:
-            elapsed = time.perf_counter() - begin
-            progress = step / steps if steps else elapsed / seconds
-            if progress >= 1:
-                break
-            factor = min(1.0, progress / warmup, 0.5 + 0.5 * math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-            trainer.rate.fill_(lr * max(factor, 1e-3))
-            which = int(draws.choice(len(train), p=share / share.sum()))
-            clips = train[which]
-            rows = min(samples // clips.targets.shape[1], len(clips.targets))
-            if len(order[which]) < rows:
-                order[which] = draws.permutation(len(clips.targets))
-            chosen = torch.from_numpy(order[which][:rows]).to(device)
-            order[which] = order[which][rows:]
-            losses.append(trainer.step(clips.inputs[chosen], clips.targets[chosen]).clone())
-            step += 1
-            if step % 200 == 0:
-                loss = float(torch.stack(losses).mean()) / math.log(2)
-                losses.clear()
-                figures = {"train_bits": round(loss, 4), "seconds": round(time.perf_counter() - begin, 1)}
-                if time.perf_counter() - said > 60:
-                    said = time.perf_counter()
-                    figures["test_bits"] = round(bits_per_sample(net, test), 4)
-                    _save(net, folder)
-                note(**figures)
-        taken = time.perf_counter() - begin
+        note({"seed": seed, "params": sum(p.numel() for p in net.parameters())})
+        for figures in fit(trainer, train, Budget(steps, seconds), lr, samples, seed):
+            if figures["seconds"] - said > 60:
+                said = figures["seconds"]
+                figures["test_bits"] = round(bits_per_sample(net, test), 4)
+                _save(net, folder)
+            note(figures)
         _save(net, folder)
-        note(final=True, test_bits=round(bits_per_sample(net, test), 4), seconds=round(taken, 1))
+        note({"final": True, "test_bits": round(bits_per_sample(net, test), 4)})
+
+
+def sizes(config: str) -> SashimiConfig:
+    """Reads the sizes of a net from JSON."""
+    fields: dict[str, Any] = json.loads(config)
+    return SashimiConfig(**{**fields, "pool": tuple(fields.get("pool", (4, 4)))})
 
 
 def _save(net: SoundNet, folder: Path) -> None:

@@ -10,12 +10,12 @@ import math
 from typing import Literal
 
 import torch
-from kernels.diagonal_ssm import vandermonde
 from torch import Tensor, nn
 
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core import hippo
 from core.mixers.s4d import S4Block
+from kernels.diagonal_ssm import vandermonde
 
 
 class DSS(S4Block):

@@ -173,15 +173,17 @@ def test_ordered_files_are_split_by_the_numbers_in_their_names(tmp_path: Path) -
     assert names == {"train": [f"out{i}" for i in range(9)], "val": ["out9"], "test": ["out10", "out11"]}
 
 
-def test_a_window_begins_with_its_class(tmp_path: Path) -> None:
+def test_every_sample_has_its_class(tmp_path: Path) -> None:
     data = AudioData(str(fsdd(tmp_path)), sample_rate=8000, window=30, labels="name", batch_size=4)
     assert data.class_names == ("0", "7")
     data.setup("fit")
-    starts = []
+    classes = []
     for batch in data.test_dataloader():
-        assert bool((batch.inputs[:, 1:] < 256).all())
-        starts += batch.inputs[:, 0].tolist()
-    assert starts == [256] * 8 + [257] * 8  # two windows a recording, in the files' order
+        assert torch.equal(batch.inputs // 256, batch.inputs[:, :1].expand_as(batch.inputs) // 256)
+        real = batch.targets[:, 1:] != PADDING
+        assert torch.equal((batch.inputs[:, 1:] % 256)[real], batch.targets[:, :-1][real])
+        classes += (batch.inputs[:, 0] // 256).tolist()
+    assert classes == [0] * 8 + [1] * 8  # two windows a recording, in the files' order
     assert "0, 7" in data.facts()["classes"]
     assert set(data.baselines()) >= {"unigram_bits_per_sample"}
     words = AudioData(str(sc09(tmp_path / "sc09")), labels="folder")

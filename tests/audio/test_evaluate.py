@@ -49,7 +49,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     torch.manual_seed(0)
     net = DigitNet(RATE, 10, width=4)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2)
-    for _ in range(14):
+    for _ in range(25):
         for waves, classes in data.train_dataloader():
             loss = torch.nn.functional.cross_entropy(net(waves), classes)
             optimizer.zero_grad()
@@ -132,9 +132,9 @@ def test_likelihoods_are_exact_and_of_whole_recordings(tmp_path: Path) -> None:
     for path in paths:
         levels = codec.encode(torch.from_numpy(soundfile.read(path, dtype="float32")[0]))
         with torch.no_grad():
-            logits = trained.net(torch.cat([torch.tensor([[256, 257]]).T, levels[:-1].expand(2, -1)], 1))
+            logits = trained.net(torch.cat([torch.tensor([128]), levels[:-1]]) + torch.tensor([[0], [256]]))
         picked = logits.log_softmax(-1).gather(2, levels.expand(2, -1)[..., None]).double().sum((1, 2)) / math.log(2)
-        assert log_likelihood(trained, levels, 257) == pytest.approx(float(picked[1]), rel=1e-6)
+        assert log_likelihood(trained, levels, 128 + 256) == pytest.approx(float(picked[1]), rel=1e-6)
         each.append(picked)
     marginal = torch.stack([-(torch.logsumexp(x * math.log(2), 0) / math.log(2) - 1) / 3000 for x in each])
     torch.testing.assert_close(clip_bits(trained, paths), marginal, atol=1e-6, rtol=1e-6)
@@ -181,3 +181,19 @@ def test_mistakes_have_one_message(judge: tuple[Path, Path], tmp_path: Path) -> 
         LabelledClips(str(folder), labels="none")
     with pytest.raises(UserError, match=r"--model\.width"):
         SpokenClassifier(class_names=("a", "b"), width=0)
+
+
+def test_classes_are_asked_for_by_word_or_by_word_and_speaker() -> None:
+    net = SoundNet(SashimiConfig(d_model=4, n_layers=1, pool=(2,), mixer_cfg={"d_state": 2}), classes=4)
+    trained = Trained(net, Codec(), RATE, ("3_ann", "3_bob", "7_ann", "7_bob"))
+
+    def said(count: int, *names: str) -> list[str]:
+        return [trained.class_names[start // 256] for start in trained.starts(count, names)]
+
+    assert sorted(said(4)) == sorted(trained.class_names)
+    assert said(3, "7_bob") == ["7_bob"] * 3
+    turns = said(4, "7", "3_ann")
+    assert turns[1::2] == ["3_ann"] * 2
+    assert sorted(turns[::2]) == ["7_ann", "7_bob"]
+    with pytest.raises(UserError, match="the class is '9'"):
+        said(2, "9")

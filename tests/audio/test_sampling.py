@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from audio.net import SoundNet
-from audio.sampling import choose, generate_levels, repeat_state
+from audio.sampling import choose, generate, generate_levels, repeat_state, stream
 from audio.sashimi import SashimiConfig
 from audio.stepping import CompiledStepper, has_compiled_step
 from core.generate import Sampling
@@ -106,6 +106,33 @@ def test_compiled_and_other_drawing_are_the_same(
     assert torch.equal(draw(), compiled)
 
 
+def test_clips_of_classes_are_the_parallel_pass_of_their_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    sizes = SashimiConfig(d_model=8, n_layers=1, pool=(2,), mixer_cfg={"d_state": 2})
+    net = SoundNet(sizes, levels=16, classes=3).eval()
+    with torch.no_grad():
+        assert net.class_embedding is not None
+        net.class_embedding.weight.mul_(20)  # so that the classes differ
+    starts, prompt = [8 + 16 * 2, 8, 8 + 16], torch.randint(0, 16, (3,))
+
+    def draw(sampling: Sampling) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(5)
+        return generate_levels(net, starts, 3, 12, sampling, prompt=prompt, generator=generator)
+
+    greedy, drawn = draw(Sampling(0)), draw(Sampling())
+    classes = torch.tensor([[2], [0], [1]])
+    with torch.no_grad():
+        best = net(torch.cat([torch.full((3, 1), 8), greedy[:, :-1]], dim=1) + 16 * classes).argmax(-1)
+    assert torch.equal(best[:, 3:], greedy[:, 3:])
+    assert not torch.equal(greedy[0], greedy[1])
+    assert torch.equal(greedy[:, :3], prompt.expand(3, -1))
+    torch.testing.assert_close(net.table()[40], net.embed(torch.tensor([40]))[0])
+    monkeypatch.setenv("TRISCAN_BACKEND", "reference")
+    assert torch.equal(draw(Sampling()), drawn)
+    with pytest.raises(ValueError, match="2 starts for 3 clips"):
+        generate_levels(net, [8, 24], 3, 5)
+
+
 @pytest.mark.parametrize("sampling", [Sampling(top_k=2), Sampling(top_p=0.5), Sampling(temperature=0.5)])
 def test_filters(sampling: Sampling) -> None:
     p = torch.tensor([0.1, 0.4, 0.2, 0.3], dtype=torch.float64)
@@ -139,3 +166,27 @@ def test_nothing_to_draw_is_refused(net: SoundNet) -> None:
         generate_levels(net, 8, 1, 5, Sampling(repetition_penalty=1.2))
     with pytest.raises(ValueError, match="0 samples"):
         generate_levels(net, 8, 1, 0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_stream_is_the_whole_and_knows_its_likelihood(
+    net: SoundNet, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setenv("TRISCAN_BACKEND", backend)
+
+    def seed() -> torch.Generator:
+        return torch.Generator().manual_seed(3)
+
+    prompt = torch.randint(0, 16, (5,), generator=seed())
+    whole = generate(net, 8, 2, 23, Sampling(0.7), prompt=prompt, generator=seed())
+    parts = list(stream(net, 8, 2, Sampling(0.7), length=23, chunk=7, prompt=prompt, generator=seed()))
+    assert [part.levels.shape[1] for part in parts] == [7, 7, 7, 2]
+    assert torch.equal(torch.cat([part.levels for part in parts], dim=1), whole.levels)
+    torch.testing.assert_close(parts[-1].log_likelihood, whole.log_likelihood)
+    inputs = torch.cat([torch.tensor([8]), prompt])[None].expand(2, -1)
+    with torch.no_grad():
+        logits = net(torch.cat([inputs, whole.levels[:, :-1]], dim=1))[:, len(prompt) :]
+    want = logits.double().log_softmax(-1).gather(2, whole.levels[:, :, None]).sum(dim=(1, 2))
+    torch.testing.assert_close(whole.log_likelihood, want, rtol=1e-5, atol=1e-5)
+    endless = stream(net, 8, 2, Sampling(0.7), chunk=10, prompt=prompt, generator=seed())
+    assert torch.equal(torch.cat([next(endless).levels, next(endless).levels], dim=1), whole.levels[:, :20])

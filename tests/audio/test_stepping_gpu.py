@@ -43,6 +43,20 @@ def test_steps_equal_the_parallel_pass_after_every_prefix(name: str, clips: int)
 
 
 @torch.no_grad()
+def test_clips_of_classes_are_those_of_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = SoundNet(NETS["small"], 32, classes=3).eval().cuda()
+    starts = [8 + 32 * 2, 8, 8 + 32, 8, 8 + 32 * 2]
+
+    def draw() -> torch.Tensor:
+        return generate_levels(net, starts, 5, 60, generator=torch.Generator().manual_seed(5))
+
+    got = draw()
+    monkeypatch.setenv("TRISCAN_BACKEND", "reference")
+    assert torch.equal(got, draw())
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "sampling",
     [Sampling(), Sampling(0), Sampling(0.8), Sampling(top_k=3), Sampling(top_p=0.6), Sampling(1.2, 9, 0.8, 0.1)],

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fill import fill_input
-from kernels.diagonal_ssm import diagonal_ssm, vandermonde
 from torch import Tensor
 
 from core import hippo, story
 from kernels import selective_scan, ssd
+from kernels.diagonal_ssm import diagonal_ssm, vandermonde
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

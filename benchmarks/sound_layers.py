@@ -1,0 +1,88 @@
+"""Kinds of layers in one U-Net at equal parameters, steps and data: bits per sample on spoken digits.
+
+    python -m benchmarks.sound_layers LEVELS.npz benchmarks/results/sound_layers.csv --steps 400
+
+As table 5 of the Mamba paper at a reduced scale: which layers stand in the outer stages, which in the centre.
+LEVELS.npz is what ``python -m benchmarks.pack_levels`` writes of the Free Spoken Digit Dataset. A row is written as
+soon as it is measured, and rows that are there already are not measured again.
+"""
+
+import csv
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from audio.net import SoundNet
+from benchmarks.spoken_digits import DIGITS, LEVELS, Budget, Trainer, bits_per_sample, fit, read, sizes
+from core.cli import run
+
+S4D = {"mixer": "s4d", "mlp": 2}
+LAYERS = {
+    "mamba": {"mixer": "mamba"},
+    "s4d+mlp": S4D,
+    "s4d+mlp outside, mamba in the centre": {**S4D, "centre": "mamba", "centre_cfg": {}, "centre_mlp": 0},
+    "mamba outside, s4d+mlp in the centre": {"mixer": "mamba", "centre": "s4d", "centre_cfg": {}, "centre_mlp": 2},
+}
+
+
+def main(
+    levels: str,
+    out: str,
+    names: tuple[str, ...] = tuple(LAYERS),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    config: str = '{"n_layers": 2}',
+    steps: int = 400,
+    samples: int = 49152,
+    lr: float = 2e-3,
+    graphs: bool = True,
+    device: str = "cuda",
+) -> None:
+    """Trains and tests each net with each seed.
+
+    Args:
+        levels: Packed levels.
+        out: CSV file.
+        names: Which layers, keys of LAYERS.
+        seeds: Of weights and order; all nets of a seed see the same rows.
+        config: Sizes that all nets share, SashimiConfig's fields as JSON.
+        steps: Of each training.
+        samples: Of one step.
+        lr: Peak learning rate.
+        graphs: Keep the step in CUDA graphs.
+        device: Where to run.
+    """
+    train, test = read(Path(levels), device)
+    path, done = Path(out), set()
+    if path.is_file():
+        with path.open() as file:
+            done = {(row["name"], int(row["seed"]), int(row["steps"])) for row in csv.DictReader(file)}
+    for seed in seeds:
+        for name in names:
+            if (name, seed, steps) in done:
+                continue
+            begin = time.perf_counter()
+            torch.manual_seed(seed)
+            net = SoundNet(sizes(json.dumps({**json.loads(config), **LAYERS[name]})), LEVELS, DIGITS).to(device)
+            trainer = Trainer(net, lr, 0.1, 0.0, 0.5, graphs)
+            figures = {}
+            for figures in fit(trainer, train, Budget(steps), lr, samples, seed):
+                print(name, seed, json.dumps(figures), flush=True)
+            row = {
+                "name": name, "seed": seed, "steps": steps, "samples": samples,
+                "params": sum(p.numel() for p in net.parameters()), "test_bits": f"{bits_per_sample(net, test):.4f}",
+                "train_bits": figures.get("train_bits", ""), "seconds": f"{time.perf_counter() - begin:.1f}",
+                "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
+            }  # fmt: skip
+            new = not path.is_file()
+            with path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, list(row))
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
