@@ -65,7 +65,8 @@ def measure(case: str, provider: str, make: Callable[[dict[str, Any]], tuple[nn.
         model.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16):
             found = loss(ids)
-        found.backward()
+        with torch.autograd.set_multithreading_enabled(False):  # as TrainingModule does
+            found.backward()
         return found.detach()
 
     for _ in range(3):

@@ -77,7 +77,8 @@ def step_of(model: nn.Module, run: Callable[..., torch.Tensor], case: Case, mode
             p.grad = None
         with torch.autocast("cuda", torch.bfloat16):
             loss = F.cross_entropy(run(images), labels)
-        loss.backward()
+        with torch.autograd.set_multithreading_enabled(False):  # as TrainingModule does
+            loss.backward()
 
     return inference if mode == "inference" else training
 

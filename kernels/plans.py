@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 Plan = dict[Any, Any]  # whatever the parts of an op keep for one signature, each under keys of its own; no tensors
 KEPT = 1024  # plans of an op
+
+T = TypeVar("T")
 
 _nothing = contextlib.nullcontext()
 
@@ -50,6 +52,22 @@ class Plans:
         return plan
 
 
+class kept(Generic[T]):  # noqa: N801  a decorator, as ``property`` is
+    """A property, of an object whose problem is ``p``, that follows from the signature: kept in the problem's plan."""
+
+    def __init__(self, function: Callable[[Any], T]) -> None:
+        self._function = function
+        self.__doc__ = function.__doc__
+
+    def __get__(self, instance: Any, owner: type | None = None) -> T:
+        if instance is None:  # asked of the class
+            return self  # type: ignore[return-value]
+        plan = instance.p.plan
+        if self not in plan:
+            plan[self] = self._function(instance)
+        return plan[self]
+
+
 def on_device(t: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Makes the device of ``t`` the current one, on which kernels are launched; it nearly always is."""
     if t.is_cuda:
@@ -77,3 +95,38 @@ def launch(plan: Plan, kernel: Any, blocks: int, arguments: tuple[Any, ...], con
     else:
         compiled, rest = found
         compiled[blocks, 1, 1](*arguments, *rest)
+
+
+def launch_named(
+    plan: Plan,
+    key: tuple[object, ...],
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Mapping[str, Tensor],
+    others: Callable[[], dict[str, Any]],
+) -> None:
+    """``launch`` for a kernel with so many arguments that they go by name.
+
+    Args:
+        plan: As in ``launch``.
+        key: Tells the launches of a kernel in one call apart.
+        kernel: The kernel.
+        grid: Programs, in up to three dimensions.
+        tensors: Its tensors.
+        others: Returns its numbers, compile-time constants and options; asked at the first call of a signature.
+    """
+    key = (kernel.fn, *key)
+    found = plan.get(key)
+    if found is None:
+        rest = others()
+        compiled = kernel[grid](**tensors, **rest)
+        if hasattr(compiled, "packed_metadata"):
+            places = [(i, n) for i, n in enumerate(kernel.arg_names) if n in tensors]
+            grid = (*grid, 1, 1)[:3]
+            plan[key] = (compiled[grid], [rest.get(n) for n in kernel.arg_names], places)
+    else:
+        start, arguments, places = found
+        arguments = arguments.copy()
+        for i, n in places:
+            arguments[i] = tensors[n]
+        start(*arguments)

@@ -121,7 +121,8 @@ def _step(net: nn.Module, size: int, batch: int, mode: str, precision: str, devi
     def train() -> None:
         with autocast(precision, device):
             loss = F.cross_entropy(net(images), labels)
-        loss.backward()
+        with torch.autograd.set_multithreading_enabled(False):  # as TrainingModule does
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -187,6 +187,11 @@ class TrainingModule(LightningModule):
         self.log("train/lr", rate, prog_bar=True, batch_size=size)
         return loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Lightning's hook. On the calling thread: in PyTorch's own each Python object would come from another core."""
+        with torch.autograd.set_multithreading_enabled(False):
+            super().backward(loss, *args, **kwargs)
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log one validation batch under ``val/``."""
         self.evaluate(batch, "val")

@@ -290,6 +290,9 @@ def _check_shapes(
 
 def _project(dt: Tensor, dt_weight: Tensor) -> Tensor:
     """Low-rank dt ``(B, L, K, R)`` to ``(B, L, K, D)``, in float32 (float64 for float64) or autocast's dtype."""
+    if _narrow(dt, dt_weight):
+        flat = torch.mm(dt.flatten(0, -2), dt_weight.squeeze(0).t(), out_dtype=torch.float32)
+        return flat.unflatten(0, dt.shape[:-1])
     if dt.dtype == torch.float64 or autocast_dtype(dt.device) is None:
         dtype = torch.float64 if dt.dtype == torch.float64 else torch.float32
         dt, dt_weight = dt.to(dtype), dt_weight.to(dtype)
@@ -320,3 +323,9 @@ def restarts(seq_idx: Tensor, route: Tensor | None, reverse: bool) -> Tensor:
     restart = real & (before >= 0) & (previous != index)
     code = restart.to(torch.int8) + 2 * skip.to(torch.int8)
     return code.flip(-1) if reverse else code
+
+
+def _narrow(dt: Tensor, dt_weight: Tensor) -> bool:
+    """Whether tensor cores can multiply 16-bit numbers to float32: it is the float32 product, but has no derivative."""
+    same = dt.dtype == dt_weight.dtype and dt.dtype in (torch.bfloat16, torch.float16) and dt_weight.shape[0] == 1
+    return same and dt.is_cuda and not torch.is_grad_enabled() and autocast_dtype(dt.device) is None

@@ -17,7 +17,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.selective_scan.outputs import fresh
@@ -26,7 +25,7 @@ from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd import triton_plan
 from kernels.ssd.problem import Problem
 from kernels.ssd.triton_gradients import chunks_kernel, ddt_kernel
-from kernels.ssd.triton_plan import Plan, Segments, cores
+from kernels.ssd.triton_plan import Plan, Segments, cores, row_strides
 
 if TYPE_CHECKING:
     from kernels.ssd import Gradients
@@ -70,11 +69,13 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
     h_to_g = plan.by_chunk(p.A.unsqueeze(-1).expand(-1, -1, plan.blocks))
     outputs = {"dx": dx, "dz": dz, "dB": dB, "dC": dC, "dD": dD, "vectors": vectors, "h_to_g": h_to_g}
     _launch(plan, dy if dy.ndim == 5 else dy.unsqueeze(2), dstate, dinitial, outputs, parts)
-    last = {
-        "ddt": ddt, "dA": dA, "dbias": dbias, "dD": dD, "vectors": vectors, "h_to_g": h_to_g, "L": p.length,
-        "PASSING": plan.blocks, "plane": vectors[0].numel(), "HAS_D": has_d,
-    }  # fmt: skip
-    ddt_kernel[plan.tiles](**plan.filled(plan.dt | last))
+    last = {"ddt": ddt, "dA": dA, "dbias": dbias, "dD": dD, "vectors": vectors, "h_to_g": h_to_g, **plan.dt}
+    plan.launch(
+        ddt_kernel, plan.tiles, last,
+        lambda: {
+            "L": p.length, "PASSING": plan.blocks, "plane": vectors[0].numel(), "HAS_D": has_d, **plan.dt_numbers
+        },
+    )  # fmt: skip
     return Gradients(
         x=dx if own_x else dx.sum(2, keepdim=True),
         dt=ddt,
@@ -93,8 +94,8 @@ def _parts(plan: Plan) -> int:
     p = plan.p
     chunks = max(1, plan.rows * plan.per_row * p.routes * p.groups)
     heads = p.heads // max(1, p.groups)
-    wanted = max(1, min(heads, triton.cdiv(6 * cores(p.x.device), chunks)))
-    return triton.cdiv(heads, triton.cdiv(heads, wanted)) if heads else 1
+    wanted = max(1, min(heads, -(-6 * cores(p.x.device) // chunks)))
+    return -(-heads // -(-heads // wanted)) if heads else 1
 
 
 def _launch(
@@ -104,35 +105,42 @@ def _launch(
     p, segments = plan.p, plan.short_segments
     if SLOT * max(map(abs, dy.stride())) >= 2**30:  # beyond what Plan.near promises
         dy = dy.contiguous()
-    rows = {"dy": dy, "ys": (*dy.stride()[:2], dy.stride(2) if dy.shape[2] > 1 else 0, *dy.stride()[3:])}
     dfinal = None if dstate is None else dstate.to(p.dtype).contiguous()
-    h_enter, g_enter = plan.entering(segments, rows, dfinal)
+    h_enter, g_enter = plan.entering(segments, dy, dfinal)
     turns = _turns(plan, segments)
     size = (2, max(chunks for *_, chunks in turns), p.routes, p.heads, p.head_dim, p.state)
-    states = torch.empty(size, dtype=plan.product_dtype, device=p.x.device)
+    h_all, g_all = torch.empty(size, dtype=plan.product_dtype, device=p.x.device)
+    walked = {
+        "dy": dy, "dfinal": dfinal, "dinitial": dinitial, "h_enter": h_enter, "g_enter": g_enter, "h_out": h_all,
+        "g_out": g_all, "h_to_g": outputs["h_to_g"],
+    }  # fmt: skip
+    chunked = outputs | {"dy": dy, "h_in": h_all, "g_in": g_all}
+    del chunked["h_to_g"]
     for first, count, first_chunk, chunks in turns:
         for adjoint in (False, True):
-            plan.walk(
-                (count,), segments, **rows, dfinal=dfinal, dinitial=dinitial, h_enter=h_enter, g_enter=g_enter,
-                h_out=states[0], g_out=states[1], h_to_g=outputs["h_to_g"], STORE=True, BOTH=False, ADJOINT=adjoint,
-                first_segment=first, first_chunk=first_chunk,
-            )  # fmt: skip
-        given = {"h_in": states[0], "g_in": states[1], "first_chunk": first_chunk, "L": p.length}
-        _chunks(plan, rows | outputs | given, chunks, parts)
+            numbers = {
+                "STORE": True, "BOTH": False, "ADJOINT": adjoint, "first_segment": first, "first_chunk": first_chunk
+            }  # fmt: skip
+            plan.walk((first, adjoint), (count,), segments, walked, numbers | row_strides(dy))
+        _chunks(plan, chunked, dy, first_chunk, chunks, parts)
 
 
-def _chunks(plan: Plan, given: dict[str, Any], chunks: int, parts: int) -> None:
+def _chunks(plan: Plan, given: dict[str, Any], dy: Tensor, first_chunk: int, chunks: int, parts: int) -> None:
     """Runs the kernel that takes all chunks at once."""
     p = plan.p
-    heads, each = p.heads // p.groups, p.routes * p.groups * chunks
-    own = {
-        "D": plan.D, "d_h": plan.d_strides[0], "d_p": plan.d_strides[1], "HAS_D": p.D is not None,
-        "WIDE_D": p.D is not None and p.D.ndim == 3, "parts": parts, "heads_each": triton.cdiv(heads, parts),
-        "part_size": given["dB"][0].numel(), "BLOCKS": plan.shared["blocks"], **plan.pipeline,
-    }  # fmt: skip
-    arguments = plan.shared | given | own
-    del arguments["blocks"], arguments["h_to_g"]
-    chunks_kernel[(2 * each * parts,)](**plan.filled(arguments))
+
+    def numbers() -> dict[str, Any]:
+        found = plan.shared_numbers | row_strides(dy) | {
+            "first_chunk": first_chunk, "L": p.length, "d_h": plan.d_strides[0], "d_p": plan.d_strides[1],
+            "HAS_D": p.D is not None, "WIDE_D": p.D is not None and p.D.ndim == 3, "parts": parts,
+            "heads_each": -(-(p.heads // p.groups) // parts), "part_size": given["dB"][0].numel(),
+            "BLOCKS": -(-p.head_dim // plan.width), **plan.pipeline,
+        }  # fmt: skip
+        del found["blocks"]
+        return found
+
+    programs = 2 * p.routes * p.groups * chunks * parts
+    plan.launch(chunks_kernel, (programs,), {**plan.shared, "D": plan.D, **given}, numbers, first_chunk)
 
 
 def _turns(plan: Plan, segments: Segments) -> list[tuple[int, int, int, int]]:
@@ -148,7 +156,7 @@ def _turns(plan: Plan, segments: Segments) -> list[tuple[int, int, int, int]]:
         row, s = divmod(segment, segments.count)
         return row * plan.per_row + min(s * segments.length, plan.per_row)
 
-    count = triton.cdiv(total, triton.cdiv(total, most))
+    count = -(-total // -(-total // most))
     for first in range(0, total, count):
         last = min(first + count, total)
         turns.append((first, last - first, chunk(first), chunk(last) - chunk(first)))

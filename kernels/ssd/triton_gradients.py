@@ -79,7 +79,7 @@ def row_side(x, dy, z, C_at, D, B_at, steps, h_in, dz, dC, dD, vectors, xs, ys, 
         T_sum += E * L * step[None, :]
         if EXACT:
             crossing = (i <= j).to(real)  # at (t, i): i >= t
-            crossed = product(crossing, E * SL * step[None, :], DOT, PRECISION)
+            crossed = product(crossing, E * SL * step[None, :], DOT, "ieee")  # tensor cores cut sums off
             pairs = tl.sum(tl.where(j < i, crossed, 0.0), 1)
         else:  # with the numbers that <x, u> is from, so that their sums over all pairs cancel
             pairs = tl.sum(E * SL.to(DOT).to(real) * step[None, :], 1)
@@ -222,6 +222,18 @@ def chunks_kernel(x, dy, z, B, C, D, steps, tokens, owner, h_in, g_in, dx, dz, d
 
 
 @triton.jit
+def append(before, last, more, new_last):
+    """Two stretches, each as the sum of all but its last number and that number, joined."""
+    return before + last + more, new_last
+
+
+@triton.jit
+def before_each(t):
+    """What comes before each number of a row, added up; a running sum less the number itself would lose digits."""
+    return tl.associative_scan((tl.zeros_like(t), t), 1, append)[0]
+
+
+@triton.jit
 def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, t_b, t_k, per_row, K, H, L, T, first,
                sign, plane, blocks, TABLE: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
                LOW: tl.constexpr, HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
@@ -248,7 +260,7 @@ def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, 
     if not EXACT:
         ends -= step * own
     da = tl.cumsum(ends, 1, reverse=True)
-    da += tl.cumsum(to_g, 1) - to_g
+    da += before_each(to_g)
     for block in tl.static_range(PASSING):
         da += tl.load(h_to_g + chunk * PASSING + block, mask=live, other=0)[:, None]
     if EXACT:

@@ -6,6 +6,7 @@ On a machine without a GPU: ``TRITON_INTERPRET=1 python -m pytest tests/kernels/
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from contract import assert_equals_reference, assert_repeats, triton_device
 from ssd_cases import CASES, ROUNDED, ROWS, Case, compare, run
 
 from kernels import ssd
+from kernels.plans import Plans
 from kernels.ssd import triton_plan
 from kernels.ssd.triton_plan import Plan, Segments
 
@@ -36,9 +38,16 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poison)
 
 
+def new_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that a test changes must not be those of an earlier call with the same signature."""
+    for name in ("_plans", "_backward_plans"):
+        monkeypatch.setattr(sys.modules["kernels.ssd"], name, Plans())
+
+
 @pytest.fixture(autouse=True)
 def few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long chunks in the interpreter: an operation on a large tile takes it as long as one on a small tile."""
+    new_plans(monkeypatch)
     if INTERPRETED:
         for dtype in triton_plan.CHUNK:
             monkeypatch.setitem(triton_plan.CHUNK, dtype, 64)
@@ -51,6 +60,7 @@ def in_segments(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
         length = -(-plan.per_row // count)
         return Segments(-(-plan.per_row // length) if length else 1, length)
 
+    new_plans(monkeypatch)
     monkeypatch.setattr(Plan, "segments", property(segments))
     monkeypatch.setattr(Plan, "short_segments", property(segments))
 
@@ -137,12 +147,15 @@ def test_bfloat16_products_are_accurate_enough(name: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(interpreter, "_convert_float", rounding)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    new_plans(monkeypatch)
     monkeypatch.setattr(Plan, "product_dtype", torch.bfloat16)
     compare(EMULATED[name], torch.bfloat16, "triton", products=True)
 
 
-def test_strong_and_weak_decays_in_one_chunk() -> None:
-    """Differences of large running sums keep their digits: gradients of dt and A in float32 show it."""
+@pytest.mark.parametrize("chunk", [64, 16])
+def test_strong_and_weak_decays(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Differences of large running sums keep their digits, in one chunk and in several: so in ddt and dA."""
+    monkeypatch.setitem(triton_plan.CHUNK, torch.float32, chunk)
     case = Case(B=1, L=64, H=2, P=8, N=8, without="z", dt_softplus=False)
     inputs = case.inputs(torch.float32)
     dt = torch.where(torch.arange(64) % 2 == 0, 20.0, 0.003)[None, :, None].expand(1, 64, 2)
