@@ -37,15 +37,14 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _launches_early(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is an NVIDIA GPU that copies boxes of tensors and launches kernels early (sm_90 and later)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def dependent_launch(t: torch.Tensor) -> dict[str, bool]:
     """Options of a Triton kernel with a ``PDL`` switch: programmatic dependent launch where the GPU of ``t`` has it."""
-    if t.device.type != "cuda" or interpreting() or not _launches_early(t.device):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
+    return {"PDL": True, "launch_pdl": True} if is_hopper(t.device) and not interpreting() else {"PDL": False}
 
 
 def choose(backend: str, device: torch.device, cuda: bool = False) -> tuple[str, str]:

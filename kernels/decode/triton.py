@@ -280,7 +280,7 @@ def scan_step(
         low, x, z, dt_weight, dt_bias, A_log, D, state, y, channels, parts, x.stride(0), z.stride(0),
         R=rank, N=n, BLOCK_R=triton.next_power_of_2(rank), BLOCK_N=triton.next_power_of_2(n),
         BLOCK_PARTS=each, UNROLL=min(6, -(-parts // each)), BLOCK=block, ACC=_accumulator(x),
-        num_warps=8 if parts > 1 else 4, **dependent_launch(x),
+        num_warps=8 if parts > 64 else 4, **dependent_launch(x),  # with two, registers leave room for few programs
     )  # fmt: skip
     return y
 

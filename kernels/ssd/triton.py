@@ -21,7 +21,7 @@ from kernels.selective_scan.outputs import fresh
 from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd.problem import Problem
 from kernels.ssd.triton_backward import backward
-from kernels.ssd.triton_plan import Plan
+from kernels.ssd.triton_plan import BOXES, Plan
 from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tokens, weighted_mask
 
 __all__ = ["backward", "forward"]
@@ -122,9 +122,9 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor]:
         segments = plan.segments
         enter = plan.entering(segments)[0]
         boxes = plan.boxes(y)
-        in_bulk = boxes.pop("TMA")
         tensors = {
-            **plan.shared, **boxes, "y": y, "final": final, "enter_from": enter, "D": plan.D, "initial": plan.initial,
+            **plan.shared, **(boxes or dict.fromkeys(BOXES)), "y": y, "final": final, "enter_from": enter,
+            "D": plan.D, "initial": plan.initial,
         }  # fmt: skip
         plan.launch(
             forward_kernel, (plan.rows * segments.count * plan.programs,), tensors,
@@ -132,8 +132,9 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor]:
                 "HAS_ENTER": enter is not None, "d_h": plan.d_strides[0], "d_p": plan.d_strides[1],
                 "HAS_D": p.D is not None, "HAS_INITIAL": plan.initial is not None, "segments": segments.count,
                 "length": segments.length, "L": p.length, "num_warps": plan.warps, "num_stages": plan.stages,
-                "TMA": in_bulk,
+                "TMA": boxes is not None,
             },
+            boxes is not None,
         )  # fmt: skip
     if merging:
         return y.sum(2).to(p.x.dtype), final

@@ -8,7 +8,7 @@ sequences.
 # (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.backend import is_hopper
 from kernels.plans import kept, launch_named
 from kernels.selective_scan.cuda_shape import properties
 from kernels.selective_scan.problem import CHUNK as SLOT
@@ -36,7 +37,8 @@ WORKSPACE = 320 << 20  # bytes for the states between chunks and segments in the
 WALKED = ("dy", "dfinal", "dinitial", "h_enter", "g_enter", "h_out", "g_out", "h_to_g", "h_total", "g_total", "h_decay",
           "g_decay")  # tensors of ``states_kernel`` that not every launch has  # fmt: skip
 
-Tensors = dict[str, Tensor | None]
+BOXES = ("x_box", "B_box", "C_box", "y_box")
+Tensors = Mapping[str, Tensor | TensorDescriptor | None]
 
 
 class Segments(NamedTuple):
@@ -61,11 +63,6 @@ def row_strides(dy: Tensor | None) -> dict[str, tuple[int, ...]]:
     if dy is None:
         return {"ys": (0, 0, 0, 0, 0)}
     return {"ys": (*dy.stride()[:2], dy.stride(2) if dy.shape[2] > 1 else 0, *dy.stride()[3:])}
-
-
-def bulk(device: torch.device) -> bool:
-    """Whether a GPU copies boxes of tensors by itself."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def as_lines(t: Tensor) -> bool:
@@ -313,14 +310,15 @@ class Plan:
         odd = p.positions % self.chunk or p.head_dim % self.width or p.state != power(p.state)
         return not self.table and not odd
 
-    def boxes(self, y: Tensor) -> dict[str, Any]:
+    def boxes(self, y: Tensor) -> dict[str, TensorDescriptor] | None:
         """x, B, C and y as matrices of tokens for the forward's bulk copies (TMA), where their layout allows that."""
         p = self.p
-        wide = {"x_box": (p.x, self.width), "B_box": (p.B, p.state), "C_box": (p.C, p.state), "y_box": (y, self.width)}
-        lines = all(as_lines(t) and t.dtype == torch.bfloat16 for t, _ in wide.values())
-        if not (lines and self.full and not p.reverse and bulk(p.x.device)):
-            return dict.fromkeys(wide) | {"TMA": False}
-        return {n: descriptor(t, self.chunk, columns) for n, (t, columns) in wide.items()} | {"TMA": True}
+        if not self.full or p.reverse or self.product_dtype != torch.bfloat16 or not is_hopper(p.x.device):
+            return None
+        found = dict(zip(BOXES, ((p.x, self.width), (p.B, p.state), (p.C, p.state), (y, self.width)), strict=True))
+        if not all(as_lines(t) for t, _ in found.values()):
+            return None
+        return {n: descriptor(t, self.chunk, columns) for n, (t, columns) in found.items()}
 
     def by_chunk(self, t: Tensor) -> Tensor:
         """Memory for one tensor like t a chunk."""
