@@ -176,7 +176,7 @@ def selection(steps: int) -> Figure:
     study = recipe.read("selective_copying")
     small = {
         "task": {"length": 48, "vocab_size": 8, "data": 4}, "d_model": 32, "steps": steps, "batch_size": 32,
-        "lr": 3e-3, "warmup": 100, "check_every": 50, "stop_at": None, "test_lengths": [],
+        "lr": 3e-3, "warmup": 100, "check_every": 50, "stop_at": None, "curriculum": [], "test_sequences": 1,
     }  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figure, (left, right) = _panels(2, "training step")

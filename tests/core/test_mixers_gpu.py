@@ -120,5 +120,5 @@ def test_packed_and_padded(name: str):
     alone, end = low.forward_state(rows[1:, :33], low.init_state(1, max_length=64))
     assert relative_rms(y[1:, :33], alone) < 1e-4
     for key, a, b in zip(state._fields, state, end, strict=True):
-        if key not in ("keys", "values"):  # beyond the row's length these hold anything
+        if key not in ("keys", "values") and b.numel():  # beyond the row's length these hold anything
             assert relative_rms(a[1:].float(), b.float()) < 1e-4, key
