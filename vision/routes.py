@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vision.tables import build_apart
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -42,8 +44,12 @@ _ROUTES: dict[str, Callable[..., Tensor]] = {}
 @functools.lru_cache(maxsize=256)
 def _kept(names: str, height: int, width: int, class_token: bool, device: torch.device) -> Tensor:
     """``scan_routes`` on a device, kept: models ask for the same few in every step."""
-    with torch.device(device):
-        return scan_routes(names.split(","), height, width, class_token)
+
+    def build() -> Tensor:
+        with torch.device(device):
+            return scan_routes(names.split(","), height, width, class_token)
+
+    return build_apart(build, device)
 
 
 def route(function: Function) -> Function:

@@ -106,7 +106,7 @@ def shape_of(
     fit = cores * resident * WARPS // min(warps, WARPS) // max(1, scans * blocks)
     if not backward and fit > 8:  # so many shorten what waits for the first pass no more, and each has one
         fit = fit * 2 // 3
-    segments = 1 if fit < 3 else max(1, min(fit, 64, slots))
+    segments = 1 if fit < (3 if backward else 6) else max(1, min(fit, 64, slots))
     tile, part = 16 if small else 32, 8 if states <= 4 else 4
     return Shape(lanes, states, tile, part, warps, extra, resident, width, blocks, segments)
 

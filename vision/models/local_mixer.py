@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from core import hippo
 from core.mixers.mamba import decay_rates
+from vision.tables import build_apart
 
 __all__ = ["ChannelGate", "LocalMixer", "Rotary", "rotation", "rotation_angles", "rotation_table"]
 
@@ -40,8 +41,12 @@ def rotation_angles(height: int, width: int, dim: int, length: int, device: torc
 @functools.lru_cache(maxsize=64)
 def rotation_table(height: int, width: int, dim: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Cosines and sines (2, H W, dim) of ``rotation_angles``, kept."""
-    angles = rotation_angles(height, width, dim, length, device)
-    return torch.stack((angles.cos(), angles.sin())).to(dtype)
+
+    def build() -> Tensor:
+        angles = rotation_angles(height, width, dim, length, device)
+        return torch.stack((angles.cos(), angles.sin())).to(dtype)
+
+    return build_apart(build, device)
 
 
 @torch.library.custom_op("triscan::rotation", mutates_args=())

@@ -174,7 +174,11 @@ class RouteMixer(nn.Module):
         x, _ = torch.ops.triscan.causal_conv1d(
             x, conv_weight.squeeze(1), conv_bias, None, None, None, None, "silu", backwards, False, "auto"
         )
-        dt, B, C = F.linear(x, x_weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        R, N, more = self.dt_rank, self.d_state, -self.dt_rank % 8
+        if more > 0:  # rows and ranks that are no multiple of 16 bytes take the GPU's slow products
+            x_weight, dt_weight = F.pad(x_weight, [0, 0, 0, more]), F.pad(dt_weight, [0, more])
+        parts = F.linear(x, x_weight)
+        dt, B, C = parts[..., : R + more], parts[..., R : R + N], parts[..., R + N : R + 2 * N]
         y, _, _ = torch.ops.triscan.selective_scan(
             x, F.linear(dt, dt_weight), decay_rates(A_log), B.unsqueeze(2), C.unsqueeze(2), D, z, dt_bias, None, None,
             None, None, None, True, True, "sum", backwards, False, "auto",
@@ -201,4 +205,4 @@ class RouteMixer(nn.Module):
         """Mixes tokens (B, M + 1, D) of a grid of M patches, the class token at row M // 2; returns (B, M + 1, D)."""
         x, z = self.in_proj(x).chunk(2, dim=-1)
         y = self.scan_in_order(x, z) if self.in_order else self.scan_along_routes(x, z, grid)
-        return self.out_proj(y) / self.K
+        return F.linear(y, self.out_proj.weight / self.K)

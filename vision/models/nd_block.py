@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from core.block import AddNorm
 from core.mixers.mamba import Mamba, decay_rates
+from vision.tables import build_apart
 
 __all__ = ["NDBlock", "OrderedMamba", "PatchMerging", "axis_order"]
 
@@ -26,8 +27,12 @@ torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in 
 @functools.lru_cache(maxsize=64)
 def axis_order(grid: tuple[int, ...], order: tuple[int, ...], device: torch.device) -> Tensor:
     """The tokens of a grid with its axes nested in another order, (1, P) int32; the last axis runs fastest."""
-    numbers = torch.arange(math.prod(grid), dtype=torch.int32, device=device).view(grid)
-    return numbers.permute(order).reshape(1, -1)
+
+    def build() -> Tensor:
+        numbers = torch.arange(math.prod(grid), dtype=torch.int32, device=device).view(grid)
+        return numbers.permute(order).reshape(1, -1)
+
+    return build_apart(build, device)
 
 
 @torch.library.custom_op("triscan::axis_order", mutates_args=())

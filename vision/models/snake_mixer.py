@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from core import hippo
 from core.mixers.mamba import decay_rates
 from vision.routes import scan_routes
+from vision.tables import build_apart
 
 __all__ = ["SNAKES", "SnakeMixer", "snake_tables"]
 
@@ -34,12 +35,16 @@ def snake_tables(height: int, width: int, device: torch.device) -> Tensor:
     Returns:
         (2, K, L) int32: token, and direction of the step into it: 0 start, 1 right, 2 left, 3 up, 4 down.
     """
-    with torch.device(device):
-        tokens = scan_routes(SNAKES, height, width)
-        rows, columns = tokens // width, tokens % width
-        down, right = (F.pad(t.diff(dim=1), (1, 0)) for t in (rows, columns))
-        steps = (right == 1) * 1 + (right == -1) * 2 + (down == -1) * 3 + (down == 1) * 4
-        return torch.stack((tokens, steps.to(torch.int32)))
+
+    def build() -> Tensor:
+        with torch.device(device):
+            tokens = scan_routes(SNAKES, height, width)
+            rows, columns = tokens // width, tokens % width
+            down, right = (F.pad(t.diff(dim=1), (1, 0)) for t in (rows, columns))
+            steps = (right == 1) * 1 + (right == -1) * 2 + (down == -1) * 3 + (down == 1) * 4
+            return torch.stack((tokens, steps.to(torch.int32)))
+
+    return build_apart(build, device)
 
 
 @torch.library.custom_op("triscan::snake_tables", mutates_args=())
