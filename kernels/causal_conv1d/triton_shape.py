@@ -15,7 +15,7 @@ from kernels.causal_conv1d.problem import Problem
 
 WARPS = 4  # of a program
 RESIDENT = 3  # programs of the backward that a multiprocessor's registers hold
-FEW = 12  # programs of the forward to a multiprocessor
+BRIEF = 1 << 16  # places
 START = 16  # places that could be computed while such a program starts
 
 
@@ -50,19 +50,21 @@ def processors(device: torch.device) -> int:
 def shape_of(p: Problem, backward: bool) -> Shape:
     """The shape of the forward or backward kernel, a rule on sizes, dtype and GPU."""
     wide = p.x.element_size()
-    most = 2 if backward else 4
+    brief = wide == 2 and p.batch * p.length <= BRIEF
+    most = 2 if brief and backward else 4
     V = max(v for v in (most, 2, 1) if v * p.width <= (16 if wide < 8 else 8) or v == 1)  # the rest is registers
-    U = max(1, (8 if backward and V == 1 else 16) // wide)
-    return cut(p.batch, p.length, p.channels, V, U, backward, processors(p.x.device))
+    brief = brief and most == V
+    U = max(1, (16 if backward == brief else 8) // wide)
+    return cut(p.batch, p.length, p.channels, V, U, backward, brief, processors(p.x.device))
 
 
 @functools.cache
-def cut(batch: int, length: int, channels: int, V: int, U: int, backward: bool, processors: int) -> Shape:
-    """The shape for V channels a thread and U places at once.
+def cut(batch: int, length: int, channels: int, V: int, U: int, backward: bool, brief: bool, processors: int) -> Shape:
+    """The shape for V channels a thread and U places at once; ``brief`` for 16-bit maps of up to BRIEF places.
 
-    Forward runs are 64 places, or 16 with half as many at once where that leaves few programs. In the backward a
-    program's start costs as much as START places, and RESIDENT of them fit a multiprocessor: of all runs the one is
-    taken whose rounds of programs take the least time (fitted to measurements; see docs/benchmarks.md).
+    Forward runs are 16 places in brief maps, else as long as leaves 5 programs to a multiprocessor, up to 64. In the
+    backward a program's start costs as much as START places, and RESIDENT of them fit a multiprocessor: of all runs the
+    one is taken whose rounds of programs take the least time (fitted to measurements; see docs/benchmarks.md).
     """
     BD = min(32 * V, int(triton.next_power_of_2(channels)))
     R, blocks = 32 * V * WARPS // BD, -(-channels // BD)
@@ -73,11 +75,11 @@ def cut(batch: int, length: int, channels: int, V: int, U: int, backward: bool, 
     def programs(steps: int) -> int:
         return batch * blocks * at(steps).runs
 
-    longest = max(1, min(-(-length // (R * U)), (256 if backward else 64) // U))
+    longest = max(1, min(-(-length // (R * U)), ((256 if brief else 512) if backward else 16 if brief else 64) // U))
     if backward:
         places = {n: -(-programs(n) // (RESIDENT * processors)) * (n * U + START) for n in range(1, longest + 1)}
         return at(min(places, key=places.__getitem__))
-    if programs(longest) >= FEW * processors:
-        return at(longest)
-    U = max(1, U // 2)
-    return at(max(1, min(-(-length // (R * U)), 16 // U)))
+    steps = longest
+    while steps > max(1, 16 // U) and programs(steps) < 5 * processors:
+        steps = -(-steps // 2)
+    return at(steps)

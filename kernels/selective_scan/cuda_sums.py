@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kernels.selective_scan.cuda_shape import Shape
 
 THREADS = 256  # of a block that adds up
+LEAST = 4  # chunks of a slice
 
 
 class Sums:
@@ -59,7 +60,7 @@ class Sums:
         if p.cu_seqlens is not None or not self.maps or not self.chunks:
             return 1
         bytes_ = -(-2 * CHUNK * shape.blocks * p.groups // p.channels)  # theirs over those of the saved states
-        slices = max(1, min(bytes_, self.chunks // least(self.chunks, shape.segments)))
+        slices = max(1, min(bytes_, self.chunks // LEAST))
         return -(-self.chunks // -(-self.chunks // slices))  # none of them empty
 
     def bounds(self, i: int) -> dict[str, int]:
@@ -70,11 +71,6 @@ class Sums:
     def blocks(self, i: int) -> int:
         """Blocks of the launch that adds up after slice ``i``."""
         return self.part_blocks + (self.sum_blocks if i == 0 else 0)
-
-
-def least(chunks: int, segments: int) -> int:
-    """Chunks of a slice, at least: a launch of fewer takes longer to start than to run."""
-    return 8 if segments > 1 else 2 if chunks >= 8 else 4
 
 
 class Held:
