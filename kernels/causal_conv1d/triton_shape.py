@@ -15,6 +15,7 @@ from kernels.causal_conv1d.problem import Problem
 
 WARPS = 4  # of a program
 RESIDENT = 3  # programs of the backward that a multiprocessor's registers hold
+BRIEF = 1 << 16  # places
 START = 16  # places that could be computed while such a program starts
 
 
@@ -49,18 +50,21 @@ def processors(device: torch.device) -> int:
 def shape_of(p: Problem, backward: bool) -> Shape:
     """The shape of the forward or backward kernel, a rule on sizes, dtype and GPU."""
     wide = p.x.element_size()
-    V = max(v for v in (4, 2, 1) if v * p.width <= (16 if wide < 8 else 8) or v == 1)  # the rest is registers
-    U = max(1, (8 if backward else 16) // wide)
-    return cut(p.batch, p.length, p.channels, V, U, backward, processors(p.x.device))
+    brief = wide == 2 and p.batch * p.length <= BRIEF
+    most = 2 if brief and backward else 4
+    V = max(v for v in (most, 2, 1) if v * p.width <= (16 if wide < 8 else 8) or v == 1)  # the rest is registers
+    brief = brief and most == V
+    U = max(1, (16 if backward == brief else 8) // wide)
+    return cut(p.batch, p.length, p.channels, V, U, backward, brief, processors(p.x.device))
 
 
 @functools.cache
-def cut(batch: int, length: int, channels: int, V: int, U: int, backward: bool, processors: int) -> Shape:
-    """The shape for V channels a thread and U places at once.
+def cut(batch: int, length: int, channels: int, V: int, U: int, backward: bool, brief: bool, processors: int) -> Shape:
+    """The shape for V channels a thread and U places at once; ``brief`` for 16-bit maps of up to BRIEF places.
 
-    Forward runs are as long as leaves 5 programs to a multiprocessor, up to 64 places. In the backward a program's
-    start costs as much as START places, and RESIDENT of them fit a multiprocessor: of all runs the one is taken
-    whose rounds of programs take the least time (fitted to measurements; see docs/benchmarks.md).
+    Forward runs are 16 places in brief maps, else as long as leaves 5 programs to a multiprocessor, up to 64. In the
+    backward a program's start costs as much as START places, and RESIDENT of them fit a multiprocessor: of all runs the
+    one is taken whose rounds of programs take the least time (fitted to measurements; see docs/benchmarks.md).
     """
     BD = min(32 * V, int(triton.next_power_of_2(channels)))
     R, blocks = 32 * V * WARPS // BD, -(-channels // BD)
@@ -71,7 +75,7 @@ def cut(batch: int, length: int, channels: int, V: int, U: int, backward: bool, 
     def programs(steps: int) -> int:
         return batch * blocks * at(steps).runs
 
-    longest = max(1, min(-(-length // (R * U)), (512 if backward else 64) // U))
+    longest = max(1, min(-(-length // (R * U)), ((256 if brief else 512) if backward else 16 if brief else 64) // U))
     if backward:
         places = {n: -(-programs(n) // (RESIDENT * processors)) * (n * U + START) for n in range(1, longest + 1)}
         return at(min(places, key=places.__getitem__))

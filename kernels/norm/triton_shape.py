@@ -48,17 +48,18 @@ def shape_of(p: Problem, backward: bool, plain: bool) -> Shape:
         backward: Whether its backward runs.
         plain: Whether there is one tensor in and one out (and their gradients): no residual, no gate.
     """
-    block = int(triton.next_power_of_2(p.channels // p.groups))
+    block, count = int(triton.next_power_of_2(p.channels // p.groups)), p.x.numel() // p.channels
     across = max(1, min(16, block // 512))  # warps side by side on a row
     if across == 1:
-        spread = 1 if backward and plain else 4
-        deep, resident = (2, 16) if backward else (2, 32) if plain else (1, 64)
+        few = plain and count < 256 * processors(p.x.device)
+        spread = (2 if few else 1) if backward and plain else 4
+        deep, resident = (2, 8 if few else 16) if backward else (2, 16 if few else 32) if plain else (1, 64)
     else:
         spread = max(1, 4 // across) if backward else 1
         # 16 warps leave a thread 128 registers: two rows of a backward don't fit them
-        deep, resident = (2, 32) if not backward else (1, 16) if plain else (1 if across == 16 else 2, 8)
+        deep, resident = (2, 32) if not backward else (1, 16) if plain or across == 16 else (2, 8)
     rows = spread * max(1, min(deep, 16384 // block))  # the widest rows fill the registers alone
     warps = across * spread
-    tiles = -(-(p.x.numel() // p.channels) // rows)
+    tiles = -(-count // rows)
     strips = max(1, min(tiles, processors(p.x.device) * resident // (warps * p.groups)))
     return Shape(rows, block, spread, warps, strips, -(-tiles // strips))

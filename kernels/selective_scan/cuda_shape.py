@@ -98,7 +98,7 @@ def shape_of(
         small = lanes == 1 or (states <= 4 and not extra and (wide or slots <= SHORT))
         resident = 1 if warps > WARPS or lanes == 1 else 2 if extra else 3
     else:
-        extra = 2 * warps if lanes == 1 else min(2, warps) if lanes == 8 and states > 4 else warps
+        extra = 2 * warps if lanes == 1 else 2 if lanes == 8 and states > 4 and warps % 2 == 0 else warps
         small = lanes <= 2 or states > 4 or wide or slots <= SHORT // 4
         resident = 3 if lanes in (2, 4) or extra < warps else 2
         resident += small and states <= 4 and not wide and lanes == 4

@@ -46,7 +46,7 @@ def test_compiles_without_a_gpu(name: str, pairs: int, architecture: str) -> Non
 def test_shapes_hold_the_state_and_fit_the_gpu(state: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_shape, "properties", lambda device: (132, 227 << 10))
     rule = cuda_shape.shape_of.__wrapped__
-    for channels in (1, 33, 1536):
+    for channels in (1, 9, 33, 1536):
         for backward, wide, slots in itertools.product((False, True), (False, True), (32, 1024)):
             shape = rule(state, channels, 8, slots, wide, backward, state % 2 == 0, torch.device("cuda"))
             assert shape.lanes * shape.states >= state

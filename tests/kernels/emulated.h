@@ -1,0 +1,113 @@
+// What the CUDA scans' source needs to run on a CPU: a block at a time, with a fiber for each of its threads. A fiber goes on
+// until it waits for others (a barrier, a product of the whole warp); shared memory starts as NaN.
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <ucontext.h>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __builtin_assume(x)
+
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+static float2 make_float2(float a, float b) { return {a, b}; }
+static float4 make_float4(float a, float b, float c, float d) { return {a, b, c, d}; }
+template <class To, class From> static To cast_bits(From v) { To to; memcpy(&to, &v, sizeof(to)); return to; }
+static float __int_as_float(int v) { return cast_bits<float>(v); }
+static float __uint_as_float(unsigned v) { return cast_bits<float>(v); }
+static int __float_as_int(float v) { return cast_bits<int>(v); }
+static unsigned __float_as_uint(float v) { return cast_bits<unsigned>(v); }
+static int min(int a, int b) { return a < b ? a : b; }
+static int max(int a, int b) { return a > b ? a : b; }
+
+struct Index { int x; };
+struct Fiber { ucontext_t context; char* stack; bool done; Index index; };
+static std::vector<Fiber> fibers;
+static int current, threads_;
+static ucontext_t scheduler;
+static Index blockIdx;
+static float4* shared_memory;
+#define threadIdx (fibers[current].index)
+static void others() { swapcontext(&fibers[current].context, &scheduler); }
+
+struct Barrier { int arrived = 0; long phase = 0; int all = 1; };
+static Barrier of_block, of_warp[64];
+static void wait_at(Barrier& b, int count) {
+    long phase = b.phase;
+    if (++b.arrived == count) b.arrived = 0, b.phase++;
+    else while (b.phase == phase) others();
+}
+static void __syncthreads() { wait_at(of_block, threads_); }
+static void __syncwarp() { wait_at(of_warp[threadIdx.x / 32], 32); }
+static int __syncthreads_and(int value) {
+    if (!value) of_block.all = 0;
+    __syncthreads();
+    int all = of_block.all;
+    __syncthreads();
+    of_block.all = 1;
+    __syncthreads();
+    return all;
+}
+
+struct Arrivals { int wanted, arrived; long phase; };
+static std::map<void*, Arrivals> arrivals;  // mbarriers
+
+// The tensor core's m16n8k8 in tf32, whose operands lie as PTX says.
+static void product(float (&to)[4], const unsigned (&first)[4], const unsigned (&second)[2]) {
+    static unsigned held[64][32][6];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int i = 0; i < 4; i++) held[warp][lane][i] = first[i] & 0xffffe000u;
+    for (int i = 0; i < 2; i++) held[warp][lane][4 + i] = second[i] & 0xffffe000u;
+    __syncwarp();
+    for (int i = 0; i < 4; i++) {
+        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = 2 * (lane % 4) + i % 2;
+        float sum = 0;
+        for (int k = 0; k < 8; k++)
+            sum += __uint_as_float(held[warp][row % 8 * 4 + k % 4][row / 8 + k / 4 * 2]) *
+                   __uint_as_float(held[warp][column * 4 + k % 4][4 + k / 4]);
+        to[i] += sum;
+    }
+    __syncwarp();
+}
+
+static unsigned short to_bf16(float v) {
+    unsigned u = __float_as_uint(v);
+    return v != v ? 0x7fff : u + 0x7fff + (u >> 16 & 1) >> 16;
+}
+
+template <class Arguments> static void run_blocks(void (*start)(), long long blocks, int threads, int bytes) {
+    const int room = 1 << 17;
+    threads_ = threads;
+    shared_memory = static_cast<float4*>(aligned_alloc(64, bytes / 64 * 64 + 128));
+    fibers.resize(threads);
+    for (Fiber& f : fibers) if (!f.stack) f.stack = static_cast<char*>(malloc(room));
+    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
+        memset(shared_memory, 0xff, bytes / 64 * 64 + 128);
+        of_block = Barrier();
+        for (Barrier& b : of_warp) b = Barrier();
+        arrivals.clear();
+        for (int i = 0; i < threads; i++) {
+            Fiber& f = fibers[i];
+            getcontext(&f.context);
+            f.context.uc_stack.ss_sp = f.stack;
+            f.context.uc_stack.ss_size = room;
+            f.done = false;
+            f.index.x = i;
+            makecontext(&f.context, start, 0);
+        }
+        for (int left = threads; left;) {
+            left = 0;
+            for (current = 0; current < threads; current++) {
+                if (!fibers[current].done) swapcontext(&scheduler, &fibers[current].context);
+                left += !fibers[current].done;
+            }
+        }
+    }
+    free(shared_memory);
+}
