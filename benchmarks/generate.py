@@ -95,7 +95,8 @@ def time_case(name: str, peers: bool) -> list[Row]:
     """The rows of a case."""
     case = CASES[name]
     function, moved = ours(case)
-    calls = {"triscan": function} | ({"mamba_ssm": theirs(case)} if peers and installed("mamba_ssm") else {})
+    peers = peers and case.state_dtype is None and installed("mamba_ssm")
+    calls = {"triscan": function} | ({"mamba_ssm": theirs(case)} if peers else {})
     rows = []
     for provider, call in calls.items():
         timing = measure(call)

@@ -1,6 +1,6 @@
 """Times ``ssd`` on a GPU, beside the floor and, on request, the published kernels in the same run.
 
-    python -m benchmarks.ssd [--peers [NAME ...]] [--write] [--case NAME ...]
+    python -m benchmarks.ssd [--peers [NAME ...]] [--write] [--case NAME ...] [--mode NAME ...]
 
 ``backward`` is the backward alone. The floor is the larger of the bytes that must move (x, dt, y, B, C; backward: x,
 dt, dy, B, C and the gradients of all but dy) over the bandwidth of a copy, and the operations of the chunked algorithm
@@ -28,6 +28,7 @@ from benchmarks.common import Row, floor, installed, measure, require_gpu, time_
 from kernels import ssd
 
 PEERS = ("mamba_ssm", "fla")
+MODES = ("forward", "backward")
 Call = tuple[Callable[[], Tensor], list[Tensor]]
 
 
@@ -139,6 +140,9 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="also time these where installed, by default all")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/ssd.csv")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="only these shapes")
+    parser.add_argument(
+        "--mode", nargs="+", choices=MODES, default=MODES, help="only these; tuning mamba_ssm takes long"
+    )
     options = parser.parse_args()
     require_gpu("ssd")
     peers = () if options.peers is None else options.peers or PEERS
@@ -150,7 +154,7 @@ def main() -> None:
     for name in options.case:
         case = CASES[name]
         t = tensors(case)
-        least = floors(case, t)
+        least = {mode: ms for mode, ms in floors(case, t).items() if mode in options.mode}
         for provider in providers:
             if is_right(provider, case):
                 function, leaves = PROVIDERS[provider](t)

@@ -2,7 +2,8 @@
 
 A program takes a head (or BP of its P columns) and walks the chunks of a row with the state in registers: C B^T under
 the structured mask times x, plus C times the state, then the state's update. No state is written to memory, except
-where a row is cut into segments (``triton_states.py``): few heads, long sequences.
+where a row is cut into segments (``triton_states.py``): few heads, long sequences. Where the layout allows it
+(``Plan.boxes``), tiles come and go by bulk copies (TMA) instead of by their elements' addresses.
 
 B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk, S
 sequences.
