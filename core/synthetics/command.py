@@ -43,11 +43,11 @@ class TableOptions:
     Args:
         models: Names of the models whose rows are wanted; empty is all.
         seeds: Seeds of every row.
-        file: CSV file of the table, one row a run; null is runs/synthetics/RECIPE/table.csv. Runs that it holds are
-            not run again.
+        file: CSV file of the table, one row a run; null is runs/synthetics/RECIPE/table.csv. Finished runs that it
+            holds are not run again.
         parallel: Runs side by side, one CUDA stream each.
         minutes: Start no run after so long, and send those that still train to their tests. Null is no bound.
-        keep_unfinished: Whether runs that ran out of time are rows too; else they are run again the next time.
+        keep_unfinished: Whether runs that ran out of time are rows too, until they are run again the next time.
         device: Where; a GPU where there is one.
         show: Only print the table and write the page.
         page: HTML page of the table, with its curves as PNG beside it; null is beside the file.

@@ -47,11 +47,11 @@ def row(recipe: Recipe, settings: Settings, result: Result, facts: Mapping[str, 
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table's file; none if there is no file yet."""
+    """The rows of a table's file, of each run the last one; none if there is no file yet."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return list({row["id"]: row for row in csv.DictReader(file)}.values())
 
 
 def check_columns(path: Path, wanted: Iterable[str]) -> None:

@@ -66,7 +66,7 @@ def fill(recipe: Recipe, wanted: Sequence[Settings], file: Path, options: TableO
 
     device = command.device(options.device)
     facts = {"device": command.device_name(device), "torch": torch.__version__, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
-    known = {row["id"] for row in rows.read_rows(file)}
+    known = {row["id"] for row in rows.read_rows(file) if row["stopped"] != "time"}
     waiting = [settings for settings in wanted if recipe.identity(settings) not in known]
     for settings in wanted[:1]:
         rows.check_columns(file, rows.row(recipe, settings, training.Result(), facts))

@@ -174,6 +174,16 @@ def test_time_and_failure_leave_no_row(tmp_path: Path, monkeypatch: pytest.Monke
     assert not file.exists()
 
 
+def test_unfinished_rows_are_run_again(tmp_path: Path) -> None:
+    file, runs_of = tmp_path / "table.csv", study()
+    wanted = runs_of.rows({}, ["mamba"], [0])
+    cut = training.Result(steps=1, stopped="time", accuracy={10: 0.25})
+    rows.append_row(file, rows.row(runs_of, wanted[0], cut, {"device": "-", "torch": "-", "date": "-"}))
+    table.fill(runs_of, wanted, file, command.TableOptions(device="cpu"))
+    assert [row["stopped"] for row in rows.read_rows(file)] == ["steps"]
+    assert len(file.read_text().splitlines()) == 3  # the cut one stands there still; the last one counts
+
+
 def test_percentages_are_not_rounded_up() -> None:
     assert rows._percent(["0.99999"]) == "99.99"
     assert rows._percent(["1.0"]) == "100.0"
