@@ -102,11 +102,13 @@ def shape_of(
         small = lanes <= 2 or states > 4 or wide or slots <= SHORT // 4
         resident = 3 if lanes in (2, 4) or extra < warps else 2
         resident += small and states <= 4 and not wide and lanes == 4
-    # Segments cost a pass that finds the states they end in: only where blocks are few.
+    # Segments cost a pass that finds the states they end in: only where blocks are few. At 16 states in long tiles the
+    # forward of 4 segments takes longer than one walk over everything (measured).
+    enough = 6 if lanes == 4 and not (backward or small) else 3
     fit = cores * resident * WARPS // min(warps, WARPS) // max(1, scans * blocks)
     if not backward and fit > 8:  # so many shorten what waits for the first pass no more, and each has one
         fit = fit * 2 // 3
-    segments = 1 if fit < (3 if backward else 6) else max(1, min(fit, 64, slots))
+    segments = 1 if fit < enough else max(1, min(fit, 64, slots))
     tile, part = 16 if small else 32, 8 if states <= 4 else 4
     return Shape(lanes, states, tile, part, warps, extra, resident, width, blocks, segments)
 

@@ -8,6 +8,7 @@ import torch
 from accuracy import relative_rms
 
 import vision  # noqa: F401  registers the models
+from vision.module import capture
 
 MODULES = ["efficient_vmamba", "local_vim", "local_vmamba", "mamba_nd", "plain_mamba", "vmamba", "vim"]
 every_model = pytest.mark.parametrize("name", timm.list_models("test_*", module=MODULES))
@@ -74,3 +75,30 @@ def test_compiled(name):
     compiled(images.cuda()).square().sum().backward()
     off = {n: relative_rms(p.grad.cpu(), wanted[n]) for n, p in other.named_parameters()}
     assert max(off.values()) < 1e-3, sorted(off.items(), key=lambda item: -item[1])[:3]
+
+
+@pytest.mark.parametrize("name", ["test_vmamba", "test_vim"])
+def test_compiled_with_cuda_graphs(name):
+    _, model, images = pair(name)
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(4):  # warm up, record, replay
+            y = compiled(images.cuda()).clone()
+        torch.testing.assert_close(y, model(images.cuda()), rtol=1e-3, atol=1e-4)
+
+
+def test_captured_training_is_training():
+    _, model, images = pair("test_vmamba")
+    captured = copy.deepcopy(model).train()
+    capture(captured, images.cuda())
+    for i in range(3):
+        batch = images.roll(i, 0).cuda()
+        wanted = gradients(model.train(), batch)
+        found = gradients(captured, batch)
+        assert max(relative_rms(found[n], wanted[n]) for n in wanted) < 1e-4
+        for net in (model, captured):
+            for p in net.parameters():
+                p.data -= 1e-3 * p.grad
+                p.grad = None
+    one = images[:1].cuda()
+    torch.testing.assert_close(captured.eval()(one), model.eval()(one), rtol=1e-4, atol=1e-5)

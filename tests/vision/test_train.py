@@ -184,3 +184,8 @@ def test_digits_reach_their_accuracy(tmp_path):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["test/accuracy"] >= 0.97
     assert metrics["test/accuracy"] > metrics["baseline/logistic_regression"]
+
+
+def test_graph_and_compile_exclude_each_other():
+    with pytest.raises(UserError, match=r"--model\.graph and --model\.compile are both on"):
+        Classifier("test_vim", 3, graph=True, compile=True)
