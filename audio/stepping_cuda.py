@@ -40,8 +40,8 @@ POINTERS = (
 )
 INTEGERS = ("count", "length", "seen", "draw", "top_k", "embedding", "last_norm", "head")
 COLUMN_NAMES = (
-    "W_NORM", "W_IN", "W_CONV", "W_X", "W_DT", "W_A", "W_SKIP", "W_OUT", "S_CONV", "S_SSM", "POOL", "WIDE", "FIRST_DOWN",
-    "FIRST_UP", "BLOCKS", "UP_BLOCKS", "W_DOWN", "W_UP", "S_WAITING", "S_CURRENT", "STAGE_COLUMNS",
+    "W_NORM", "W_IN", "W_CONV", "W_X", "W_DT", "W_A", "W_SKIP", "W_OUT", "S_CONV", "S_SSM", "POOL", "WIDE",
+    "FIRST_DOWN", "FIRST_UP", "BLOCKS", "UP_BLOCKS", "W_DOWN", "W_UP", "S_WAITING", "S_CURRENT", "STAGE_COLUMNS",
 )  # fmt: skip
 LAYERS = {
     packing.MIXER: ("mamba", (packing.DIM, packing.INNER, packing.STATE, packing.WIDTH, packing.RANK)),

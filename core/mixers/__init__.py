@@ -10,7 +10,8 @@ from core.mixers.mamba3 import Mamba3, Mamba3State
 from core.mixers.mamba_complex import MambaComplex
 from core.mixers.mamba_s4 import MambaS4, MambaS4State
 from core.mixers.s4 import S4
-from core.mixers.s4d import S4D, S4State
+from core.mixers.s4_block import S4State
+from core.mixers.s4d import S4D
 
 __all__ = [
     "S4",

@@ -82,7 +82,7 @@ def test_refusals() -> None:
         diagonal_ssm(u, log_a, B, C[:2])
     with pytest.raises(ValueError, match="initial_state: got shape"):
         diagonal_ssm(u, log_a, B, C, state[:1])
-    with pytest.raises(ValueError, match="B: got dtype .*128, wanted .*64"):
+    with pytest.raises(ValueError, match=r"B: got dtype .*128, wanted .*64"):
         diagonal_ssm(u.float(), log_a.to(torch.complex64), B, C)
     with pytest.raises(ValueError, match="u: got dtype"):
         diagonal_ssm(log_a[None], log_a, B, C)
