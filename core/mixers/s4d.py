@@ -14,8 +14,20 @@ from torch import Tensor, nn
 
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core import hippo
-from core.mixers.s4_block import S4Block
+from core.mixers.s4_block import S4Block, S4State, StateSpace
 from kernels.diagonal_ssm import vandermonde
+
+__all__ = [
+    "S4D",
+    "S4Block",
+    "S4DKernel",
+    "S4State",
+    "StateSpace",
+    "add_parameters",
+    "check_names",
+    "continuous",
+    "spread",
+]
 
 INITS = {
     "lin": hippo.s4d_lin,
