@@ -3,10 +3,11 @@
 Dimension letters: L samples.
 """
 
+import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import soundfile
@@ -110,6 +111,26 @@ def conversions(clips: Iterable[tuple[int, int]], sample_rate: int) -> list[str]
 def write_wav(path: Path, wave: Tensor, sample_rate: int) -> None:
     """Writes samples (L,) in [-1, 1] as 16 bit WAV."""
     soundfile.write(path, wave.clamp(-1, 1).cpu().numpy(), sample_rate, subtype="PCM_16")
+
+
+def write_stream(out: BinaryIO, waves: Iterable[Tensor], length: int, sample_rate: int) -> None:
+    """Writes 16 bit WAV to a stream, piece by piece, as soon as each is there.
+
+    Args:
+        out: A binary stream that cannot be rewound; a reader that hangs up ends the writing.
+        waves: Pieces (n,) in [-1, 1].
+        length: Samples of all pieces together: the header says it before they are there.
+        sample_rate: In Hz.
+    """
+    size = 2 * length
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
+    try:
+        out.write(struct.pack("<4sI4s", b"RIFF", 36 + size, b"WAVE") + form + struct.pack("<4sI", b"data", size))
+        for wave in waves:
+            out.write((wave.clamp(-1, 1) * 32767).round().to(torch.int16).cpu().numpy().astype("<i2").tobytes())
+            out.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # else Python complains once more when it exits
 
 
 def _missing(path: Path, container: str, promised: int, got: int) -> str:

@@ -1,6 +1,7 @@
 """Generates sound: ``python -m audio.generate``, or ``python -m audio.generate CHECKPOINT --num 8 --seconds 2``."""
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,9 +12,10 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from audio.files import read_clip, to_mono, write_wav
+from audio.files import read_clip, to_mono, write_stream, write_wav
 from audio.listen import add_players, spectrogram_png
-from audio.sampling import generate_levels
+from audio.sampling import Drawn, stream
+from audio.sampling import generate as draw_levels
 from audio.trained import Trained, load_trained
 from core import env
 from core.cli import run
@@ -23,6 +25,7 @@ from core.training.folder import RunFolder, named, numbered
 from core.training.report import Report, write_atomically
 
 RUNS = Path("runs/audio/generate")
+STREAMED = 1600  # samples between two writes to standard output
 
 
 def generate(
@@ -38,8 +41,15 @@ def generate(
     out: str | None = None,
     overwrite: bool = False,
     device: str = "cpu",
+    reject_low: float = 0.0,
+    reject_high: float = 0.0,
+    stdout: bool = False,
 ) -> None:
     """Writes clips as WAV files, their spectrograms as PNG files, and a page to listen to them, report.html.
+
+    Beside each clip stands its exact likelihood under the model, in bits per sample. With --reject_low or
+    --reject_high more clips are drawn, and the least or most likely ones left out. With --stdout true one clip goes to
+    standard output as WAV while it is drawn, and nothing is written: python -m audio.generate --stdout true | aplay
 
     The real-time factor that it prints is the time taken over the length of the sound: below 1 it is faster than
     playing.
@@ -59,33 +69,55 @@ def generate(
         out: Folder to write to instead of the next one in runs/audio/generate.
         overwrite: Replace what an earlier generation has written to that folder.
         device: Where to run, such as cuda.
+        reject_low: Share of the drawn clips that is left out as the least likely: runaway noise is among them.
+        reject_high: Share that is left out as the most likely: silence is among them. SaShiMi's protocol is 0.4 and
+            0.05.
+        stdout: Stream the first clip to standard output instead.
     """
+    drawn = _drawn(num, reject_low, reject_high)
     sampling = _check(num, seconds, temperature, top_k, top_p, device)
     trained = load_trained(None if checkpoint is None else Path(checkpoint).expanduser())
-    starts = trained.starts(num, [name.strip() for name in classes.split(",")] if classes else ())
+    starts = trained.starts(drawn, [name.strip() for name in classes.split(",")] if classes else ())
     start = None
     if prompt is not None:
         start = trained.codec.encode(to_mono(read_clip(Path(prompt).expanduser()), trained.sample_rate))
     length = max(1, round(seconds * trained.sample_rate))
+    if stdout:
+        trained.net.to(device)
+        generator = torch.Generator().manual_seed(seed)
+        chunks = stream(
+            trained.net, starts[0], 1, sampling, length=length, chunk=STREAMED, prompt=start, generator=generator
+        )
+        waves = (trained.codec.decode(chunk.levels[0]) for chunk in chunks)
+        write_stream(sys.stdout.buffer, waves, length, trained.sample_rate)
+        return
     folder = numbered(RUNS) if out is None else _named(Path(out), overwrite)
     command = " ".join(["python -m audio.generate", *([checkpoint] if checkpoint else [])])
     try:
         folder.mark({"status": "running", "command": command})
-        levels, taken = _draw(trained, starts, length, sampling, start, seed, device)
-        metrics = _figures(taken, num, length, trained.sample_rate)
+        found, taken = _draw(trained, starts, length, sampling, start, seed, device)
+        metrics = _figures(taken, drawn, length, trained.sample_rate)
+        bits = -found.log_likelihood / (length * math.log(2))
+        kept = _kept(bits, num, reject_high)
+        levels = found.levels[kept]
+        if start is not None:
+            levels = torch.cat([start.long().expand(num, -1), levels], dim=1)
+        metrics |= {"clips": num, "drawn": drawn}
+        metrics["bits_per_sample"] = float(bits[kept].mean())
         options = {
             "checkpoint": checkpoint or "spoken digits, which come with the project",
             "codec": str(trained.codec), "rate": f"{trained.sample_rate} Hz",
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "prompt": prompt or "none",
             "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else env.cpu_name(),
         }  # fmt: skip
-        _write(folder, trained, starts, levels, metrics, options)
+        heard = [_heading(trained, starts[i], float(bits[i])) for i in kept]
+        _write(folder, trained, heard, levels, metrics, options)
         folder.mark({"status": "finished", "command": command})
         folder.start()
     finally:
         folder.discard()
     print(
-        f"{num} clips of {metrics['seconds']:.2f} s in {taken:.1f} s: real-time factor "
+        f"{drawn} clips of {metrics['seconds']:.2f} s in {taken:.1f} s: real-time factor "
         f"{metrics['real_time_factor']:.2f} for all of them, {metrics['stream_real_time_factor']:.2f} for each"
     )
     print(folder.path)
@@ -99,17 +131,41 @@ def _draw(
     prompt: Tensor | None,
     seed: int,
     device: str,
-) -> tuple[Tensor, float]:
-    """Draws the clips; returns their levels, prompt included, and the seconds it took."""
+) -> tuple[Drawn, float]:
+    """Draws the clips; returns their levels, without the prompt, and the seconds it took."""
     trained.net.to(device)
-    generate_levels(trained.net, starts[0], 1, 1, sampling)  # compiles what was never run here
+    draw_levels(trained.net, starts[0], 1, 1, sampling)  # compiles what was never run here
     begin = time.perf_counter()
     with _progress(length, trained.sample_rate) as progress:
-        levels = generate_levels(
+        drawn = draw_levels(
             trained.net, starts, len(starts), length, sampling, prompt=prompt,
             generator=torch.Generator().manual_seed(seed), progress=progress,
         )  # fmt: skip
-    return levels, time.perf_counter() - begin
+    return drawn, time.perf_counter() - begin
+
+
+def _drawn(num: int, low: float, high: float) -> int:
+    """How many clips have to be drawn so that ``num`` are left."""
+    for name, share in (("reject_low", low), ("reject_high", high)):
+        if not 0 <= share < 1:
+            raise UserError(f"--{name} is {share}, wanted at least 0 and less than 1")
+    if low + high >= 1:
+        raise UserError(f"--reject_low {low} and --reject_high {high} leave nothing, wanted less than 1 together")
+    return math.ceil(num / (1 - low - high) - 1e-9)
+
+
+def _kept(bits: Tensor, num: int, high: float) -> list[int]:
+    """The clips that are left, in the order in which they were drawn."""
+    if num == len(bits):
+        return list(range(num))
+    first = min(round(high * len(bits)), len(bits) - num)
+    return sorted(bits.argsort()[first : first + num].tolist())
+
+
+def _heading(trained: Trained, start: int, bits: float) -> str:
+    """What stands beside a clip."""
+    said = f"{trained.class_names[start // trained.codec.levels]}, " if trained.class_names else ""
+    return f"{said}{bits:.3f} bits per sample"
 
 
 def _check(num: int, seconds: float, temperature: float, top_k: int, top_p: float, device: str) -> Sampling:
@@ -154,7 +210,7 @@ def _figures(taken: float, num: int, length: int, sample_rate: int) -> dict[str,
 def _write(
     folder: RunFolder,
     trained: Trained,
-    starts: list[int],
+    heard: list[str],
     levels: Tensor,
     metrics: dict[str, float],
     options: dict[str, object],
@@ -165,8 +221,7 @@ def _write(
         wave, name = trained.codec.decode(clip), f"clip_{i + 1:03d}"
         write_wav(folder.path / f"{name}.wav", wave, trained.sample_rate)
         (folder.path / f"{name}.png").write_bytes(spectrogram_png(wave, trained.sample_rate))
-        said = f": {trained.class_names[starts[i] // trained.codec.levels]}" if trained.class_names else ""
-        clips.append((wave, f"{name}.wav{said}"))
+        clips.append((wave, f"{name}.wav: {heard[i]}"))
     report = Report(
         "audio generate", f"{metrics['real_time_factor']:.2f}", "seconds taken per second of sound, over all clips"
     )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from audio.net import SoundNet
-from audio.sashimi import MLP, StageState
+from audio.sashimi import MLP, ResidualBlock, StageState
+from core.mixers import S4D, Mamba, MambaState, S4State
 
 # Columns of the table of blocks: sizes, then where weights (W_) and states (S_) begin.
 KIND, DIM, INNER, STATE, WIDTH, RANK = range(6)
@@ -18,6 +19,12 @@ W_NORM, W_IN, W_CONV, W_X, W_DT, W_A, W_SKIP, W_OUT, S_CONV, S_SSM, COLUMNS = ra
 MIXER, FEED_FORWARD, DIAGONAL = 0, 1, 2
 # Columns of the table of stages; the last row is the centre, which only has blocks on the way "down".
 POOL, WIDE, FIRST_DOWN, FIRST_UP, BLOCKS, UP_BLOCKS, W_DOWN, W_UP, S_WAITING, S_CURRENT, STAGE_COLUMNS = range(11)
+
+
+def can_pack(net: SoundNet) -> bool:
+    """Tells whether ``Packed`` knows all layers of a net: Mamba, S4D and MLPs."""
+    layers = [module.layer for module in net.modules() if isinstance(module, ResidualBlock)]
+    return all(type(layer) in (Mamba, S4D, MLP) for layer in layers)
 
 
 class Packed:
@@ -32,7 +39,7 @@ class Packed:
         ends: Where embedding (of all classes), last norm and head begin.
 
     Args:
-        net: The net, of Mamba layers and MLPs.
+        net: The net; see ``can_pack``.
         state: State of B clips.
     """
 
@@ -96,19 +103,35 @@ class Packed:
         for block, state in zip(blocks, states, strict=True):
             row = np.zeros(COLUMNS, np.int64)
             row[DIM], row[W_NORM] = len(block.norm.weight), self._add_norm(block.norm)
-            layer = block.layer
+            layer: Any = block.layer
             if isinstance(layer, MLP):
-                row[KIND], row[INNER] = FEED_FORWARD, layer.ff[2].in_features
-                row[W_IN], row[W_OUT] = self._add_linear(layer.ff[0][0]), self._add_linear(layer.ff[2])
+                inwards, outwards = layer.linears
+                row[KIND], row[INNER] = FEED_FORWARD, outwards.in_features
+                row[W_IN], row[W_OUT] = self._add_linear(inwards), self._add_linear(outwards)
+            elif isinstance(layer, S4D):
+                self._add_diagonal(row, layer, state)
             else:
-                sizes = MIXER, layer.d_inner, layer.d_state, layer.d_conv, layer.dt_rank
-                row[[KIND, INNER, STATE, WIDTH, RANK]] = sizes
-                taps = layer.conv1d.weight.squeeze(1).t()
-                bias = taps.new_zeros(layer.d_inner) if layer.conv1d.bias is None else layer.conv1d.bias
-                row[W_CONV] = self._add(torch.cat([bias[None], taps]))
-                row[W_IN], row[W_OUT] = self._add_linear(layer.in_proj), self._add_linear(layer.out_proj)
-                row[W_X], row[W_DT] = self._add_linear(layer.x_proj), self._add_linear(layer.dt_proj)
-                row[W_A], row[W_SKIP] = self._add(-torch.exp(layer.A_log.float()).t()), self._add(layer.D)
-                row[S_CONV], row[S_SSM] = self._add_state(state.conv), self._add_state(state.ssm.transpose(1, 2))
+                self._add_mamba(row, layer, state)
             self._rows.append(row)
         return first
+
+    def _add_mamba(self, row: np.ndarray, layer: Any, state: MambaState) -> None:
+        sizes = MIXER, layer.d_inner, layer.d_state, layer.d_conv, layer.dt_rank
+        row[[KIND, INNER, STATE, WIDTH, RANK]] = sizes
+        taps = layer.conv1d.weight.squeeze(1).t()
+        bias = taps.new_zeros(layer.d_inner) if layer.conv1d.bias is None else layer.conv1d.bias
+        row[W_CONV] = self._add(torch.cat([bias[None], taps]))
+        row[W_IN], row[W_OUT] = self._add_linear(layer.in_proj), self._add_linear(layer.out_proj)
+        row[W_X], row[W_DT] = self._add_linear(layer.x_proj), self._add_linear(layer.dt_proj)
+        row[W_A], row[W_SKIP] = self._add(-torch.exp(layer.A_log.float()).t()), self._add(layer.D)
+        row[S_CONV], row[S_SSM] = self._add_state(state.conv), self._add_state(state.ssm.transpose(1, 2))
+
+    def _add_diagonal(self, row: np.ndarray, layer: Any, state: S4State) -> None:
+        """A diagonal state space: real and imaginary parts of its decay, input and output weights, each (M, D)."""
+        linear: Any = layer.output_linear[0]
+        row[[KIND, INNER, STATE]] = DIAGONAL, linear.out_features, layer.kernel.d_state // 2
+        log_a, B, C = layer.layer.kernel.discrete()
+        planes = torch.stack([part for t in (torch.exp(log_a), B, 2 * C) for part in (t.real, t.imag)])
+        row[W_A], row[W_SKIP] = self._add(planes.transpose(1, 2)), self._add(layer.layer.D)
+        row[W_OUT] = self._add_linear(linear)
+        row[S_SSM] = self._add_state(state.ssm.permute(0, 3, 2, 1))

@@ -3,8 +3,8 @@
 Dimension letters: B clips, T generated samples, P samples of the prompt, Q levels.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +16,28 @@ from kernels.backend import resolve
 CHUNK = 1000  # samples between two calls of ``progress``
 
 
-@torch.inference_mode()
+class Drawn(NamedTuple):
+    """Levels that were drawn, and how likely they are."""
+
+    levels: Tensor  # (B, T) int64, on the CPU
+    # (B,) float64, on the CPU: log of the probability of all levels drawn so far, prompt left out, under the net itself
+    # whatever the sampling, in nats
+    log_likelihood: Tensor
+
+
+class Stepper(Protocol):
+    """A net and the state of B clips, which it advances."""
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """(B,) float64, of the levels drawn so far; see ``Drawn``."""
+        ...
+
+    def draw(self, uniform: Tensor, sampling: Sampling) -> Tensor:
+        """Draws the next T levels (B, T) by random numbers (B, T)."""
+        ...
+
+
 def generate_levels(
     net: SoundNet,
     start: int | Sequence[int],
@@ -28,7 +49,28 @@ def generate_levels(
     generator: torch.Generator | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Draws clips of levels.
+    """Draws clips of levels; see ``generate``.
+
+    Returns:
+        (B, P + T) int64 levels, on the CPU.
+    """
+    drawn = generate(net, start, count, length, sampling, prompt=prompt, generator=generator, progress=progress)
+    given = torch.zeros(0, dtype=torch.int64) if prompt is None else prompt.long().cpu()
+    return torch.cat([given.expand(count, -1), drawn.levels], dim=1)
+
+
+def generate(
+    net: SoundNet,
+    start: int | Sequence[int],
+    count: int,
+    length: int,
+    sampling: Sampling = Sampling(),
+    *,
+    prompt: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Drawn:
+    """Draws clips of levels, whole.
 
     Args:
         net: The net, in evaluation mode.
@@ -36,42 +78,103 @@ def generate_levels(
         count: Number of clips B.
         length: Samples T to draw for each.
         sampling: How each is drawn; a repetition penalty means nothing for sound and is refused.
-        prompt: (P,) levels that every clip begins with.
+        prompt: (P,) levels that every clip begins with, of any length: they are read in parallel.
         generator: Source of randomness, on the CPU; the global one by default. The same seed gives the same clips on
             every device, up to rounding.
         progress: Called now and then with the number of samples drawn so far.
 
     Returns:
-        (B, P + T) int64 levels, on the CPU.
+        The T levels of each clip, without the prompt, and their likelihood.
 
     Raises:
         ValueError: If there is nothing to draw, for starts that are neither one nor one for each clip, and for a
             repetition penalty.
     """
-    if count < 1 or length < 1:
+    if length < 1:
         raise ValueError(f"got {count} clips of {length} samples, wanted at least one of each")
+    parts, done = [], 0
+    chunks = stream(net, start, count, sampling, length=length, prompt=prompt, generator=generator)
+    for part in chunks:
+        parts.append(part)
+        done += part.levels.shape[1]
+        if progress is not None:
+            progress(done)
+    return Drawn(torch.cat([part.levels for part in parts], dim=1), parts[-1].log_likelihood)
+
+
+def stream(
+    net: SoundNet,
+    start: int | Sequence[int],
+    count: int = 1,
+    sampling: Sampling = Sampling(),
+    *,
+    length: int | None = None,
+    chunk: int = CHUNK,
+    prompt: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Drawn]:
+    """Draws clips chunk by chunk, for ever if need be: memory does not grow, and a chunk can be heard at once.
+
+    The levels are those of ``generate``, whatever the size of the chunks.
+
+    Args:
+        net: See ``generate``; the same goes for ``start``, ``count``, ``sampling``, ``prompt`` and ``generator``.
+        start: The codec's start level.
+        count: Number of clips B.
+        sampling: How each level is drawn.
+        length: Samples to draw for each clip; None never ends.
+        chunk: Samples of a chunk; the last one may be shorter.
+        prompt: (P,) levels before the first ones.
+        generator: Source of randomness.
+
+    Yields:
+        The next levels (B, n) of each clip and the likelihood of all so far.
+
+    Raises:
+        ValueError: See ``generate``.
+    """
+    if count < 1 or chunk < 1:
+        raise ValueError(f"got {count} clips in chunks of {chunk} samples, wanted at least one of each")
     if sampling.repetition_penalty != 1:
         raise ValueError(f"repetition_penalty is {sampling.repetition_penalty}, wanted 1: sound repeats its levels")
-    device = net.embedding.weight.device
+    return _stream(net, start, count, sampling, length, chunk, prompt, generator)
+
+
+def _stream(
+    net: SoundNet,
+    start: int | Sequence[int],
+    count: int,
+    sampling: Sampling,
+    length: int | None,
+    chunk: int,
+    prompt: Tensor | None,
+    generator: torch.Generator | None,
+) -> Iterator[Drawn]:
+    stepper, done = prefill(net, start, count, prompt), 0
+    while length is None or done < length:
+        size = chunk if length is None else min(chunk, length - done)
+        # Time outermost, so that the numbers of a sample do not depend on where a chunk ends.
+        uniform = torch.rand(size, count, dtype=torch.float64, generator=generator).t()
+        with torch.no_grad():
+            levels = stepper.draw(uniform, sampling).cpu()
+        yield Drawn(levels, stepper.log_likelihood.cpu())
+        done += size
+
+
+@torch.no_grad()
+def prefill(net: SoundNet, start: int | Sequence[int], count: int, prompt: Tensor | None = None) -> Stepper:
+    """Reads the start and a prompt in one parallel pass; returns what draws on from there: see ``generate``."""
     starts = torch.tensor([start] if isinstance(start, int) else list(start))[:, None]
     if len(starts) not in (1, count):
         raise ValueError(f"got {len(starts)} starts for {count} clips, wanted one, or one for each")
     classes = starts // net.levels
     given = torch.zeros(0, dtype=torch.int64) if prompt is None else prompt.long().cpu()
-    given = given.expand(len(starts), -1)
-    beginning = torch.cat([starts, given + net.levels * classes], dim=1)
-    logits, state = net.forward_state(beginning.to(device), net.init_state(len(starts)))
+    beginning = torch.cat([starts, given.expand(len(starts), -1) + net.levels * classes], dim=1)
+    logits, state = net.forward_state(beginning.to(net.embedding.weight.device), net.init_state(len(starts)))
     logits = logits[:, -1]
     if len(starts) < count:  # the clips share all there is so far: it is read once, and its state repeated
         logits, state = logits.repeat(count, 1), repeat_state(state, count)
-    uniform = torch.rand(count, length, dtype=torch.float64, generator=generator)
-    advance = _stepper(net, logits, state, sampling, classes[:, 0].expand(count))
-    drawn = []
-    for done in range(0, length, CHUNK):
-        drawn.append(advance(uniform[:, done : done + CHUNK]))
-        if progress is not None:
-            progress(min(done + CHUNK, length))
-    return torch.cat([given.expand(count, -1), *drawn], dim=1)
+    return _stepper(net, logits, state, classes[:, 0].expand(count))
 
 
 def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -92,37 +195,50 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     return passed.sum(dim=-1)
 
 
-def _stepper(
-    net: SoundNet, logits: Tensor, state: Any, sampling: Sampling, classes: Tensor
-) -> Callable[[Tensor], Tensor]:
-    """A function of random numbers (B, T) to the next levels (B, T), compiled where possible; classes are (B,)."""
+def _stepper(net: SoundNet, logits: Tensor, state: Any, classes: Tensor) -> Stepper:
+    """What draws levels after ``state``: compiled where possible; classes are (B,)."""
     device = net.embedding.weight.device
     backend = resolve("selective_scan", "auto", device)
     if device.type == "cuda" and backend in ("cuda", "triton"):
         from audio.stepping_cuda import CudaStepper, has_cuda_step
 
         if has_cuda_step(net):
-            kernel = CudaStepper(net, state, logits, classes)
-            return lambda uniform: kernel.draw(uniform, sampling).cpu()
+            return CudaStepper(net, state, logits, classes)
     if backend == "cpu":
         from audio.stepping import CompiledStepper, has_compiled_step  # needs numba, which other backends do without
 
         if has_compiled_step(net):
-            stepper = CompiledStepper(net, state, logits, classes)
-            return lambda uniform: stepper.draw(uniform, sampling)
+            return CompiledStepper(net, state, logits, classes)
+    return PlainStepper(net, state, logits, classes)
 
-    offset = net.levels * classes
 
-    def advance(uniform: Tensor) -> Tensor:
-        nonlocal logits, state
+class PlainStepper:
+    """A ``Stepper`` for any net and device: the net itself, sample by sample.
+
+    Args:
+        net: The net, in evaluation mode.
+        state: State of the clips.
+        logits: (B, Q) what the net said last.
+        classes: (B,) int64 classes of the clips.
+    """
+
+    def __init__(self, net: SoundNet, state: Any, logits: Tensor, classes: Tensor) -> None:
+        self._net, self._state, self._logits = net, state, logits
+        self._offset = net.levels * classes
+        self.log_likelihood = torch.zeros(len(logits), dtype=torch.float64)
+
+    def draw(self, uniform: Tensor, sampling: Sampling) -> Tensor:
+        """See ``Stepper``."""
         drawn = []
         for t in range(uniform.shape[1]):
-            drawn.append(choose(logits, sampling, uniform[:, t]))
-            scores, state = net.forward_state((drawn[-1] + offset).to(device)[:, None], state)
-            logits = scores[:, -1]
+            levels = choose(self._logits, sampling, uniform[:, t])
+            log_p = self._logits.double().log_softmax(dim=-1).cpu()
+            self.log_likelihood = self.log_likelihood + log_p.gather(1, levels[:, None])[:, 0]
+            inputs = (levels + self._offset)[:, None].to(self._logits.device)
+            scores, self._state = self._net.forward_state(inputs, self._state)
+            self._logits = scores[:, -1]
+            drawn.append(levels)
         return torch.stack(drawn, dim=1)
-
-    return advance
 
 
 def repeat_state(state: Any, count: int) -> Any:

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from core.mixers import S4, S4D, Attention, Mamba
+from core.mixers import S4, S4D, Attention, Mamba, MambaComplex, MambaS4
 
 # Name in the configuration -> constructor. A new kind of layer is an import and an entry.
 MIXERS: dict[str, Any] = {
     "mamba": Mamba,
+    "mamba_complex": MambaComplex,
+    "mamba_s4": MambaS4,
     "s4": S4,
     "s4d": S4D,
     "attention": partial(Attention, causal=True),
@@ -33,7 +35,7 @@ class SashimiConfig:
         n_layers: Mixers in each stage, on each way.
         pool: Samples pooled into one between a stage and the next one inwards.
         expand: Factor of the width from a stage to the next one inwards.
-        mixer: Kind of layer: mamba, s4, s4d or attention.
+        mixer: Kind of layer: mamba, mamba_complex, mamba_s4, s4, s4d or attention.
         mixer_cfg: Further arguments of its constructor, such as ``d_state``; attention needs ``num_heads``.
         mlp: Hidden width of the MLP that follows each mixer, in units of the stage's width; 0 for no MLPs.
         dropout: Probability, on every branch.
@@ -82,6 +84,11 @@ class MLP(nn.Module):
         self.ff = nn.Sequential(
             nn.Sequential(nn.Linear(dim, hidden), nn.GELU()), nn.Dropout(dropout), nn.Linear(hidden, dim)
         )
+
+    @property
+    def linears(self) -> tuple[nn.Linear, nn.Linear]:
+        """The two linear layers."""
+        return self.ff[0][0], self.ff[2]  # type: ignore[index, return-value]
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (B, L, D) to (B, L, D)."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from audio.net import SoundNet
 from audio.packing import (
     BLOCKS,
+    DIAGONAL,
     DIM,
     FIRST_DOWN,
     FIRST_UP,
@@ -33,6 +34,7 @@ from audio.packing import (
     S_SSM,
     S_WAITING,
     STATE,
+    UP_BLOCKS,
     W_A,
     W_CONV,
     W_DOWN,
@@ -46,10 +48,10 @@ from audio.packing import (
     WIDE,
     WIDTH,
     Packed,
+    can_pack,
 )  # fmt: skip
-from audio.sashimi import MLP, ResidualBlock, StageState
+from audio.sashimi import StageState
 from core.generate import Sampling
-from core.mixers import Mamba
 from kernels import threads
 from kernels.selective_scan.cpu_math import MATH, exp, sigmoid, softplus
 
@@ -59,11 +61,9 @@ ZERO, ONE, HALF, ROOT_HALF = np.float32(0), np.float32(1), np.float32(0.5), np.f
 
 
 def has_compiled_step(net: SoundNet) -> bool:
-    """Tells whether there is a compiled step: for float32 nets of Mamba layers on the CPU."""
-    layers = [module.layer for module in net.modules() if isinstance(module, ResidualBlock)]
+    """Tells whether there is a compiled step: for float32 nets of known layers on the CPU."""
     weight = net.embedding.weight
-    known = all(isinstance(layer, Mamba | MLP) for layer in layers)
-    return known and net.config.unet and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    return can_pack(net) and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
 class CompiledStepper:
@@ -79,14 +79,20 @@ class CompiledStepper:
     def __init__(
         self, net: SoundNet, state: StageState, logits: Tensor | None = None, classes: Tensor | None = None
     ) -> None:
-        self._packed = Packed(net, state)
+        self._packed, self._unet = Packed(net, state), net.config.unet
         count = len(self._packed.state)
         self._offset = np.zeros(count, np.int64)
         if classes is not None:
             self._offset[:] = classes.numpy() * net.levels
         self._logits = np.zeros((count, net.levels), np.float32)
+        self._likelihood = np.zeros(count)
         if logits is not None:
             self._logits[:] = logits.numpy()
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """(B,) float64: of the levels drawn so far, under the net itself whatever the sampling, in nats."""
+        return torch.from_numpy(self._likelihood.copy())
 
     def step(self, levels: Tensor) -> Tensor:
         """Advances every clip by one level (B,) int64; returns logits (B, Q) float32."""
@@ -113,7 +119,8 @@ class CompiledStepper:
         parts = min(count, torch.get_num_threads())
         edges = [count * i // parts for i in range(parts + 1)]
         arrays = (p.blocks, p.stages, p.weights, p.state, p.phase, p.ends, self._logits, self._offset)
-        threads.run(_advance, [(a, b, levels, uniform, how, draw, *arrays) for a, b in pairwise(edges)])
+        given = levels, uniform, how, draw, self._unet, self._likelihood
+        threads.run(_advance, [(a, b, *given, *arrays) for a, b in pairwise(edges)])
 
 
 @njit(**OPTIONS)
@@ -181,12 +188,41 @@ def _mamba(row, w, h, x, room):
 
 
 @njit(**OPTIONS)
+def _s4d(row, w, h, x, room):
+    """One step of an S4D layer on x (D), in place; h is the clip's state."""
+    D, M = row[DIM], row[STATE]
+    y, gated = room[1], room[2]
+    for d in range(D):
+        y[d] = w[row[W_SKIP] + d] * x[d]
+    for m in range(M):
+        at, plane = row[W_A] + m * D, M * D
+        re = h[row[S_SSM] + m * D : row[S_SSM] + (m + 1) * D]
+        im = h[row[S_SSM] + plane + m * D : row[S_SSM] + plane + (m + 1) * D]
+        for d in range(D):
+            ar, ai = w[at + d], w[at + plane + d]
+            r = ar * re[d] - ai * im[d] + w[at + 2 * plane + d] * x[d]
+            i = ar * im[d] + ai * re[d] + w[at + 3 * plane + d] * x[d]
+            re[d], im[d] = r, i
+            y[d] += w[at + 4 * plane + d] * r - w[at + 5 * plane + d] * i
+    for d in range(D):
+        y[d] *= HALF * (ONE + np.float32(math.erf(y[d] * ROOT_HALF)))
+    _linear(y, D, row[INNER], w, row[W_OUT], gated)
+    for d in range(D):
+        x[d] = gated[d]
+    if row[INNER] > D:
+        for d in range(D):
+            x[d] *= sigmoid(gated[D + d])
+
+
+@njit(**OPTIONS)
 def _block(row, w, h, x, room):
     """x (D) += layer(norm(x)), in place."""
     normed = room[0]
     _layer_norm(x, row[DIM], w, row[W_NORM], normed)
     if row[KIND] == MIXER:
         _mamba(row, w, h, normed, room)
+    elif row[KIND] == DIAGONAL:
+        _s4d(row, w, h, normed, room)
     else:
         hidden = room[1]
         _linear(normed, row[DIM], row[INNER], w, row[W_IN], hidden)
@@ -206,7 +242,7 @@ def _pack_frame(frame, pool, dim, out):
 
 
 @njit(**OPTIONS)
-def _net(level, blocks, stages, w, h, phase, ends, room, skips, logits):
+def _net(level, unet, blocks, stages, w, h, phase, ends, room, skips, logits):
     """One step of one clip; its state h and the phases of its frames advance."""
     last = len(stages) - 1
     dim, x, spare = stages[0, WIDE], room[6], room[7]
@@ -218,7 +254,7 @@ def _net(level, blocks, stages, w, h, phase, ends, room, skips, logits):
         if depth == last:
             skips[kept, :dim] = x[:dim]
         for i in range(stage[BLOCKS]):
-            if depth < last:
+            if depth < last and unet:
                 skips[kept, :dim] = x[:dim]
                 kept += 1
             _block(blocks[stage[FIRST_DOWN] + i], w, h, x, room)
@@ -249,9 +285,14 @@ def _net(level, blocks, stages, w, h, phase, ends, room, skips, logits):
             for s in range(pool):
                 for i in range(dim):
                     current[s * dim + i] = spare[i * pool + s]
-        for i in range(stage[BLOCKS]):
+        if not unet:  # without a skip for each layer, the sum is added again after them
+            skips[kept, :dim] = x[:dim]
+        for i in range(stage[UP_BLOCKS]):
             _block(blocks[stage[FIRST_UP] + i], w, h, x, room)
-            kept -= 1
+            if unet:
+                kept -= 1
+                x[:dim] += skips[kept, :dim]
+        if not unet:
             x[:dim] += skips[kept, :dim]
     _layer_norm(x, stages[0, WIDE], w, ends[1], spare)
     _linear(spare, stages[0, WIDE], len(logits), w, ends[2], logits)
@@ -290,7 +331,34 @@ def _choose(logits, uniform, temperature, top_k, top_p, min_p):
 
 
 @njit(**OPTIONS)
-def _advance(first, stop, levels, uniform, sampling, draw, blocks, stages, w, state, phase, ends, logits, offset):
+def _log_probability(logits, level):
+    """The log of a level's probability under the net, in nats."""
+    best = logits.max()
+    total = 0.0
+    for q in range(len(logits)):
+        total += math.exp(np.float64(logits[q] - best))
+    return np.float64(logits[level] - best) - math.log(total)
+
+
+@njit(**OPTIONS)
+def _advance(
+    first,
+    stop,
+    levels,
+    uniform,
+    how,
+    draw,
+    unet,
+    likelihood,
+    blocks,
+    stages,
+    w,
+    state,
+    phase,
+    ends,
+    logits,
+    offset,
+):
     """Takes the clips ``first:stop`` through levels (B, T), or draws these first."""
     widest = max(2 * blocks[:, INNER].max(), (stages[:, POOL] * stages[:, WIDE]).max(), stages[:, WIDE].max())
     widest = max(widest, (blocks[:, RANK] + 2 * blocks[:, STATE]).max())
@@ -299,5 +367,7 @@ def _advance(first, stop, levels, uniform, sampling, draw, blocks, stages, w, st
     for b in range(first, stop):
         for t in range(levels.shape[1]):
             if draw:
-                levels[b, t] = _choose(logits[b], uniform[b, t], *sampling)
-            _net(offset[b] + levels[b, t], blocks, stages, w, state[b], phase[b], ends, room, skips, logits[b])
+                levels[b, t] = _choose(logits[b], uniform[b, t], *how)
+                likelihood[b] += _log_probability(logits[b], levels[b, t])
+            level = offset[b] + levels[b, t]
+            _net(level, unet, blocks, stages, w, state[b], phase[b], ends, room, skips, logits[b])

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from audio import packing
 from audio.net import SoundNet
-from audio.packing import Packed
-from audio.sashimi import MLP, ResidualBlock, StageState
+from audio.packing import Packed, can_pack
+from audio.sashimi import StageState
 from core.generate import Sampling
-from core.mixers import Mamba
 from kernels import nvrtc
 
 POINTERS = (
@@ -55,8 +54,7 @@ CLIPS = (1, 2, 4, 8)  # of one block of threads
 def has_cuda_step(net: SoundNet) -> bool:
     """Tells whether the kernel runs a net: float32 or bfloat16 layers of known kinds on a GPU that can compile it."""
     weight = net.embedding.weight
-    layers = [module.layer for module in net.modules() if isinstance(module, ResidualBlock)]
-    known = all(isinstance(layer, Mamba | MLP) for layer in layers) and net.levels <= 1024
+    known = can_pack(net) and net.levels <= 1024
     return known and weight.is_cuda and weight.dtype in (torch.float32, torch.bfloat16) and nvrtc.available()
 
 

@@ -7,6 +7,8 @@ from core.mixers.hyena import Hyena, HyenaState
 from core.mixers.mamba import Mamba, MambaState
 from core.mixers.mamba2 import Mamba2, Mamba2State
 from core.mixers.mamba3 import Mamba3, Mamba3State
+from core.mixers.mamba_complex import MambaComplex
+from core.mixers.mamba_s4 import MambaS4, MambaS4State
 from core.mixers.s4 import S4
 from core.mixers.s4d import S4D, S4State
 
@@ -24,6 +26,9 @@ __all__ = [
     "Mamba2State",
     "Mamba3",
     "Mamba3State",
+    "MambaComplex",
+    "MambaS4",
+    "MambaS4State",
     "MambaState",
     "Mixer",
     "S4State",

@@ -1,6 +1,8 @@
 """The commands as a user runs them: what they write, and what they say of bad input."""
 
+import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -312,3 +314,27 @@ def test_the_digits_recipe_beats_the_markov_models(tmp_path: Path) -> None:
     baselines = [value for name, value in metrics.items() if name.startswith("baseline/")]
     assert len(baselines) == 3
     assert metrics["test/bits_per_sample"] < min(baselines)
+
+
+def test_a_stream_is_the_clip(trained: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    how = [str(trained), "--num", "1", "--seconds", "0.3", "--seed", "3"]
+    say([*how, "--out", str(tmp_path / "clips")])
+    capfdbinary.readouterr()
+    say([*how, "--stdout", "true"])
+    streamed, rate = soundfile.read(io.BytesIO(capfdbinary.readouterr().out))
+    written, _ = soundfile.read(tmp_path / "clips" / "clip_001.wav")
+    assert rate == 16000
+    assert len(streamed) == round(0.3 * rate)
+    np.testing.assert_allclose(streamed, written, atol=1.5 / 32768)
+
+
+def test_unlikely_clips_are_left_out(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    how = [str(trained), "--seconds", "0.01", "--seed", "1"]
+    say([*how, "--num", "8", "--out", str(tmp_path / "all")])
+    say([*how, "--num", "4", "--out", str(tmp_path / "kept"), "--reject_low", "0.25", "--reject_high", "0.25"])
+    every, kept = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("all", "kept"))
+    assert (kept["clips"], kept["drawn"], every["drawn"]) == (4, 8, 8)
+    page = (tmp_path / "all" / "report.html").read_text()
+    bits = sorted(float(found) for found in set(re.findall(r"clip_00\d.wav: ([\d.]+) bits", page)))
+    assert kept["bits_per_sample"] == pytest.approx(sum(bits[2:6]) / 4, abs=1e-3)
+    fails(capsys, lambda: say([*how, "--reject_low", "0.6", "--reject_high", "0.4"]), "reject_low", "less than 1")

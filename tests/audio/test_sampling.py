@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from audio.net import SoundNet
-from audio.sampling import choose, generate_levels, repeat_state
+from audio.sampling import choose, generate, generate_levels, repeat_state, stream
 from audio.sashimi import SashimiConfig
 from audio.stepping import CompiledStepper, has_compiled_step
 from core.generate import Sampling
@@ -37,6 +37,25 @@ def test_the_compiled_step_knows_the_mixer_s_options(mixer_cfg: dict) -> None:
     stepper = CompiledStepper(net, net.init_state(1))
     got = torch.stack([stepper.step(x[:, t]) for t in range(11)], dim=1)
     torch.testing.assert_close(got, net(x), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config",
+    [
+        SashimiConfig(6, 1, (2, 2), mixer="s4d", mixer_cfg={"d_state": 6, "disc": "bilinear"}, mlp=2, unet=False),
+        SashimiConfig(6, 1, (3,), mixer="s4d", mixer_cfg={"d_state": 4, "glu": False}, centre="mamba"),
+    ],
+)
+def test_the_compiled_step_knows_other_layers(config: SashimiConfig) -> None:
+    torch.manual_seed(1)
+    net = SoundNet(config, 16).eval()
+    x = torch.randint(0, 16, (2, 19))
+    whole = net(x)
+    _, state = net.forward_state(x[:, :5], net.init_state(2))
+    stepper = CompiledStepper(net, state)
+    got = torch.stack([stepper.step(x[:, t]) for t in range(5, 19)], dim=1)
+    torch.testing.assert_close(got, whole[:, 5:], atol=1e-5, rtol=1e-5)
 
 
 def test_there_is_no_compiled_step_for_other_dtypes(net: SoundNet) -> None:
@@ -147,3 +166,27 @@ def test_nothing_to_draw_is_refused(net: SoundNet) -> None:
         generate_levels(net, 8, 1, 5, Sampling(repetition_penalty=1.2))
     with pytest.raises(ValueError, match="0 samples"):
         generate_levels(net, 8, 1, 0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_stream_is_the_whole_and_knows_its_likelihood(
+    net: SoundNet, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    monkeypatch.setenv("TRISCAN_BACKEND", backend)
+
+    def seed() -> torch.Generator:
+        return torch.Generator().manual_seed(3)
+
+    prompt = torch.randint(0, 16, (5,), generator=seed())
+    whole = generate(net, 8, 2, 23, Sampling(0.7), prompt=prompt, generator=seed())
+    parts = list(stream(net, 8, 2, Sampling(0.7), length=23, chunk=7, prompt=prompt, generator=seed()))
+    assert [part.levels.shape[1] for part in parts] == [7, 7, 7, 2]
+    assert torch.equal(torch.cat([part.levels for part in parts], dim=1), whole.levels)
+    torch.testing.assert_close(parts[-1].log_likelihood, whole.log_likelihood)
+    inputs = torch.cat([torch.tensor([8]), prompt])[None].expand(2, -1)
+    with torch.no_grad():
+        logits = net(torch.cat([inputs, whole.levels[:, :-1]], dim=1))[:, len(prompt) :]
+    want = logits.double().log_softmax(-1).gather(2, whole.levels[:, :, None]).sum(dim=(1, 2))
+    torch.testing.assert_close(whole.log_likelihood, want, rtol=1e-5, atol=1e-5)
+    endless = stream(net, 8, 2, Sampling(0.7), chunk=10, prompt=prompt, generator=seed())
+    assert torch.equal(torch.cat([next(endless).levels, next(endless).levels], dim=1), whole.levels[:, :20])

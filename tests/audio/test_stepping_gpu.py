@@ -16,6 +16,8 @@ NETS = {
     "narrow": SashimiConfig(8, 1, (2,), mixer_cfg={"d_state": 5, "d_conv": 1, "expand": 1}),
     "flat": SashimiConfig(16, 2, (), mixer_cfg={"d_state": 16}),
     "down": SashimiConfig(16, 1, (2, 2), mixer_cfg={"d_state": 4}, unet=False),
+    "s4d": SashimiConfig(16, 2, (2, 3), mixer="s4d", mixer_cfg={"d_state": 8}, mlp=2),
+    "s4d_down": SashimiConfig(8, 1, (2, 2), mixer="s4d", mixer_cfg={"d_state": 4, "glu": False}, unet=False),
     "paper": SashimiConfig(64, 2, (4, 4)),
 }
 

@@ -1,0 +1,73 @@
+"""Training steps on raw sound, samples a second and memory: ``python -m benchmarks.audio_training --batch 4``.
+
+Nets of about equal size: the Mamba U-Net of SC09 and SaShiMi with S4D or S4 and MLPs. A step is forward, cross-entropy
+and backward, without an optimizer, under bfloat16 autocast as in the recipes or in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from audio.net import SoundNet
+from audio.sashimi import SashimiConfig
+
+CONFIGS = {
+    "mamba": SashimiConfig(),
+    "s4d": SashimiConfig(mixer="s4d", mixer_cfg={"n_ssm": 1}, mlp=2),
+    "s4": SashimiConfig(mixer="s4", mixer_cfg={"n_ssm": 1}, mlp=2),
+}
+
+
+def case(name: str, batch: int, length: int, autocast: bool, repeats: int) -> list[object]:
+    """Parameters, milliseconds of a step, samples a second, and the most memory in MiB."""
+    torch.manual_seed(0)
+    net = SoundNet(CONFIGS[name]).cuda()
+    x = torch.randint(0, 256, (batch, length + 1), device="cuda")
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            logits = net(x[:, :-1])
+        F.cross_entropy(logits.flatten(0, 1).float(), x[:, 1:].flatten()).backward()
+        net.zero_grad()
+
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    seconds = sorted(times)[len(times) // 2]
+    peak = torch.cuda.max_memory_allocated() / 2**20
+    count = sum(p.numel() for p in net.parameters())
+    return [count, f"{1e3 * seconds:.2f}", f"{batch * length / seconds:.0f}", f"{peak:.0f}"]
+
+
+def main() -> None:
+    """Prints one row of CSV for each case, as soon as it is known."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--nets", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=16000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"])
+    a = parser.parse_args()
+    writer = csv.writer(sys.stdout)
+    writer.writerow(["net", "precision", "batch", "length", "parameters", "ms", "samples_per_second", "mib", "gpu"])
+    for name in a.nets:
+        for precision in a.precisions:
+            row = case(name, a.batch, a.length, precision == "bfloat16", a.repeats)
+            writer.writerow([name, precision, a.batch, a.length, *row, torch.cuda.get_device_name()])
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
