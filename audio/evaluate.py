@@ -99,19 +99,20 @@ def evaluate(
     try:
         folder.mark({"status": "running", "command": f"python -m audio.evaluate {clips}"})
         found = _judged(judge, paths, Path(clips).expanduser())
-        metrics: dict[str, float] = {}
+        bits: dict[str, float] = {}
         if model is not None:
             trained = load_trained(Path(model).expanduser())
             trained.net.to(device)
             found = found._replace(bits=clip_bits(trained, paths))
             if parts:
-                metrics["test_bits_per_sample"] = recording_bits(trained, parts["test"], labels)
+                bits["test_bits_per_sample"] = recording_bits(trained, parts["test"], labels)
         thresholds, scored = _rejected(found, known, reject)
-        metrics |= scores(scored, known, published_scores)
-        rows = [{"clips": f"{len(scored.names)} scored", **scores(scored, known, published_scores)}]
+        metrics = scores(scored, known, published_scores)
+        rows: list[dict[str, Any]] = [{"clips": f"{len(scored.names)} scored", **metrics}]
         if parts:
-            best = _judged(judge, parts["test"], Path(reference or ""))
+            best = _judged(judge, parts["test"], Path(reference or "").expanduser())
             rows.append({"clips": f"{len(best.names)} recordings, test", **scores(best, known, published_scores)})
+        metrics |= bits
         facts = {
             "clips": f"{clips}: {len(paths)}, {len(scored.names)} of them scored",
             "compared with": f"{known.clips} recordings",
