@@ -15,7 +15,8 @@ from core.mixers.mamba_complex import MambaComplex
 from core.mixers.mamba_s4 import MambaS4, MambaS4State
 from core.mixers.retention import LinearAttention, Retention, RetentionState
 from core.mixers.s4 import S4
-from core.mixers.s4d import S4D, S4State
+from core.mixers.s4_block import S4State
+from core.mixers.s4d import S4D
 from core.mixers.s5 import S5, S5State
 from core.mixers.ungated import UngatedBlock
 

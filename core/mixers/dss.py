@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core import hippo
-from core.mixers.s4d import S4Block
+from core.mixers.s4_block import S4Block
 from kernels.diagonal_ssm import vandermonde
 
 

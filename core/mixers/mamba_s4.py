@@ -16,7 +16,8 @@ import kernels  # noqa: F401  registers torch.ops.triscan
 from core.mixers.mamba import last_inputs
 from core.mixers.packed import run_packed
 from core.mixers.s4 import S4Kernel
-from core.mixers.s4d import S4DKernel, StateSpace
+from core.mixers.s4_block import StateSpace
+from core.mixers.s4d import S4DKernel
 
 
 class MambaS4State(NamedTuple):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from core import hippo
-from core.mixers.s4d import S4Block, add_parameters, check_names, continuous, spread
+from core.mixers.s4_block import S4Block
+from core.mixers.s4d import add_parameters, check_names, continuous, spread
 from kernels.diagonal_ssm.chunks import run_chunks, split
 
 CHUNK = 128  # T, see kernels.diagonal_ssm

@@ -47,7 +47,7 @@ def diagonal_ssm(
         B: ``(H, M)`` complex discrete input weights.
         C: ``(H, M)`` complex output weights.
         initial_state: ``(B, H, M)`` complex; zeros by default.
-        backend: ``auto``, ``cpu``, ``torch`` (all three the same operators) or ``reference``; see ``kernels.backend``.
+        backend: ``reference`` for the definition; all others of ``kernels.backend`` mean the same operators.
 
     Returns:
         y ``(B, L, H)`` in u's dtype, and the final state ``(B, H, M)`` complex.
@@ -79,8 +79,8 @@ def _check(u: Tensor, log_a: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
 
 def _run(u: Tensor, log_a: Tensor, B: Tensor, C: Tensor, state: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """The outputs in plain differentiable operators."""
-    named = backend == "reference" or resolve("diagonal_ssm", backend, u.device) == "reference"
-    return (reference if named else aten).diagonal_ssm(u, log_a, B, C, state)
+    module = reference if resolve("diagonal_ssm", backend, u.device) == "reference" else aten
+    return module.diagonal_ssm(u, log_a, B, C, state)
 
 
 @op

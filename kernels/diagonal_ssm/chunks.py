@@ -12,15 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 def toeplitz(kernel: Tensor) -> Tensor:
     """(H, T) -> (H, T, T): entry (j, i) is kernel[i - j] for i >= j, else 0; a row of u times it is the convolution."""
     size = kernel.shape[1]
-    place = torch.arange(size, device=kernel.device)
-    lag = place[None, :] - place[:, None]
-    return torch.where(lag >= 0, kernel[:, lag.clamp(min=0)], kernel.new_zeros(()))
+    # Windows of the kernel after zeros, not an index: the gradient of an index sorts.
+    return F.pad(kernel, (size - 1, 0)).unfold(1, size, 1).flip(2).mT
 
 
 def run_chunks(
