@@ -3,7 +3,7 @@
 A program takes a head (or BP of its P columns) and walks the chunks of a row with the state in registers: C B^T under
 the structured mask times x, plus C times the state, then the state's update. No state is written to memory, except
 where a row is cut into segments (``triton_states.py``): few heads, long sequences. Where the layout allows it
-(``Plan.boxes``), tiles come and go by bulk copies (TMA) instead of by their elements' addresses.
+(``triton_boxes.py``), tiles come and go by bulk copies (TMA) instead of by their elements' addresses.
 
 B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk, S
 sequences.
@@ -22,7 +22,8 @@ from kernels.selective_scan.outputs import fresh
 from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd.problem import Problem
 from kernels.ssd.triton_backward import backward
-from kernels.ssd.triton_plan import BOXES, Plan
+from kernels.ssd.triton_boxes import BOXES, boxes
+from kernels.ssd.triton_plan import Plan
 from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tokens, weighted_mask
 
 __all__ = ["backward", "forward"]
@@ -122,9 +123,9 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor]:
     if plan.programs and plan.rows:
         segments = plan.segments
         enter = plan.entering(segments)[0]
-        boxes = plan.boxes(y)
+        tiles = boxes(plan, y)
         tensors = {
-            **plan.shared, **(boxes or dict.fromkeys(BOXES)), "y": y, "final": final, "enter_from": enter,
+            **plan.shared, **(tiles or dict.fromkeys(BOXES)), "y": y, "final": final, "enter_from": enter,
             "D": plan.D, "initial": plan.initial,
         }  # fmt: skip
         plan.launch(
@@ -133,9 +134,9 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor]:
                 "HAS_ENTER": enter is not None, "d_h": plan.d_strides[0], "d_p": plan.d_strides[1],
                 "HAS_D": p.D is not None, "HAS_INITIAL": plan.initial is not None, "segments": segments.count,
                 "length": segments.length, "L": p.length, "num_warps": plan.warps, "num_stages": plan.stages,
-                "TMA": boxes is not None,
+                "TMA": tiles is not None,
             },
-            boxes is not None,
+            tiles is not None,
         )  # fmt: skip
     if merging:
         return y.sum(2).to(p.x.dtype), final
