@@ -8,7 +8,7 @@ sequences.
 # (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.plans import kept, launch_named
 from kernels.selective_scan.cuda_shape import properties
@@ -36,7 +35,7 @@ WORKSPACE = 320 << 20  # bytes for the states between chunks and segments in the
 WALKED = ("dy", "dfinal", "dinitial", "h_enter", "g_enter", "h_out", "g_out", "h_to_g", "h_total", "g_total", "h_decay",
           "g_decay")  # tensors of ``states_kernel`` that not every launch has  # fmt: skip
 
-Tensors = Mapping[str, Tensor | TensorDescriptor | None]
+Tensors = dict[str, Tensor | None]
 
 
 class Segments(NamedTuple):
@@ -310,7 +309,8 @@ class Plan:
         p = self.p
         x_k = p.x.stride(2) if p.x.shape[2] > 1 else 0
         nvidia = p.x.is_cuda and torch.version.hip is None
-        precision = "tf32x3" if nvidia and self.product_dtype == torch.float32 else "ieee"
+        short = power(p.state) <= 128  # in longer sums tensor cores, which cut them off, lose more than float32 does
+        precision = "tf32x3" if nvidia and short and self.product_dtype == torch.float32 else "ieee"
         return {
             "plane": self.steps[0].numel(), "xs": (*p.x.stride()[:2], x_k, *p.x.stride()[3:]),
             "zs": (0, 0, 0, 0) if p.z is None else p.z.stride(), "Bs": p.B.stride(), "Cs": p.C.stride(), "G": p.groups,
