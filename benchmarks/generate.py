@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Row, Timing, floor, installed, require_gpu, row, write
-from core.decode import narrowed
+from core.decode_steps import narrowed
 from core.generate import Sampling, generate
 from core.lm import MambaConfig, MambaLM
 

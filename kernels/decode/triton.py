@@ -200,7 +200,7 @@ def _scan_kernel(
 
 @triton.jit
 def _largest_kernel(x_ptr, y_ptr, V, sx, BLOCK: tl.constexpr, ACC: tl.constexpr, PDL: tl.constexpr):
-    """The first of the largest values of a row; NaN counts as the largest."""
+    """The first of the largest values of a row; NaN counts as infinity."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()

@@ -8,7 +8,7 @@ sequences.
 # (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.backend import is_hopper
 from kernels.plans import kept, launch_named
 from kernels.selective_scan.cuda_shape import properties
 from kernels.selective_scan.problem import CHUNK as SLOT
@@ -37,8 +35,7 @@ WORKSPACE = 320 << 20  # bytes for the states between chunks and segments in the
 WALKED = ("dy", "dfinal", "dinitial", "h_enter", "g_enter", "h_out", "g_out", "h_to_g", "h_total", "g_total", "h_decay",
           "g_decay")  # tensors of ``states_kernel`` that not every launch has  # fmt: skip
 
-BOXES = ("x_box", "B_box", "C_box", "y_box")
-Tensors = Mapping[str, Tensor | TensorDescriptor | None]
+Tensors = dict[str, Tensor | None]
 
 
 class Segments(NamedTuple):
@@ -63,20 +60,6 @@ def row_strides(dy: Tensor | None) -> dict[str, tuple[int, ...]]:
     if dy is None:
         return {"ys": (0, 0, 0, 0, 0)}
     return {"ys": (*dy.stride()[:2], dy.stride(2) if dy.shape[2] > 1 else 0, *dy.stride()[3:])}
-
-
-def as_lines(t: Tensor) -> bool:
-    """Whether (B, L, K, ...) is a matrix of tokens that a bulk copy can read: without gaps, lines of whole 16 bytes."""
-    batch, length, routes, heads, width = t.shape
-    s = t.stride()
-    dense = s[4] == 1 and (heads == 1 or s[3] == width) and (batch == 1 or s[0] == length * s[1])
-    return routes == 1 and dense and s[1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
-
-
-def descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """The matrix of tokens, read in boxes."""
-    batch, length, _, heads, width = t.shape
-    return TensorDescriptor(t, [batch * length, heads * width], [t.stride(1), 1], [rows, columns])
 
 
 @dataclass(frozen=True)
@@ -309,16 +292,6 @@ class Plan:
         p = self.p
         odd = p.positions % self.chunk or p.head_dim % self.width or p.state != power(p.state)
         return not self.table and not odd
-
-    def boxes(self, y: Tensor) -> dict[str, TensorDescriptor] | None:
-        """x, B, C and y as matrices of tokens for the forward's bulk copies (TMA), where their layout allows that."""
-        p = self.p
-        if not self.full or p.reverse or self.product_dtype != torch.bfloat16 or not is_hopper(p.x.device):
-            return None
-        found = dict(zip(BOXES, ((p.x, self.width), (p.B, p.state), (p.C, p.state), (y, self.width)), strict=True))
-        if not all(as_lines(t) for t, _ in found.values()):
-            return None
-        return {n: descriptor(t, self.chunk, columns) for n, (t, columns) in found.items()}
 
     def by_chunk(self, t: Tensor) -> Tensor:
         """Memory for one tensor like t a chunk."""
