@@ -53,9 +53,7 @@ def _enter(rank: int, size: int, port: int, function: Callable[..., None], argum
 def launch(size: int, function: Callable[..., None], *arguments: Any) -> list[int]:
     """The exit codes of ``size`` processes, started as torchrun starts them."""
     context, port = mp.get_context("fork"), free_port()
-    processes = [
-        context.Process(target=_enter, args=(rank, size, port, function, arguments)) for rank in range(size)
-    ]
+    processes = [context.Process(target=_enter, args=(rank, size, port, function, arguments)) for rank in range(size)]
     for process in processes:
         process.start()
     connection.wait([process.sentinel for process in processes], 100)
