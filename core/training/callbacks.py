@@ -83,7 +83,7 @@ class ExactResume(Callback):
         if self._loader_state is not None and loader is not None:
             loader.load_state_dict(self._loader_state)
             if loader.resumed is not None:  # another number of processes counts other batches
-                progress = trainer.fit_loop.epoch_loop.batch_progress.current
+                progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
                 progress.ready = progress.started = progress.processed = progress.completed = loader.resumed
         self._loader_state = None
 
