@@ -1,6 +1,7 @@
 """How a run spreads over devices, for Lightning's trainer: ``fsdp2``, and sequences cut across processes."""
 
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ class SequenceDDP(_Mesh, DDPStrategy):
 class FSDP2(_Mesh, ModelParallelStrategy):
     """Every process keeps a share of weights, gradients and moments, and gathers a block's weights when it runs.
 
-    Checkpoints are the files that one process writes and reads.
+    Checkpoints are the files that one process writes and reads. On CPUs the ops run on plain PyTorch operators.
 
     Args:
         sequence: Processes that share a sequence, a divisor of their number.
@@ -108,6 +109,8 @@ class FSDP2(_Mesh, ModelParallelStrategy):
         self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
         super().setup_environment()
         self.join(self.world_size, self.root_device)
+        if self.root_device.type == "cpu":  # NumPy's views, which the CPU's kernels take, keep memory from being freed
+            os.environ.setdefault("TRISCAN_BACKEND", "torch")
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The whole state, numbered as a single process numbers it; on rank 0, elsewhere empty."""

@@ -83,9 +83,8 @@ class ExactResume(Callback):
         if self._loader_state is not None and loader is not None:
             loader.load_state_dict(self._loader_state)
             if loader.resumed is not None:  # another number of processes counts other batches
-                progress = trainer.fit_loop.epoch_loop.batch_progress.current
-                for counter in vars(progress):  # batches that are ready, started, processed, completed
-                    setattr(progress, counter, loader.resumed)
+                progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+                progress.ready = progress.started = progress.processed = progress.completed = loader.resumed
         self._loader_state = None
 
     @property

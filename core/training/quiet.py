@@ -31,7 +31,7 @@ WARNINGS = (
     r".*Checkpoint directory .* exists and is not empty.*",  # a resumed run goes on in its folder
     r".*Experiment logs directory .* exists and is not empty.*",  # its history is kept and written again
     r".*is smaller than the logging interval.*",  # the epochs' figures are logged all the same
-    r".*It is recommended to use `self.log\(.*sync_dist=True.*",  # joined by a metric, or of rank 0 alone
+    r".*It is recommended to use `self.log\(.*sync_dist=True.*",  # joined already, or rank 0's alone
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated.*",  # Lightning's own use of torch
 )
 
