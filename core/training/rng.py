@@ -49,6 +49,7 @@ class ResumableLoader(DataLoader):
     _batches = 0
     _start: dict[str, Any] | None = None
     _resume: dict[str, Any] | None = None
+    _recounted: int | None = None
 
     def __init__(
         self,
@@ -102,8 +103,9 @@ class ResumableLoader(DataLoader):
         batches = state["batches"] * state.get("step", self.step) // self.step
         unfinished = state["start"] is not None and 0 < batches < len(self)
         self._resume = {**state, "batches": batches} if unfinished else None
+        self._recounted = batches if unfinished and batches != state["batches"] else None
 
     @property
     def resumed(self) -> int | None:
-        """Batches that the next ``iter`` leaves out; None where it begins an epoch."""
-        return None if self._resume is None else self._resume["batches"]
+        """Batches that the next ``iter`` leaves out, where they are not those that the position was counted in."""
+        return self._recounted
