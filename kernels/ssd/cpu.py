@@ -114,7 +114,8 @@ def _chunk_gradients(p: Problem, rows: tuple[Tensor, ...], h: Tensor, dy: Tensor
 
     def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         part = dataclasses.replace(p, **dict(zip(PARAMETERS, inputs[5:], strict=True)))
-        return chunk(part, *inputs[:5])
+        x, dt, B, C, h = inputs[:5]
+        return chunk(part, x, dt, B, C, h)
 
     return recompute.gradients(function, (*(t.to(p.dtype) for t in rows), h, *parameters), (dy, dh))
 

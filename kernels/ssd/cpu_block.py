@@ -55,7 +55,7 @@ def block(
     if 0 < done < x.shape[1]:
         halves = []
         for span in (slice(0, done), slice(done, None)):
-            y, h = block(*(t[:, span] for t in (x, dt)), A, B[:, span], C[:, span], h, _part(restart, span))
+            y, h = block(x[:, span], dt[:, span], A, B[:, span], C[:, span], h, _part(restart, span))
             halves.append(y)
         return torch.cat(halves, 1), h
     Q = min(CHUNK, x.shape[1])
