@@ -114,8 +114,8 @@ def _chunk_gradients(p: Problem, rows: tuple[Tensor, ...], h: Tensor, dy: Tensor
 
     def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         part = dataclasses.replace(p, **dict(zip(PARAMETERS, inputs[5:], strict=True)))
-        x, dt, B, C, state = inputs[:5]
-        return chunk(part, x, dt, B, C, state)
+        x, dt, B, C, h = inputs[:5]
+        return chunk(part, x, dt, B, C, h)
 
     return recompute.gradients(function, (*(t.to(p.dtype) for t in rows), h, *parameters), (dy, dh))
 
