@@ -49,7 +49,8 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     torch.manual_seed(0)
     net = DigitNet(RATE, 10, width=4)
     optimizer = torch.optim.AdamW(net.parameters(), lr=2e-2)
-    for _ in range(25):
+    for epoch in range(60):
+        optimizer.param_groups[0]["lr"] = 2e-2 * (1 - epoch / 60)
         for waves, classes in data.train_dataloader():
             loss = torch.nn.functional.cross_entropy(net(waves), classes)
             optimizer.zero_grad()
