@@ -126,8 +126,7 @@ class LanguageModel(TrainingModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, GenomeData) and self.trainer.is_global_zero:
             tokens = data.batch_size * data.window // getattr(self.trainer.strategy, "sequence", 1)
-            net = self._whole_net[0] if self._whole_net else self.net  # a sharded one cannot be copied
-            print(describe_memory(net, tokens, self.recompute, self.offload, str(self.trainer.precision)))
+            print(describe_memory(self.net, tokens, self.recompute, self.offload, str(self.trainer.precision)))
 
     def batch_tokens(self, batch: Tensor) -> int:
         """Return the number of tokens that are read."""

@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EMAWeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from core.parallel.strategies import FSDP2
 from core.training.rng import ResumableLoader, rng_state, set_rng_state
 
 
@@ -135,8 +134,6 @@ class Interrupt(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop, if asked to."""
-        if isinstance(trainer.strategy, FSDP2):  # all processes save together, so that all must know
-            self._asked = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
         if self._asked:
             trainer._logger_connector.update_train_step_metrics()  # comes after this hook otherwise: the step's figures
             self._save(trainer)
@@ -176,11 +173,10 @@ class Interrupt(Checkpoint):
         self._restore()
 
     def _save(self, trainer: Trainer) -> None:
-        shared = isinstance(trainer.strategy, FSDP2)
-        if not shared and (self.folder is None or not trainer.is_global_zero):
+        if self.folder is None or not trainer.is_global_zero:
             return
         # Not trainer.save_checkpoint: it waits for the other processes, which know nothing of the signal.
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        path = self.folder / "last.ckpt" if self.folder is not None else Path("last.ckpt")  # of rank 0, which writes
+        path = self.folder / "last.ckpt"
         trainer.strategy.save_checkpoint(checkpoint, path)
         self.saved = path

@@ -139,7 +139,6 @@ class TrainingModule(LightningModule):
         self.compile_requested = compile
         self._steps_seen = 0
         self._group_options: list[dict[str, Any]] = []
-        self._whole_net: list[nn.Module] = []  # in a list, so that it is no part of this module
 
     # What a domain writes.
 
@@ -213,26 +212,6 @@ class TrainingModule(LightningModule):
         if self.compile_requested and self._steps_seen == 1:
             self.compiled_part().compile()
         self._steps_seen += 1
-
-    def configure_model(self) -> None:
-        """Share the weights out among the processes, where the strategy is fsdp2."""
-        if self.device_mesh is None or self._whole_net:
-            return
-        from core.parallel.strategies import empty_copy, shard_module
-
-        self._whole_net.append(empty_copy(self.net))
-        shard_module(self, self.device_mesh["data_parallel"])
-
-    def gather_net(self) -> nn.Module:
-        """Return the net with all its weights, or on rank 0 a copy of it on the CPU; every process must ask."""
-        if not self._whole_net:
-            return self.net
-        from core.parallel.strategies import whole_weights
-
-        weights, (net,) = whole_weights(self.net), self._whole_net
-        if weights:
-            net.load_state_dict(weights)
-        return net.train(self.net.training)
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule from the options; the schedule is a function of the optimizer step alone."""

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from core.cli import parse
 from core.errors import UserError
-from core.parallel.strategies import FSDP2, SequenceDDP  # registers fsdp2
+from core.parallel.strategies import SequenceDDP
 from core.training.callbacks import EMA, ExactResume, Interrupt
 from core.training.folder import RunFolder, find_checkpoint, named, numbered, run_of
 from core.training.module import TrainingModule
@@ -214,16 +214,14 @@ class RecipeCLI(LightningCLI):
         """Put our strategy in the place of its name."""
         trainer, sequence = self._get(self.config_init, "trainer"), self._option("sequence_parallel")
         name = trainer["strategy"]
-        if name == "fsdp2" and self._option("ema_decay") is not None:
-            raise UserError("--ema_decay keeps a second net on every device, which fsdp2 avoids; give null, or use ddp")
         if sequence == 1:
             return
         if sequence < 1 or not self.model.cuts_sequences:
             wanted = "at least 1" if sequence < 1 else f"1: {type(self.model).__name__} takes whole sequences"
             raise UserError(f"--sequence_parallel is {sequence}; wanted {wanted}")
-        if name not in ("auto", "ddp", "fsdp2"):
-            raise UserError(f"--trainer.strategy is {name}; with --sequence_parallel it must be ddp or fsdp2")
-        trainer["strategy"] = FSDP2(sequence) if name == "fsdp2" else SequenceDDP(sequence)
+        if name not in ("auto", "ddp"):
+            raise UserError(f"--trainer.strategy is {name}; with --sequence_parallel it must be ddp")
+        trainer["strategy"] = SequenceDDP(sequence)
 
     def _claim_folder(self, run_dir: Path | None) -> RunFolder:
         run = run_of(self.checkpoint) if self.checkpoint is not None and self.subcommand == "fit" else None
@@ -299,8 +297,6 @@ class RecipeCLI(LightningCLI):
         self._finish("finished")
 
     def _finish(self, status: str) -> None:
-        if status == "finished" and isinstance(self.trainer.strategy, FSDP2):
-            self.model.net = self.model.gather_net()  # the report may run it, on rank 0 alone
         if self.folder is None or self.record is None:
             return
         if not self.folder.started:
