@@ -23,6 +23,7 @@ from torch import Tensor
 from audio.net import SoundNet
 from benchmarks.spoken_digits import LEVELS, SILENCE, Trainer, sizes
 from core.cli import run
+from core.table import append_row
 
 
 def main(
@@ -79,12 +80,7 @@ def main(
             "train_bits": f"{losses:.4f}", "seconds": f"{time.perf_counter() - begin:.1f}",
             "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
         }  # fmt: skip
-        new = not path.is_file()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row))
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        append_row(path, row)
         print(json.dumps(row), flush=True)
 
 

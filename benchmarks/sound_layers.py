@@ -17,6 +17,7 @@ import torch
 from audio.net import SoundNet
 from benchmarks.spoken_digits import DIGITS, LEVELS, Budget, Trainer, bits_per_sample, fit, read, sizes
 from core.cli import run
+from core.table import append_row
 
 S4D = {"mixer": "s4d", "mlp": 2}
 LAYERS = {
@@ -75,12 +76,7 @@ def main(
                 "train_bits": figures.get("train_bits", ""), "seconds": f"{time.perf_counter() - begin:.1f}",
                 "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
             }  # fmt: skip
-            new = not path.is_file()
-            with path.open("a", newline="") as file:
-                writer = csv.DictWriter(file, list(row))
-                if new:
-                    writer.writeheader()
-                writer.writerow(row)
+            append_row(path, row)
             print(json.dumps(row), flush=True)
 
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from core.cli import run
 from core.errors import UserError
+from core.table import append_row
 from core.training.module import OptimizerOptions, create_optimizer
 from genomics.datasets import IGNORED, GenomeData, targets
 from genomics.models import MixerName, build_lm
@@ -90,7 +91,8 @@ def scaling(
                 print(f"{mixer} at {context:,}: left out: no stretch of training or test sequence is that long")
                 continue
             row = one_run(data, mixer, context, sizes, tokens, tokens_per_step, test_tokens, seed, rate, place)
-            append(path, {"data": name, **row})
+            found = {"data": name, **row}
+            append_row(path, {column: found[column] for column in COLUMNS})
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             new += 1
     if path.is_file():
@@ -168,17 +170,6 @@ def read_table(path: Path) -> set[tuple[str, ...]]:
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise UserError(f"{path} is no table of this command; wanted the columns {', '.join(COLUMNS)}")
         return {tuple(row[key] for key in KEY) for row in reader}
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to the table at once, with a header where the table begins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    begin = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if begin:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def draw(path: Path) -> Figure:

@@ -64,17 +64,6 @@ def check_columns(path: Path, wanted: Iterable[str]) -> None:
         )
 
 
-def append_row(path: Path, values: Mapping[str, str]) -> None:
-    """Adds a row to a table's file, which begins with the names of the columns."""
-    new = not path.is_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(values), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(values)
-
-
 def summary(rows: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
     """One line a model and setting: seeds, steps and time, and the mean accuracy over the seeds in per cent.
 

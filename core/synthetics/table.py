@@ -63,6 +63,7 @@ def fill(recipe: Recipe, wanted: Sequence[Settings], file: Path, options: TableO
     import torch
 
     from core.synthetics import command, rows, training
+    from core.table import append_row
 
     device = command.device(options.device)
     facts = {"device": command.device_name(device), "torch": torch.__version__, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
@@ -79,7 +80,7 @@ def fill(recipe: Recipe, wanted: Sequence[Settings], file: Path, options: TableO
             if result.stopped == "failed":
                 failed.append(f"{command.label(run.settings)}: {result.error}")
                 continue
-            rows.append_row(file, rows.row(recipe, run.settings, result, facts))
+            append_row(file, rows.row(recipe, run.settings, result, facts))
     return failed
 
 

@@ -14,6 +14,7 @@ from core.errors import UserError
 from core.synthetics import __main__ as one_run
 from core.synthetics import command, models, recipe, rows, table, training
 from core.synthetics.recipe import Recipe, Settings
+from core.table import append_row
 
 TINY: dict[str, Any] = {
     "d_model": 16, "n_layer": 1, "steps": 6, "batch_size": 4, "check_every": 3, "test_sequences": 10, "warmup": 2,
@@ -178,7 +179,7 @@ def test_unfinished_rows_are_run_again(tmp_path: Path) -> None:
     file, runs_of = tmp_path / "table.csv", study()
     wanted = runs_of.rows({}, ["mamba"], [0])
     cut = training.Result(steps=1, stopped="time", accuracy={10: 0.25})
-    rows.append_row(file, rows.row(runs_of, wanted[0], cut, {"device": "-", "torch": "-", "date": "-"}))
+    append_row(file, rows.row(runs_of, wanted[0], cut, {"device": "-", "torch": "-", "date": "-"}))
     table.fill(runs_of, wanted, file, command.TableOptions(device="cpu"))
     assert [row["stopped"] for row in rows.read_rows(file)] == ["steps"]
     assert len(file.read_text().splitlines()) == 3  # the cut one stands there still; the last one counts
