@@ -11,6 +11,14 @@ import torch
 from torch import Tensor
 
 
+def decode_by_copy(mixer: Mixer, x: Tensor, state: Any) -> Tensor:
+    """``Mixer.decode`` of a mixer whose ``forward_state`` does nothing that a CUDA graph could not hold."""
+    y, after = mixer.forward_state(x, state)
+    for kept, new in zip(state, after, strict=True):
+        kept.copy_(new)
+    return y
+
+
 class Mixer(Protocol):
     """A layer that mixes a sequence, (B, L, D) -> (B, L, D), and can continue it from a state.
 

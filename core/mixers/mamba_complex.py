@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from core.mixers.contract import decode_by_copy
 from core.mixers.mamba import Mamba, MambaState
 
 
@@ -44,10 +45,7 @@ class MambaComplex(Mamba):
     @torch.no_grad()
     def decode(self, x: Tensor, state: MambaState) -> Tensor:
         """Decodes a few tokens and leaves the state after them in ``state``; see ``Mixer.decode``."""
-        y, after = self.forward_state(x, state)
-        for there, value in zip(state, after, strict=True):
-            there.copy_(value)
-        return y
+        return decode_by_copy(self, x, state)
 
     def init_state(
         self,

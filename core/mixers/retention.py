@@ -10,6 +10,7 @@ Legend: B batch, L length, D model width, H heads, E head width, N width of keys
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels  # noqa: F401  registers torch.ops.triscan
+from core.mixers.contract import decode_by_copy
 from core.mixers.packed import run_packed
 from core.mixers.rotary import rotate, rotation
 
@@ -41,17 +43,17 @@ class _FixedDecay(nn.Module):
         super().__init__()
         self.d_model, self.num_heads, self.head_dim, self.columns = d_model, num_heads, d_model // num_heads, columns
 
+    @abstractmethod
     def parts(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k (B, L, H, N), v (B, L, H, P) and what the output needs besides, of tokens at positions (B or 1, L)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def output(self, y: Tensor, rest: Tensor) -> Tensor:
         """Maps y (B, L, H, P) to (B, L, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log_decay(self) -> Tensor:
         """log gamma (H,), float32 at least."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Mixes whole sequences.
@@ -92,10 +94,7 @@ class _FixedDecay(nn.Module):
     @torch.no_grad()
     def decode(self, x: Tensor, state: RetentionState) -> Tensor:
         """Decodes a few tokens and leaves the state after them in ``state``; see ``Mixer.decode``."""
-        y, after = self.forward_state(x, state)
-        for kept, new in zip(state, after, strict=True):
-            kept.copy_(new)
-        return y
+        return decode_by_copy(self, x, state)
 
     def init_state(
         self,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core import hippo
+from core.mixers.contract import decode_by_copy
 from core.mixers.linear_scan import linear_scan
 from core.mixers.packed import run_packed
 
@@ -136,9 +137,7 @@ class S5(nn.Module):
     @torch.no_grad()
     def decode(self, x: Tensor, state: S5State) -> Tensor:
         """Decodes a few tokens and leaves the state after them in ``state``; see ``Mixer.decode``."""
-        y, after = self.forward_state(x, state)
-        state.ssm.copy_(after.ssm)
-        return y
+        return decode_by_copy(self, x, state)
 
     def init_state(
         self,
