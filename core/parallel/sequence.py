@@ -338,6 +338,7 @@ def _carried(group: SequenceGroup, op: Any, A: Tensor, part: Tensor, steps: Tens
         parts, sums = parts[group.rank + 1 :], sums[group.rank + 1 :]
     if not len(parts):
         return torch.zeros_like(part)
-    between = sums.cumsum(0) - sums  # the steps that lie between each part and this one: the nearest comes first
+    # The steps that lie between each part and this one: the nearest comes first.
+    between = torch.cat([torch.zeros_like(sums[:1]), sums[:-1].cumsum(0)])
     decay = op.exponent(A, between).exp()
     return ((decay if forward else decay.conj()) * parts).sum(0)
