@@ -83,13 +83,7 @@ def generate(
         start = trained.codec.encode(to_mono(read_clip(Path(prompt).expanduser()), trained.sample_rate))
     length = max(1, round(seconds * trained.sample_rate))
     if stdout:
-        trained.net.to(device)
-        generator = torch.Generator().manual_seed(seed)
-        chunks = stream(
-            trained.net, starts[0], 1, sampling, length=length, chunk=STREAMED, prompt=start, generator=generator
-        )
-        waves = (trained.codec.decode(chunk.levels[0]) for chunk in chunks)
-        write_stream(sys.stdout.buffer, waves, length, trained.sample_rate)
+        _stream(trained, starts[0], length, sampling, start, seed, device)
         return
     folder = numbered(RUNS) if out is None else _named(Path(out), overwrite)
     command = " ".join(["python -m audio.generate", *([checkpoint] if checkpoint else [])])
@@ -121,6 +115,17 @@ def generate(
         f"{metrics['real_time_factor']:.2f} for all of them, {metrics['stream_real_time_factor']:.2f} for each"
     )
     print(folder.path)
+
+
+def _stream(
+    trained: Trained, start: int, length: int, sampling: Sampling, prompt: Tensor | None, seed: int, device: str
+) -> None:
+    """Writes a clip to standard output while it is drawn."""
+    trained.net.to(device)
+    generator = torch.Generator().manual_seed(seed)
+    chunks = stream(trained.net, start, 1, sampling, length=length, chunk=STREAMED, prompt=prompt, generator=generator)
+    waves = (trained.codec.decode(chunk.levels[0]) for chunk in chunks)
+    write_stream(sys.stdout.buffer, waves, length, trained.sample_rate)
 
 
 def _draw(

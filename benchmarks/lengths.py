@@ -70,15 +70,18 @@ def timed(op: str, provider: str) -> list[Row]:
     return found
 
 
-def plot(source: Path, target: Path) -> None:
-    """Draws the lines of a CSV file."""
+def draw(rows: list[dict[str, str]], lines: dict[str, list[tuple[int, float]]], target: Path) -> None:
+    """Draws times against lengths.
+
+    Args:
+        rows: Of a CSV file; they name the GPU.
+        lines: Tokens and milliseconds by label; one without points is left out.
+        target: The picture's file.
+    """
     import matplotlib.pyplot as plt
 
-    with source.open() as file:
-        rows = list(csv.DictReader(file))
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for (op, provider), label in LINES.items():
-        points = [(int(r["case"][1:]), float(r["ms_p50"])) for r in rows if (r["op"], r["provider"]) == (op, provider)]
+    for label, points in lines.items():
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
     axes.set_xscale("log", base=2)
@@ -90,6 +93,17 @@ def plot(source: Path, target: Path) -> None:
     axes.legend(frameon=False)
     figure.savefig(target, dpi=120)
     print(target)
+
+
+def plot(source: Path, target: Path) -> None:
+    """Draws the lines of a CSV file."""
+    with source.open() as file:
+        rows = list(csv.DictReader(file))
+    lines = {
+        label: [(int(r["case"][1:]), float(r["ms_p50"])) for r in rows if (r["op"], r["provider"]) == (op, provider)]
+        for (op, provider), label in LINES.items()
+    }
+    draw(rows, lines, target)
 
 
 def main() -> None:

@@ -55,25 +55,13 @@ def timed(op: str, state: str) -> list[Row]:
 
 def plot(source: Path, target: Path) -> None:
     """Draws the lines of a CSV file."""
-    import matplotlib.pyplot as plt
-
     with source.open() as file:
         rows = list(csv.DictReader(file))
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    lines = {}
     for (op, state), label in LINES.items():
         cases = [(r["case"][1:].partition("_"), float(r["ms_p50"])) for r in rows if r["op"] == op]
-        points = [(int(length), ms) for (length, _, found), ms in cases if found == state]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("forward, ms")
-    axes.set_title(f"One sequence, {lengths.CHANNELS} channels, bfloat16, {rows[0]['gpu']}", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(target, dpi=120)
-    print(target)
+        lines[label] = [(int(length), ms) for (length, _, found), ms in cases if found == state]
+    lengths.draw(rows, lines, target)
 
 
 def main() -> None:
