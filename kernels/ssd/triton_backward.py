@@ -25,7 +25,8 @@ from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd import triton_plan
 from kernels.ssd.problem import Problem
 from kernels.ssd.triton_gradients import chunks_kernel, ddt_kernel
-from kernels.ssd.triton_plan import Plan, Segments, cores, row_strides
+from kernels.ssd.triton_plan import Plan, row_strides
+from kernels.ssd.triton_sizes import Segments, cores
 
 if TYPE_CHECKING:
     from kernels.ssd import Gradients

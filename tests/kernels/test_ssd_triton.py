@@ -19,8 +19,9 @@ from ssd_cases import CASES, ROUNDED, ROWS, Case, compare, run
 
 from kernels import ssd
 from kernels.plans import Plans
-from kernels.ssd import triton_plan
-from kernels.ssd.triton_plan import Plan, Segments
+from kernels.ssd import triton_plan, triton_sizes
+from kernels.ssd.triton_plan import Plan
+from kernels.ssd.triton_sizes import Segments
 
 DEVICE = triton_device()
 INTERPRETED = DEVICE == "cpu"
@@ -49,8 +50,8 @@ def few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long chunks in the interpreter: an operation on a large tile takes it as long as one on a small tile."""
     new_plans(monkeypatch)
     if INTERPRETED:
-        for dtype in triton_plan.CHUNK:
-            monkeypatch.setitem(triton_plan.CHUNK, dtype, 64)
+        for dtype in triton_sizes.CHUNK:
+            monkeypatch.setitem(triton_sizes.CHUNK, dtype, 64)
 
 
 def in_segments(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -88,7 +89,7 @@ SEGMENTED = {
 @pytest.mark.parametrize("turns", [False, True], ids=["at_once", "in_turns"])
 @pytest.mark.parametrize("name", SEGMENTED)
 def test_segments(name: str, turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(triton_plan.CHUNK, torch.float64, 16)
+    monkeypatch.setitem(triton_sizes.CHUNK, torch.float64, 16)
     in_segments(monkeypatch, 3)
     if turns:
         monkeypatch.setattr(triton_plan, "WORKSPACE", 1)
@@ -97,7 +98,7 @@ def test_segments(name: str, turns: bool, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("length", [15, 16, 17, 32])
 def test_chunk_borders(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(triton_plan.CHUNK, torch.float64, 16)
+    monkeypatch.setitem(triton_sizes.CHUNK, torch.float64, 16)
     assert_equals_reference(run, Case(B=1, L=length, H=1), "triton", DEVICE)
 
 
@@ -155,7 +156,7 @@ def test_bfloat16_products_are_accurate_enough(name: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("chunk", [64, 16])
 def test_strong_and_weak_decays(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Differences of large running sums keep their digits, in one chunk and in several: so in ddt and dA."""
-    monkeypatch.setitem(triton_plan.CHUNK, torch.float32, chunk)
+    monkeypatch.setitem(triton_sizes.CHUNK, torch.float32, chunk)
     case = Case(B=1, L=64, H=2, P=8, N=8, without="z", dt_softplus=False)
     inputs = case.inputs(torch.float32)
     dt = torch.where(torch.arange(64) % 2 == 0, 20.0, 0.003)[None, :, None].expand(1, 64, 2)
