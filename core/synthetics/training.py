@@ -40,6 +40,7 @@ class Result:
         accuracy: Share of right answers by length of the test; a length that the model cannot take is missing.
         history: Records of the checks: step, loss of training and accuracy.
         steps: Optimizer steps made.
+        loss: Of training, the mean since the last check before the end; NaN after no step.
         stopped: ``steps``, ``solved``, ``time``, ``diverged`` or ``failed``: what ended the training.
         seconds: From the start of the training to the end of the tests; with other runs beside it, theirs count too.
         parameters: Of the model.
@@ -48,6 +49,7 @@ class Result:
     accuracy: dict[int, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     steps: int = 0
+    loss: float = math.nan
     stopped: str = "steps"
     seconds: float = 0.0
     parameters: int = 0
@@ -103,6 +105,7 @@ class Run:
             if self.result.stopped != "steps":
                 break
         self.graph = None  # and its memory
+        self.result.loss = self._mean_loss()
         if self.result.stopped != "diverged":
             for length in self.lengths:
                 sequences = max(1, min(self.settings.test_sequences, self.settings.test_tokens // length))
@@ -148,13 +151,17 @@ class Run:
     def _check(self, stage: Task) -> Generator[bool, None, float]:
         """Adds a record to the history, and returns its accuracy."""
         accuracy = yield from self._evaluate(CHECKS, stage.length, CHECK_SEQUENCES, stage)
-        done, every = self.result.steps, self.settings.check_every
-        with self._stream():
-            loss = self.losses[max(0, done - every) : done].mean().item()
-        self.result.history.append({"step": done, "train/loss": loss, "val/accuracy": accuracy})
+        loss = self._mean_loss()
+        self.result.history.append({"step": self.result.steps, "train/loss": loss, "val/accuracy": accuracy})
         if not math.isfinite(loss):
             self.result.stopped = "diverged"
         return accuracy
+
+    def _mean_loss(self) -> float:
+        """Of the steps since the last check."""
+        done, every = self.result.steps, self.settings.check_every
+        with self._stream():
+            return self.losses[(done - 1) // every * every : done].mean().item() if done else math.nan
 
     def _one_step(self, stage: Task, number: int) -> None:
         """Makes a step of a stage: plainly on a CPU and at first, then by its graph."""

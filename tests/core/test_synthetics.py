@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from core.errors import UserError
 from core.synthetics import __main__ as one_run
@@ -157,6 +159,45 @@ def test_table_is_filled_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the tests have other lengths"):
         table.fill(runs_of, [replace(wanted[0], test_lengths=[8])], file, options)
     assert lines[0]["seeds"] == "0, 1"
+
+
+def test_a_run_that_is_cut_before_its_first_check_has_a_loss() -> None:
+    run_of = study(check_every=1000, steps=30)
+    work = training.Run(run_of, run_of.run({}), torch.device("cpu"))
+    work.out_of_time = True
+    cut = finish(work)
+    assert (cut.stopped, cut.steps, cut.history) == ("time", training.BURST, [])
+    assert cut.loss == pytest.approx(work.losses[: training.BURST].mean().item())
+    facts = {"device": "-", "torch": "-", "date": "-"}
+    assert rows.row(run_of, work.settings, cut, facts)["loss"] == f"{cut.loss:.5f}"
+    assert math.isnan(training.Result().loss)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the names of the ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_can_be_a_graph(name: str) -> None:
+    """Every step calls the same ops, and none of them asks what is in a tensor."""
+    run_of = study(steps=9)
+    work = training.Run(run_of, run_of.run({"model": name}), torch.device("cpu"))
+    work._update(work.task)
+    kept = []
+    for _ in range(2):
+        with Recorder() as recorder:
+            work._update(work.task)
+        kept.append(recorder.names)
+    assert kept[0] == kept[1]
+    assert not {op for op in kept[0] if "local_scalar" in op or "nonzero" in op}
 
 
 def test_time_and_failure_leave_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
