@@ -87,7 +87,7 @@ class Run:
         for group in groups:
             group["lr"] = torch.zeros((), device=device)
         cuda = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True, capturable=cuda)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, settings.beta2), fused=True, capturable=cuda)
         self.stream = torch.cuda.Stream(device) if cuda else None
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(device))
@@ -179,7 +179,8 @@ class Run:
         settings = self.settings
         batch = stage.batch(settings.seed, TRAINING, self.step, settings.batch_size)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model.loss(batch)
+        with self._precision():
+            loss = self.model.loss(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         share = self._rate()
@@ -212,13 +213,18 @@ class Run:
             right = torch.zeros((), dtype=torch.int64, device=self.device)
         for number in range(math.ceil(sequences / rows)):
             size = min(rows, sequences - number * rows)
-            with self._stream(), torch.no_grad():
+            with self._stream(), self._precision(), torch.no_grad():
                 step = torch.full((), number, dtype=torch.int64, device=self.device)
                 batch = task.batch(self.settings.seed, split, step, size, length)
                 right += self.model.count_right(batch, PIECE if in_pieces else None)
             yield from self._wait()
         with self._stream():
             return right.item() / (sequences * batch.answers.shape[1])
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        """Autocast if it is wanted; without its cache of cast weights, which a graph would not renew."""
+        wanted = self.settings.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
     def _stream(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)

@@ -33,6 +33,24 @@ def test_a_run_learns_and_stops_when_it_is_right() -> None:
     assert got.history[-1]["train/loss"] < got.history[0]["train/loss"]
 
 
+def test_precision_and_beta2_reach_the_step() -> None:
+    run_of = study(precision="bfloat16", beta2=0.9)
+    work = training.Run(run_of, run_of.run({}), torch.device("cpu"))
+    dtypes = []
+    work.model.lm_head.register_forward_hook(lambda module, given, out: dtypes.append(out.dtype))
+    got = finish(work)
+    assert set(dtypes) == {torch.bfloat16}
+    assert {group["betas"] for group in work.optimizer.param_groups} == {(0.9, 0.9)}
+    assert got.loss == pytest.approx(result(study(beta2=0.9)).loss, rel=1e-2)
+    assert got.loss != result(study(beta2=0.9)).loss
+
+
+def test_identity_follows_what_is_not_default() -> None:
+    one, other = study(), study(precision="bfloat16")
+    assert one.identity(one.run({})) != other.identity(other.run({}))
+    assert one.identity(one.run({"beta2": 0.98})) == one.identity(one.run({}))
+
+
 def test_a_run_repeats_and_seeds_differ() -> None:
     first, again, other = (result(study(), seed=seed).history for seed in (0, 0, 1))
     assert first == again
