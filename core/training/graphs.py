@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from core.errors import UserError
 from core.parallel.group import active
@@ -20,15 +21,23 @@ def capture(net: nn.Module, *inputs: Tensor) -> None:
         net: The net, called with tensors by position.
         inputs: A batch's.
     """
-    plain: Any = net.forward
-    shapes = [x.shape for x in inputs]
+    plain, shapes = net.forward, [x.shape for x in inputs]
+    names, parameters = zip(*net.named_parameters(), strict=True)
+
+    def call(*given: Tensor) -> Any:
+        values = dict(zip(names, given[len(inputs) :], strict=True))
+        return functional_call(net, values, given[: len(inputs)])
+
+    # Parameters under other names: their own may still be in an earlier step's graph, tied to the stream it ran on.
+    aliases = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
     on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
-        torch.cuda.make_graphed_callables(net, tuple(x.detach().clone() for x in inputs))
-    replay: Any = net.forward
+        replay: Any = torch.cuda.make_graphed_callables(call, (*(x.detach().clone() for x in inputs), *aliases))
 
     def forward(*given: Tensor) -> Any:
-        return replay(*given) if [x.shape for x in given] == shapes else plain(*given)
+        if net.training and torch.is_grad_enabled() and [x.shape for x in given] == shapes:
+            return replay(*given, *parameters)
+        return plain(*given)
 
     net.forward = forward
 
