@@ -51,6 +51,17 @@ def test_graphs_have_the_gradients_of_plain_steps(name: str, autocast: bool) -> 
             assert float((g - w).norm()) <= (2e-2 if autocast else 1e-4) * float(w.norm())
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_a_gpu_has_the_gradients_of_a_cpu(name: str) -> None:
+    torch.manual_seed(0)
+    net = SoundNet(NETS[name], 256)
+    levels = torch.randint(0, 256, (2, 301))
+    F.cross_entropy(net(levels[:, :-1]).flatten(0, 1), levels[:, 1:].flatten()).backward()
+    want = [p.grad for p in net.parameters() if p.grad is not None]
+    for got, plain in zip(gradients(net.cuda(), levels.cuda(), False), want, strict=True):
+        assert float((got - plain.cuda()).norm()) <= 1e-3 * float(plain.norm())
+
+
 def trained(graph: bool, **options: Any) -> tuple[SoundModel, float]:
     """A net after three epochs whose last batches are not full, and its loss in nats."""
     seed_everything(0)
