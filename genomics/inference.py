@@ -21,6 +21,7 @@ from core.published import load_lm
 from genomics import caduceus, hyenadna_published
 from genomics.caduceus import Caduceus
 from genomics.fasta import Fasta
+from genomics.generative import build_classifier
 from genomics.hyenadna import HyenaDNA
 from genomics.intervals import Interval
 from genomics.models import GenomeClassifier, build_lm, read_checkpoint
@@ -120,7 +121,8 @@ def _from_checkpoint(path: Path) -> Loaded:
     if "num_classes" in options:
         known = ("d_model", "n_layer", "d_state", "d_conv", "expand")
         sizes = {key: options[key] for key in known if key in options}
-        model = GenomeClassifier(options["num_classes"], options["pooling"], options["average_strands"], **sizes)
+        goal = options.get("goal", "discriminative")
+        model = build_classifier(goal, options["num_classes"], options["pooling"], options["average_strands"], **sizes)
         load_into(model, _only(state, model), str(path))
         return Loaded(model, None, model, tuple(options.get("class_names") or ()))
     accepted = inspect.signature(build_lm).parameters

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.checkpoints import load_into, read_weights
@@ -148,6 +149,7 @@ class GenomeClassifier(nn.Module):
 
     def __init__(self, num_classes: int, pooling: Pooling = "max", average_strands: bool = True, **sizes: Any) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.pooling: Pooling = pooling
         self.average_strands = average_strands
         self.backbone = GenomeLM(**sizes).backbone
@@ -176,8 +178,26 @@ class GenomeClassifier(nn.Module):
         flipped = torch.where(index < real, real - 1 - index, index)
         return self.complement[ids.gather(1, flipped)]  # type: ignore[index]
 
+    def loss(self, ids: Tensor, classes: Tensor) -> Tensor:
+        """Mean cross-entropy of sequences (B, L) with their classes (B,)."""
+        return F.cross_entropy(self(ids), classes)
+
+    def score_states(self, hidden: Tensor, ids: Tensor, before: Tensor | None = None) -> Tensor:
+        """Score sequences whose hidden states are known.
+
+        Args:
+            hidden: (B, L, D).
+            ids: (B, L), right-padded with [PAD].
+            before: (B, 1, D) hidden state before them, of pieces of a sequence; a head over pooled states has no use
+                for it.
+
+        Returns:
+            Logits (B, K).
+        """
+        return self.head(pool(hidden, ids != PAD, self.pooling))
+
     def _score(self, ids: Tensor) -> Tensor:
-        return self.head(pool(self.backbone(ids), ids != PAD, self.pooling))
+        return self.score_states(self.backbone(ids), ids)
 
 
 def pool(hidden: Tensor, real: Tensor, pooling: Pooling) -> Tensor:
