@@ -16,6 +16,7 @@ import kernels  # noqa: F401  registers torch.ops.triscan
 from core.forget import forget, forgetting
 from core.mixers.contract import Mixer
 from core.parallel.group import in_parts
+from kernels.selective_scan.exactness import between_pieces
 
 FORGET_FROM = 1 << 27  # bytes of a branch from which on what is cheap to compute again is not kept
 PIECE = 1 << 17  # tokens that a checkpointed block computes again at a time, where its mixer carries a state
@@ -216,11 +217,15 @@ class Block(nn.Module):
         residuals = [None] * len(xs) if residual is None else residual.split(PIECE, dim=1)
         branches, streams = [], []
         for piece, before in zip(xs, residuals, strict=True):
-            out = checkpoint(self.forward_state, piece, before, state, use_reentrant=False)
+            out = checkpoint(self._piece, piece, before, state, use_reentrant=False)
             branch, stream, state = cast(tuple[Tensor, Tensor, Any], out)
             branches.append(branch)
             streams.append(stream)
         return torch.cat(branches, dim=1), torch.cat(streams, dim=1)
+
+    def _piece(self, x: Tensor, residual: Tensor | None, state: Any) -> tuple[Tensor, Tensor, Any]:
+        with between_pieces():
+            return self.forward_state(x, residual, state)
 
     def forward_state(
         self, x: Tensor, residual: Tensor | None, state: Any, lengths: Tensor | None = None

@@ -26,6 +26,7 @@ from genomics.hyenadna import HyenaDNA
 from genomics.intervals import Interval
 from genomics.models import GenomeClassifier, build_lm, read_checkpoint
 from genomics.vocabulary import BOS, MASK, A, T
+from kernels.selective_scan.exactness import between_pieces
 
 LIGHTNING_WEIGHTS = "weights.ckpt"  # how HyenaDNA's first releases come
 PIECE = 65536  # bases that go through a model at a time
@@ -80,6 +81,11 @@ class Loaded:
     def hidden(self, ids: Tensor) -> Tensor:
         """Hidden states (B, L, D) of ids (B, L); of Caduceus-PS (B, L, 2 D)."""
         return self.net.hidden(ids) if isinstance(self.net, Caduceus) else self.backbone()(ids)
+
+    def carry_on(self, ids: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        """Hidden states (B, L, D) of the next piece of a sequence, and the state after it."""
+        with between_pieces():
+            return self.backbone().forward_state(ids, state)
 
     def init_state(self) -> tuple[Any, ...]:
         """The state before the first token, of one sequence."""
@@ -205,7 +211,7 @@ def hidden_pieces(model: Loaded, fasta: Fasta, place: Interval, piece: int | Non
         if state is None:
             hidden = model.hidden(ids)
         else:
-            hidden, state = model.backbone().forward_state(ids, state)
+            hidden, state = model.carry_on(ids, state)
         yield hidden[0, int(first) :]
 
 
@@ -245,7 +251,7 @@ def log_probability_pieces(
         if state is None:
             hidden = model.hidden(ids)
         else:
-            hidden, state = model.backbone().forward_state(ids, state)
+            hidden, state = model.carry_on(ids, state)
         before = hidden if last is None else torch.cat([last, hidden], dim=1)
         last = hidden[:, -1:]
         scores = head(before[:, :-1]).float().log_softmax(-1)[0]
