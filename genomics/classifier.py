@@ -48,6 +48,7 @@ class SpeciesClassifier(TrainingModule):
             the answer being the species under which a read is likeliest (generative, see ``genomics.generative``).
         pooling: Of discriminative models, what stands for a read: the maximum or mean over its positions, or the last
             one.
+        language: Of discriminative models, weight of a second loss, nats of the next base. It is in ``train/loss``.
         average_strands: Score both strands when evaluating, and average.
         pretrained: Checkpoint of ``genomics.pretrain`` of the same sizes whose backbone to start from.
         gradient_checkpointing: Compute blocks again in the backward pass instead of keeping their activations.
@@ -72,6 +73,7 @@ class SpeciesClassifier(TrainingModule):
         expand: int = 2,
         goal: Goal = "discriminative",
         pooling: Pooling = "max",
+        language: float = 0.0,
         average_strands: bool = True,
         pretrained: str | None = None,
         gradient_checkpointing: bool = False,
@@ -82,7 +84,9 @@ class SpeciesClassifier(TrainingModule):
         super().__init__(optimizer, schedule, compile)
         sizes = {"d_model": d_model, "n_layer": n_layer, "d_state": d_state, "d_conv": d_conv, "expand": expand}
         try:
-            self.net: GenomeClassifier = build_classifier(goal, num_classes, pooling, average_strands, **sizes)
+            self.net: GenomeClassifier = build_classifier(
+                goal, num_classes, pooling, average_strands, language, **sizes
+            )
         except UserError:
             raise
         except ValueError as error:

@@ -40,7 +40,7 @@ class GenerativeClassifier(GenomeClassifier):
     """
 
     def __init__(self, num_classes: int, average_strands: bool = True, **sizes: Any) -> None:
-        super().__init__(num_classes, "last", average_strands, **sizes)
+        super().__init__(num_classes, "last", average_strands, 0.0, **sizes)
         self.head = nn.Linear(sizes["d_model"], BASES)  # W and b, of all classes
         self.own = nn.Parameter(torch.zeros(num_classes, BASES, sizes["d_model"]))  # U
 
@@ -87,7 +87,12 @@ class GenerativeClassifier(GenomeClassifier):
 
 
 def build_classifier(
-    goal: Goal, num_classes: int, pooling: Pooling = "max", average_strands: bool = True, **sizes: Any
+    goal: Goal,
+    num_classes: int,
+    pooling: Pooling = "max",
+    average_strands: bool = True,
+    language: float = 0.0,
+    **sizes: Any,
 ) -> GenomeClassifier:
     """Build a classifier by what it learns.
 
@@ -96,6 +101,7 @@ def build_classifier(
         num_classes: K.
         pooling: Of discriminative ones.
         average_strands: See ``GenomeClassifier``.
+        language: The same, of discriminative ones.
         sizes: Arguments of ``GenomeLM``.
 
     Raises:
@@ -105,4 +111,4 @@ def build_classifier(
         return GenerativeClassifier(num_classes, average_strands, **sizes)
     if goal != "discriminative":
         raise ValueError(f"goal: got {goal!r}, wanted 'discriminative' or 'generative'")
-    return GenomeClassifier(num_classes, pooling, average_strands, **sizes)
+    return GenomeClassifier(num_classes, pooling, average_strands, language, **sizes)
