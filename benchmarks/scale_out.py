@@ -11,6 +11,7 @@ of the fullest GPU and holds weights, moments and all. ``--toy`` runs tiny model
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -134,7 +135,7 @@ def milliseconds(step: Callable[[], None], steps: int, device: torch.device) -> 
             step()
             event.record()
         torch.cuda.synchronize()
-        times = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+        times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
         peak = torch.cuda.max_memory_allocated() / 2**20
     low, middle, high = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
     return Timing(low, middle, high, peak)
@@ -159,7 +160,8 @@ def measure(case: Case, steps: int, device: torch.device, toy: bool, waiting: di
     alone = milliseconds(step, steps, device) if dist.get_rank() == 0 else None
     dist.barrier(waiting)
     del step
-    group = SequenceGroup(dist.group.WORLD) if case.kind == "sequence" else None
+    everyone: Any = dist.group.WORLD
+    group = SequenceGroup(everyone) if case.kind == "sequence" else None
     places = [device.index] if device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, places, gradient_as_bucket_view=True, static_graph=True)
     step = step_of(wrapped, loss, group, device)
