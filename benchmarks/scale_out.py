@@ -3,9 +3,10 @@
     torchrun --standalone --nproc_per_node 2 -m benchmarks.scale_out [--write] [--case NAME ...] [--steps N] [--toy]
 
 A step is forward, loss and backward under bfloat16 autocast, and AdamW. Every GPU gets what one GPU has alone: with
-data parallelism a batch, with sequence parallelism as many tokens, so that N GPUs work on sequences N times as long.
-Efficiency is the time of one over the time of N, the speedup N times that. Rank 0 is timed; the peak of memory is that
-of the fullest GPU and holds weights, moments and all. ``--toy`` runs tiny models, on CPUs where there is no GPU.
+data parallelism a batch, with sequence parallelism as many tokens, so that N GPUs work on sequences N times as long;
+with tensor parallelism they share the work of one. Efficiency is the speedup, in images or tokens a second, over N.
+Rank 0 is timed; the peak of memory is that of the fullest GPU and holds weights, moments and all.
+``--toy`` runs tiny models, on CPUs where there is no GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import vision  # noqa: F401  registers the models
 from benchmarks.common import Row, Timing, row, write
 from core.lm import MambaConfig, MambaLM
 from core.parallel.group import SequenceGroup, sequence_parallel
+from core.parallel.tensor import head_loss, tensor_parallel
 from genomics.models import build_lm
 
 WARM = 3  # steps before those that are timed
@@ -39,7 +42,7 @@ Loss = Callable[[nn.Module], Tensor]  # of the model, perhaps wrapped
 class Case:
     """A model with its loss, built on a device at full size or as a toy, and what its processes share."""
 
-    kind: Literal["data", "sequence"]
+    kind: Literal["data", "sequence", "tensor"]
     build: Callable[[torch.device, bool], tuple[nn.Module, Loss]]
 
 
@@ -91,10 +94,25 @@ def long_caduceus(device: torch.device, toy: bool) -> tuple[nn.Module, Loss]:
     return bases(model, 1, 256 if toy else 1 << 20, device)
 
 
+def mamba2_780m(device: torch.device, toy: bool) -> tuple[nn.Module, Loss]:
+    """The published 780 M model, 8 x 2048 tokens of text."""
+    ssm = {"layer": "Mamba2", **({"headdim": 8, "d_state": 8} if toy else {})}
+    config = MambaConfig(d_model=32 if toy else 1536, n_layer=2 if toy else 48, vocab_size=50277, ssm_cfg=ssm)
+    ids = torch.randint(50277, (8, 33 if toy else 2049), device=device)
+
+    def loss(model: nn.Module) -> Tensor:
+        assert isinstance(model, MambaLM)
+        return head_loss(model, model.backbone(ids[:, :-1]), ids[:, 1:]) / ids[:, 1:].numel()
+
+    with device:
+        return MambaLM(config), loss
+
+
 CASES = {
     "target/ddp_vmamba_t": Case("data", vmamba),
     "target/ddp_genome_7m": Case("data", genome_7m),
     "target/sequence_mamba_6x128": Case("sequence", long_mamba(128, 6, False)),
+    "target/tensor_mamba2_780m": Case("tensor", mamba2_780m),
     "sequence_mamba_16x256_checkpointed": Case("sequence", long_mamba(256, 16, True)),
     "sequence_mamba2_8x256": Case("sequence", long_mamba2),
     "sequence_caduceus_4x128": Case("sequence", long_caduceus),
@@ -162,8 +180,12 @@ def measure(case: Case, steps: int, device: torch.device, toy: bool, waiting: di
     del step
     everyone: Any = dist.group.WORLD
     group = SequenceGroup(everyone) if case.kind == "sequence" else None
-    places = [device.index] if device.type == "cuda" else None
-    wrapped = DistributedDataParallel(model, places, gradient_as_bucket_view=True, static_graph=True)
+    if case.kind == "tensor":
+        tensor_parallel(model, init_device_mesh(device.type, (dist.get_world_size(),)))
+        wrapped = model
+    else:
+        places = [device.index] if device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, places, gradient_as_bucket_view=True, static_graph=True)
     step = step_of(wrapped, loss, group, device)
     for _ in range(WARM):
         step()
@@ -182,7 +204,7 @@ def rows_of(name: str, timings: list[Timing], device: torch.device) -> list[Row]
         row("scale_out", f"{name}/{count}", "triscan", "training", dtype, timing, 0.0, device.type)
         for count, timing in ((1, alone), (size, together))
     ]
-    ratio = alone.ms_p50 / together.ms_p50
+    ratio = alone.ms_p50 / together.ms_p50 / (size if CASES[name].kind == "tensor" else 1)
     memory = f", memory a GPU {together.peak_mib / alone.peak_mib - 1:+.1%}" if alone.peak_mib else ""
     print(f"    {name}: {size} GPUs {ratio * size:.2f} times one, efficiency {ratio:.1%}{memory}", flush=True)
     return found

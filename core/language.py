@@ -17,8 +17,8 @@ from torchmetrics.aggregation import MeanMetric
 from core.errors import UserError
 from core.generate import generate
 from core.lm import MambaConfig, MambaLM
-from core.loss import linear_cross_entropy
 from core.parallel.group import active, mean_share
+from core.parallel.tensor import head_loss
 from core.published import save_lm
 from core.sampling import Sampling
 from core.text import TextData
@@ -91,8 +91,7 @@ class TextModel(TrainingModule):
         assert isinstance(net, MambaLM)
         if (group := active()) is not None:
             inputs, wanted = group.shard(inputs), group.shard(wanted)
-        hidden, weight = net.backbone(inputs), net.lm_head.weight
-        total = linear_cross_entropy(hidden, weight, wanted, ignore_index=PADDING, reduction="sum")
+        total = head_loss(net, net.backbone(inputs), wanted, PADDING)
         return mean_share(total, (wanted != PADDING).sum(), everywhere=self.training)
 
     def compiled_part(self) -> nn.Module:
