@@ -54,6 +54,7 @@ class TextModel(TrainingModule):
     headline = "test/bits_per_byte"
     item_name = "windows"
     cuts_sequences = True
+    shares_layers = True
 
     def __init__(
         self,
@@ -116,8 +117,9 @@ class TextModel(TrainingModule):
         """Log loss, perplexity and bits per byte; leave the model that was tested."""
         self._log_losses("test")
         fast = getattr(self.trainer, "fast_dev_run", False)  # which leaves no run folder
+        net = self.gather_net()
         if self.trainer.is_global_zero and not fast:
-            self._save(self.net, Path(self.trainer.default_root_dir) / "model")
+            self._save(net, Path(self.trainer.default_root_dir) / "model")
 
     def _log_losses(self, stage: str) -> None:
         metric = self.losses[f"{stage}_"]

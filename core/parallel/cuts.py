@@ -6,7 +6,7 @@ there are processes is held by several, next to each other, which add up its gra
 Legend: R ranks of the group.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,9 +127,7 @@ def _take_pieces(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
         cut, given = cut_of(parameter), state.get(prefix + name)
         if cut is None or given is None:
             continue
-        wanted = list(parameter.shape)
-        wanted[cut.dim] = sum(part.size for part in cut.parts)
-        if list(given.shape) == wanted:  # another shape is for PyTorch to refuse
+        if list(given.shape) == _whole_shape(parameter):  # another shape is for PyTorch to refuse
             state[prefix + name] = cut.piece(given)
 
 
@@ -159,3 +157,44 @@ def replicate(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
 def spread(t: Tensor, mesh: DeviceMesh) -> Tensor:
     """``t`` itself, which all ranks have; its gradient is the sum over the ranks."""
     return DTensor.from_local(t, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+
+
+def whole_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict with numbers for whole parameters; all ranks must ask.
+
+    Raises:
+        ValueError: If it keeps tensors of which a piece says nothing about the whole.
+    """
+    return _moments(optimizer, state, lambda cut, t: cut.whole(t), lambda p: list(p.shape))
+
+
+def load_pieces(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict for whole parameters with the numbers of this rank's pieces."""
+    return _moments(optimizer, state, lambda cut, t: cut.piece(t), _whole_shape)
+
+
+def _moments(
+    optimizer: Any, state: dict[str, Any], change: Callable[[Cut, Tensor], Tensor], shape: Callable[[Tensor], list[int]]
+) -> dict[str, Any]:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    found = {}
+    for index, values in state["state"].items():
+        cut = cut_of(parameters[index])
+        found[index] = dict(values)
+        for name, value in values.items() if cut is not None else ():
+            if not isinstance(value, Tensor) or value.numel() == 1:
+                continue
+            if list(value.shape) != shape(parameters[index]):
+                raise ValueError(
+                    f"{type(optimizer).__name__} keeps {name} of shape {tuple(value.shape)} for a shared parameter, "
+                    "wanted the parameter's shape; take adamw, sgd or another elementwise optimizer"
+                )
+            found[index][name] = change(cut, value)
+    return {**state, "state": found}
+
+
+def _whole_shape(piece: Tensor) -> list[int]:
+    shape, cut = list(piece.shape), cut_of(piece)
+    if cut is not None:
+        shape[cut.dim] = sum(part.size for part in cut.parts)
+    return shape

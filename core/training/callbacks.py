@@ -134,6 +134,8 @@ class Interrupt(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop, if asked to."""
+        if _shared(trainer):  # all processes save together, so that all must know
+            self._asked = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
         if self._asked:
             trainer._logger_connector.update_train_step_metrics()  # comes after this hook otherwise: the step's figures
             self._save(trainer)
@@ -168,15 +170,28 @@ class Interrupt(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what was trained if the run was stopped from outside."""
         stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
-        if stopped and self.saved is None and trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0:
+        alone = _shared(trainer)  # in the middle of a step: the other processes know nothing of it
+        if (
+            stopped
+            and not alone
+            and self.saved is None
+            and trainer.state.fn == TrainerFn.FITTING
+            and trainer.global_step > 0
+        ):
             self._save(trainer)
         self._restore()
 
     def _save(self, trainer: Trainer) -> None:
-        if self.folder is None or not trainer.is_global_zero:
+        shared = _shared(trainer)
+        if not shared and (self.folder is None or not trainer.is_global_zero):
             return
         # Not trainer.save_checkpoint: it waits for the other processes, which know nothing of the signal.
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        path = self.folder / "last.ckpt"
+        path = self.folder / "last.ckpt" if self.folder is not None else Path("last.ckpt")  # of rank 0, which writes
         trainer.strategy.save_checkpoint(checkpoint, path)
         self.saved = path
+
+
+def _shared(trainer: Trainer) -> bool:
+    """Whether no process has all weights."""
+    return bool(getattr(trainer.strategy, "shares_weights", False))

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from core.cli import parse
 from core.errors import UserError
-from core.parallel.strategies import SequenceDDP
+from core.parallel.strategies import FSDP2, MeshDDP  # registers fsdp2
 from core.training.callbacks import EMA, ExactResume, Interrupt
 from core.training.folder import RunFolder, find_checkpoint, named, numbered, run_of
 from core.training.module import TrainingModule
@@ -125,6 +125,12 @@ class RecipeCLI(LightningCLI):
             help="Processes that share each sequence, every one a part of it: for sequences too long for one device.",
         )
         parser.add_argument(
+            "--tensor_parallel",
+            type=int,
+            default=1,
+            help="Processes that share the layers of Mamba-2 models by heads: for models too large for one device.",
+        )
+        parser.add_argument(
             "--test_after_fit",
             type=bool,
             default=True,
@@ -212,16 +218,28 @@ class RecipeCLI(LightningCLI):
 
     def _choose_strategy(self) -> None:
         """Put our strategy in the place of its name."""
-        trainer, sequence = self._get(self.config_init, "trainer"), self._option("sequence_parallel")
-        name = trainer["strategy"]
-        if sequence == 1:
+        trainer = self._get(self.config_init, "trainer")
+        sequence, tensor, name = self._option("sequence_parallel"), self._option("tensor_parallel"), trainer["strategy"]
+        if (name == "fsdp2" or tensor > 1) and self._option("ema_decay") is not None:
+            raise UserError(
+                "--ema_decay keeps a second net on every device, which fsdp2 and --tensor_parallel avoid; give null"
+            )
+        if sequence == tensor == 1:
             return
-        if sequence < 1 or not self.model.cuts_sequences:
-            wanted = "at least 1" if sequence < 1 else f"1: {type(self.model).__name__} takes whole sequences"
-            raise UserError(f"--sequence_parallel is {sequence}; wanted {wanted}")
-        if name not in ("auto", "ddp"):
-            raise UserError(f"--trainer.strategy is {name}; with --sequence_parallel it must be ddp")
-        trainer["strategy"] = SequenceDDP(sequence)
+        for option, count, able, takes in (
+            ("sequence_parallel", sequence, self.model.cuts_sequences, "takes whole sequences"),
+            ("tensor_parallel", tensor, self.model.shares_layers, "has no layers to share out"),
+        ):
+            if count < 1 or (count > 1 and not able):
+                wanted = "at least 1" if count < 1 else f"1: {type(self.model).__name__} {takes}"
+                raise UserError(f"--{option} is {count}; wanted {wanted}")
+        if sequence > 1 and tensor > 1:
+            raise UserError("--sequence_parallel and --tensor_parallel are both given; take one of the two")
+        if name not in ("auto", "ddp", "fsdp2") or (name == "fsdp2" and tensor > 1):
+            wanted = "ddp" if tensor > 1 else "ddp or fsdp2"
+            option = "tensor_parallel" if tensor > 1 else "sequence_parallel"
+            raise UserError(f"--trainer.strategy is {name}; with --{option} it must be {wanted}")
+        trainer["strategy"] = FSDP2(sequence) if name == "fsdp2" else MeshDDP(sequence, tensor)
 
     def _claim_folder(self, run_dir: Path | None) -> RunFolder:
         run = run_of(self.checkpoint) if self.checkpoint is not None and self.subcommand == "fit" else None
@@ -297,6 +315,8 @@ class RecipeCLI(LightningCLI):
         self._finish("finished")
 
     def _finish(self, status: str) -> None:
+        if status == "finished" and self.model.shares_weights:
+            self.model.net = self.model.gather_net()  # the report may run it, on rank 0 alone
         if self.folder is None or self.record is None:
             return
         if not self.folder.started:
