@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, Checkpoint, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -47,6 +47,18 @@ class EMA(EMAWeightAveraging):
         """
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's checkpoints, but ``last.ckpt`` is that of the last validation, not of the last of the best ones."""
+
+    __qualname__ = "ModelCheckpoint"  # under which a checkpoint keeps this callback's state
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what is due, and the last one in any case."""
+        super().on_validation_end(trainer, pl_module)
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):  # true where it was saved just now
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class ExactResume(Callback):

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -19,12 +19,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from core.cli import parse
 from core.errors import UserError
 from core.parallel.strategies import FSDP2, MeshDDP  # registers fsdp2
-from core.training.callbacks import EMA, ExactResume, Interrupt
+from core.parallel.watch import announce_launcher, follow_launcher, lost_peer
+from core.training.callbacks import EMA, Checkpoints, ExactResume, Interrupt
 from core.training.folder import RunFolder, find_checkpoint, named, numbered, run_of
 from core.training.module import TrainingModule
 from core.training.progress import progress_bar
 from core.training.record import Record
-from core.training.resume import History, check_checkpoint
+from core.training.resume import History, WholeFiles, check_checkpoint
 from core.training.throughput import Throughput
 
 RUNS = Path("runs")
@@ -93,7 +94,7 @@ class RecipeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a run has beyond model, data and trainer."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/loss",
@@ -210,6 +211,8 @@ class RecipeCLI(LightningCLI):
             checkpoint.filename = "epoch{epoch}-step{step}"
         given = self._get(self.config_init, "trainer")["callbacks"] or []
         own = [*(given if isinstance(given, list) else [given]), *callbacks]
+        if self._get(self.config_init, "trainer")["plugins"] is None:
+            kwargs["plugins"] = [WholeFiles()]
         place = str(self.folder.path) if self.folder is not None else None
         try:
             return super().instantiate_trainer(callbacks=own, logger=loggers, default_root_dir=place, **kwargs)
@@ -298,6 +301,8 @@ class RecipeCLI(LightningCLI):
             SystemExit: With code 130, if the run was stopped from outside.
         """
         try:
+            announce_launcher()
+            follow_launcher()
             with warnings.catch_warnings():
                 if self.subcommand != "fit":  # nothing is saved, so it does not matter where the best one stands
                     warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
@@ -309,10 +314,22 @@ class RecipeCLI(LightningCLI):
             self._finish("interrupted" if stopped else "failed")
             if isinstance(error, MisconfigurationException):
                 raise UserError(str(error)) from error
+            if self.trainer.world_size > 1 and lost_peer(error):
+                raise SystemExit(self._say_lost(error)) from None
             if not stopped:
                 raise
             raise SystemExit(130) from None
         self._finish("finished")
+
+    def _say_lost(self, error: BaseException) -> int:
+        """Print that another process is gone, and how to go on; return the exit code."""
+        reason = str(error).strip().splitlines()[-1][:200]
+        print(
+            f"error: process {self.trainer.global_rank} of {self.trainer.world_size} lost another one, which has died "
+            f"or failed ({reason}); go on from the last checkpoint, if there is one: {self.command} --ckpt_path last",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        return 1
 
     def _finish(self, status: str) -> None:
         if status == "finished" and self.model.shares_weights:
