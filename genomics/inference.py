@@ -100,7 +100,8 @@ def load_model(model: str, device: str = "auto", dtype: str = "float32") -> Load
             ``config.json`` and weights of HyenaDNA (either layout), Caduceus or a Mamba language model; or the name of
             such a model on the Hugging Face hub.
         device: ``auto`` is the GPU where there is one.
-        dtype: float32 or bfloat16, of the weights.
+        dtype: float32 or bfloat16, of the weights; tf32 is float32, and matrix products of this process on NVIDIA GPUs
+            round their factors to 11 bits.
 
     Raises:
         UserError: If there is none, or its files do not fit.
@@ -112,10 +113,12 @@ def load_model(model: str, device: str = "auto", dtype: str = "float32") -> Load
     loaded = _from_checkpoint(path) if path.is_file() else _from_folder(path if path.is_dir() else download(model))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype is {dtype!r}; wanted float32 or bfloat16")
+    if dtype not in ("float32", "bfloat16", "tf32"):
+        raise UserError(f"--dtype is {dtype!r}; wanted float32, bfloat16 or tf32")
+    if dtype == "tf32":
+        torch.set_float32_matmul_precision("high")
     try:
-        loaded.net.to(device, getattr(torch, dtype)).eval()
+        loaded.net.to(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32).eval()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
     return loaded
