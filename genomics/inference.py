@@ -24,7 +24,7 @@ from genomics.fasta import Fasta
 from genomics.generative import build_classifier
 from genomics.hyenadna import HyenaDNA
 from genomics.intervals import Interval
-from genomics.models import GenomeClassifier, build_lm, read_checkpoint
+from genomics.models import GenomeClassifier, KmerBackbone, build_lm, read_checkpoint
 from genomics.vocabulary import BOS, MASK, A, T
 from kernels.selective_scan.exactness import between_pieces
 
@@ -89,7 +89,10 @@ class Loaded:
 
     def init_state(self) -> tuple[Any, ...]:
         """The state before the first token, of one sequence."""
-        return tuple(layer.mixer.init_state(1) for layer in self.backbone().layers)
+        backbone = self.backbone()
+        if isinstance(backbone, KmerBackbone):
+            return backbone.init_state(1)
+        return tuple(layer.mixer.init_state(1) for layer in backbone.layers)
 
 
 def load_model(model: str, device: str = "auto", dtype: str = "float32") -> Loaded:
@@ -128,7 +131,7 @@ def _from_checkpoint(path: Path) -> Loaded:
     state, options = read_checkpoint(path)
     options = {key.removeprefix("model."): value for key, value in options.items()}
     if "num_classes" in options:
-        known = ("d_model", "n_layer", "d_state", "d_conv", "expand")
+        known = ("d_model", "n_layer", "d_state", "d_conv", "expand", "language", "kmer", "kmer_width")
         sizes = {key: options[key] for key in known if key in options}
         goal = options.get("goal", "discriminative")
         model = build_classifier(goal, options["num_classes"], options["pooling"], options["average_strands"], **sizes)
