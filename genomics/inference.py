@@ -24,7 +24,8 @@ from genomics.fasta import Fasta
 from genomics.generative import build_classifier
 from genomics.hyenadna import HyenaDNA
 from genomics.intervals import Interval
-from genomics.models import GenomeClassifier, KmerBackbone, build_lm, read_checkpoint
+from genomics.kmers import init_state
+from genomics.models import GenomeClassifier, build_lm, read_checkpoint
 from genomics.vocabulary import BOS, MASK, A, T
 from kernels.selective_scan.exactness import between_pieces
 
@@ -89,10 +90,7 @@ class Loaded:
 
     def init_state(self) -> tuple[Any, ...]:
         """The state before the first token, of one sequence."""
-        backbone = self.backbone()
-        if isinstance(backbone, KmerBackbone):
-            return backbone.init_state(1)
-        return tuple(layer.mixer.init_state(1) for layer in backbone.layers)
+        return init_state(self.backbone(), 1)
 
 
 def load_model(model: str, device: str = "auto", dtype: str = "float32") -> Loaded:

@@ -5,7 +5,7 @@ Legend: B batch, L length, D model width, V padded vocabulary (16), K classes.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from core.checkpoints import load_into, read_weights
 from core.errors import UserError
-from core.lm import Backbone, MambaConfig, MambaLM
+from core.lm import MambaConfig, MambaLM
 from genomics.caduceus import Caduceus, CaduceusConfig
 from genomics.hyenadna import HyenaDNA, HyenaDNAConfig
+from genomics.kmers import KmerBackbone
 from genomics.vocabulary import COMPLEMENT, PAD, TOKENS, A, T
 
-MOST_BASES = 12  # of a k-mer: 16.8 million vectors
 Pooling = Literal["max", "mean", "last"]
 MixerName = Literal["mamba", "mamba2", "mamba3", "hyena", "attention"]
 Objective = Literal["causal", "masked"]
@@ -132,62 +132,6 @@ def build_lm(
     return GenomeLM(d_model, n_layer, layer=layer_names[mixer], attention_layers=attention_layers, **mamba)
 
 
-class KmerBackbone(Backbone):
-    """A backbone that reads k-mers beside bases: each position's vector has one added for the k bases that end there.
-
-    Overlapping k-mers as tokens (Ji et al. 2021, DNABERT) make a rare word one look-up, which a gradient finds at once;
-    from single bases a network has to build a detector for each. Positions whose k bases are not all A, C, G or T have
-    none added.
-
-    Args:
-        plain: The backbone whose parts it takes over.
-        k: Bases of a k-mer.
-        width: Of its vectors, of which there are 4^k.
-    """
-
-    def __init__(self, plain: Backbone, k: int, width: int) -> None:
-        super().__init__(plain.embedding, plain.layers, plain.norm_f)
-        if not 1 <= k <= MOST_BASES or width < 1:
-            raise ValueError(f"kmer: got {k} of width {width}, wanted 0 to {MOST_BASES} and at least 1")
-        self.k = k
-        self.kmers = nn.Embedding(4**k, width)
-        self.from_kmers = nn.Linear(width, cast(nn.Embedding, plain.embedding).embedding_dim, bias=False)
-        nn.init.normal_(self.kmers.weight, std=0.1)
-
-    def init_state(self, batch_size: int) -> tuple[Any, ...]:
-        """The last k - 1 ids, none before the first, and the layers' states."""
-        device = self.kmers.weight.device
-        before = torch.full((batch_size, self.k - 1), PAD, device=device)
-        return before, *(layer.mixer.init_state(batch_size) for layer in self.layers)
-
-    def forward(self, input_ids: Tensor, *, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Run whole sequences (B, L); see ``core.lm.Backbone``."""
-        before = input_ids.new_full((len(input_ids), self.k - 1), PAD)
-        x, residual = self._embed(before, input_ids), None
-        for layer in self.layers:
-            x, residual = layer(x, residual, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
-        return self.norm_f(x, residual)[0]
-
-    def forward_state(
-        self, input_ids: Tensor, state: tuple[Any, ...], lengths: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Any, ...]]:
-        """Continue from a state of ``init_state``; see ``core.lm.Backbone``."""
-        before, *rest = state
-        x, residual, states = self._embed(before, input_ids), None, []
-        for layer, inner in zip(self.layers, rest, strict=True):
-            x, residual, after = layer.forward_state(x, residual, inner, lengths)
-            states.append(after)
-        joined = torch.cat([before, input_ids], dim=1)
-        return self.norm_f(x, residual)[0], (joined[:, joined.shape[1] - self.k + 1 :], *states)
-
-    def _embed(self, before: Tensor, ids: Tensor) -> Tensor:
-        words = torch.cat([before, ids], dim=1).unfold(1, self.k, 1)  # (B, L, k)
-        real = ((words >= A) & (words <= T)).all(-1)
-        powers = 4 ** torch.arange(self.k - 1, -1, -1, device=ids.device)
-        index = torch.where(real, ((words - A) * powers).sum(-1), 0)
-        return self.embedding(ids) + self.from_kmers(self.kmers(index)) * real.unsqueeze(-1)
-
-
 class GenomeClassifier(nn.Module):
     """A backbone of ``GenomeLM``, pooled over the positions, and a linear head: (B, L) -> (B, K).
 
@@ -200,7 +144,7 @@ class GenomeClassifier(nn.Module):
             In training a strand is scored as it comes.
         language: Weight of a second loss, nats of the next base, which trains the backbone on every position; 0 leaves
             it and its head out.
-        kmer: Bases of the k-mers that the backbone reads beside single bases (``KmerBackbone``); 0 is none.
+        kmer: Bases of the k-mers that the backbone reads beside single bases (``genomics.kmers``); 0 is none.
         kmer_width: Width of their vectors.
         sizes: Arguments of ``GenomeLM``.
 
