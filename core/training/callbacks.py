@@ -45,7 +45,7 @@ class EMA(WeightAveraging):
         mixed = [t.is_floating_point() and self._latest_update_step > 0 for t in old]
         if any(mixed):
             pairs = [(a, b) for a, b, mix in zip(old, new, mixed, strict=True) if mix]
-            torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - self.decay)
+            torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - self.decay)  # pyright: ignore
         for a, b, mix in zip(old, new, mixed, strict=True):
             if not mix:
                 a.copy_(b)
