@@ -148,6 +148,12 @@ class FSDP2(_Mesh, ModelParallelStrategy):
         if self.root_device.type == "cpu":  # NumPy's views, which the CPU's kernels take, keep memory from being freed
             os.environ.setdefault("TRISCAN_BACKEND", "torch")
 
+    def model_to_device(self) -> None:
+        """Move the model, which makes new parameters of those that are shared out."""
+        super().model_to_device()
+        module: Any = self.lightning_module
+        shards.copy_marks(module.remembered_net, module.net)
+
     def whole_weights(self, net: nn.Module) -> dict[str, Any]:
         """All weights of the net on rank 0; every process must ask."""
         return shards.whole_weights(net)
