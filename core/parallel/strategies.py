@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
@@ -91,6 +93,16 @@ class MeshDDP(_Mesh, DDPStrategy):
         self.join(self.world_size, self.root_device)
         if self.tensor > 1 and self.mesh is not None:
             self._ddp_kwargs["process_group"] = self.mesh["data"].get_group()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Prepare a stage; where nothing is trained, DDP would give every process the weights of the first."""
+        module: Any = self.lightning_module
+        own = "_ddp_params_and_buffers_to_ignore"
+        if self.tensor > 1 and trainer.state.fn != TrainerFn.FITTING:
+            setattr(module, own, [name for name, _ in module.named_parameters()])
+        super().setup(trainer)
+        if hasattr(module, own):
+            delattr(module, own)
 
     def model_to_device(self) -> None:
         """Move the model, and share its layers out."""
