@@ -159,6 +159,15 @@ class FSDP2(_Mesh, ModelParallelStrategy):
         self.join(self.world_size, self.root_device)
         if self.root_device.type == "cpu":  # NumPy's views, which the CPU's kernels take, keep memory from being freed
             os.environ.setdefault("TRISCAN_BACKEND", "torch")
+        module: Any = self.lightning_module
+        module.configure_model = self._share  # which Lightning asks for, and calls once
+
+    def _share(self) -> None:
+        """Share the weights out."""
+        module: Any = self.lightning_module
+        if not module.shares_weights:
+            module.remember_net()
+            shards.shard_module(module, module.net, self.device_mesh["data_parallel"])
 
     def model_to_device(self) -> None:
         """Move the model, which makes new parameters of those that are shared out."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.parallel.cuts import gradient_norm
-from core.parallel.shards import empty_copy, shard_module
+from core.parallel.shards import empty_copy
 from core.parallel.tensor import group_of
 from core.training.report import Report
 
@@ -233,12 +233,6 @@ class TrainingModule(LightningModule):
     def remembered_net(self) -> nn.Module:
         """The net as it was, without weights."""
         return self._whole_net[0]
-
-    def configure_model(self) -> None:
-        """Share the weights out among the processes, where the strategy is fsdp2."""
-        if self.device_mesh is not None and not self._whole_net:
-            self.remember_net()
-            shard_module(self, self.net, self.device_mesh["data_parallel"])
 
     def gather_net(self) -> nn.Module:
         """Return the net with all its weights, or on rank 0 a copy of it on the CPU; every process must ask."""
