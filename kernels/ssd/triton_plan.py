@@ -8,13 +8,14 @@ sequences.
 # (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.plans import launch_named
 from kernels.selective_scan.problem import CHUNK as SLOT
@@ -27,7 +28,7 @@ WORKSPACE = 320 << 20  # bytes for the states between chunks and segments in the
 WALKED = ("dy", "dfinal", "dinitial", "h_enter", "g_enter", "h_out", "g_out", "h_to_g", "h_total", "g_total", "h_decay",
           "g_decay")  # tensors of ``states_kernel`` that not every launch has  # fmt: skip
 
-Tensors = dict[str, Tensor | None]
+Tensors = Mapping[str, Tensor | TensorDescriptor | None]
 
 
 def row_strides(dy: Tensor | None) -> dict[str, tuple[int, ...]]:
