@@ -22,7 +22,7 @@ from kernels.selective_scan.outputs import fresh
 from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd.problem import Problem
 from kernels.ssd.triton_backward import backward
-from kernels.ssd.triton_boxes import BOXES, boxes
+from kernels.ssd.triton_boxes import rows_box
 from kernels.ssd.triton_plan import Plan
 from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tokens, weighted_mask
 
@@ -123,9 +123,8 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor]:
     if plan.programs and plan.rows:
         segments = plan.segments
         enter = plan.entering(segments)[0]
-        tiles = boxes(plan, y)
         tensors = {
-            **plan.shared, **(tiles or dict.fromkeys(BOXES)), "y": y, "final": final, "enter_from": enter,
+            **plan.shared, "y_box": rows_box(y, plan.chunk, plan.width) if plan.boxed else None, "y": y, "final": final, "enter_from": enter,
             "D": plan.D, "initial": plan.initial,
         }  # fmt: skip
         plan.launch(
@@ -134,9 +133,8 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor]:
                 "HAS_ENTER": enter is not None, "d_h": plan.d_strides[0], "d_p": plan.d_strides[1],
                 "HAS_D": p.D is not None, "HAS_INITIAL": plan.initial is not None, "segments": segments.count,
                 "length": segments.length, "L": p.length, "num_warps": plan.warps, "num_stages": plan.stages,
-                "TMA": tiles is not None,
+                "TMA": plan.boxed,
             },
-            tiles is not None,
         )  # fmt: skip
     if merging:
         return y.sum(2).to(p.x.dtype), final

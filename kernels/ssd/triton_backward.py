@@ -25,7 +25,8 @@ from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd import triton_plan
 from kernels.ssd.problem import Problem
 from kernels.ssd.triton_gradients import chunks_kernel, ddt_kernel
-from kernels.ssd.triton_plan import Plan, row_strides
+from kernels.ssd.triton_boxes import rows_box, states_box
+from kernels.ssd.triton_plan import Plan
 from kernels.ssd.triton_sizes import Segments, cores
 
 if TYPE_CHECKING:
@@ -67,14 +68,14 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
     wide_d = p.D is not None and p.D.ndim == 3
     has_d = p.D is not None and not wide_d
     vectors = plan.vectors(3 + plan.exact + has_d)
-    h_to_g = plan.by_chunk(p.A.unsqueeze(-1).expand(-1, -1, plan.blocks))
+    h_to_g = plan.by_chunk(p.A)
     outputs = {"dx": dx, "dz": dz, "dB": dB, "dC": dC, "dD": dD, "vectors": vectors, "h_to_g": h_to_g}
     _launch(plan, dy if dy.ndim == 5 else dy.unsqueeze(2), dstate, dinitial, outputs, parts)
     last = {"ddt": ddt, "dA": dA, "dbias": dbias, "dD": dD, "vectors": vectors, "h_to_g": h_to_g, **plan.dt}
     plan.launch(
         ddt_kernel, plan.tiles, last,
         lambda: {
-            "L": p.length, "PASSING": plan.blocks, "plane": vectors[0].numel(), "HAS_D": has_d, **plan.dt_numbers
+            "L": p.length, "plane": vectors[0].numel(), "HAS_D": has_d, **plan.dt_numbers
         },
     )  # fmt: skip
     return Gradients(
@@ -111,27 +112,30 @@ def _launch(
     turns = _turns(plan, segments)
     size = (2, max(chunks for *_, chunks in turns), p.routes, p.heads, p.head_dim, p.state)
     h_all, g_all = torch.empty(size, dtype=plan.product_dtype, device=p.x.device)
+    of_gradient, numbers = plan.of_gradient(dy)
+    boxes = dict.fromkeys(("h_box", "g_box", "dx_box"))
+    if numbers["TMA"]:
+        dx = rows_box(outputs["dx"], plan.chunk, plan.width)
+        boxes = {"h_box": states_box(h_all, plan.width), "g_box": states_box(g_all, plan.width), "dx_box": dx}
     walked = {
-        "dy": dy, "dfinal": dfinal, "dinitial": dinitial, "h_enter": h_enter, "g_enter": g_enter, "h_out": h_all,
-        "g_out": g_all, "h_to_g": outputs["h_to_g"],
+        **of_gradient, "dfinal": dfinal, "dinitial": dinitial, "h_enter": h_enter, "g_enter": g_enter, "h_out": h_all,
+        "g_out": g_all, "h_box": boxes["h_box"], "g_box": boxes["g_box"],
     }  # fmt: skip
-    chunked = outputs | {"dy": dy, "h_in": h_all, "g_in": g_all}
-    del chunked["h_to_g"]
+    chunked = outputs | of_gradient | boxes | {"h_in": h_all, "g_in": g_all}
     for first, count, first_chunk, chunks in turns:
-        for adjoint in (False, True):
-            numbers = {
-                "STORE": True, "BOTH": False, "ADJOINT": adjoint, "first_segment": first, "first_chunk": first_chunk
-            }  # fmt: skip
-            plan.walk((first, adjoint), (count,), segments, walked, numbers | row_strides(dy))
-        _chunks(plan, chunked, dy, first_chunk, chunks, parts)
+        walking = {"STORE": True, "BOTH": True, "first_segment": first, "first_chunk": first_chunk}
+        plan.walk(first, (count, 2), segments, walked, numbers | walking)
+        _chunks(plan, chunked, numbers, first_chunk, chunks, parts)
 
 
-def _chunks(plan: Plan, given: dict[str, Any], dy: Tensor, first_chunk: int, chunks: int, parts: int) -> None:
+def _chunks(
+    plan: Plan, given: dict[str, Any], of_gradient: dict[str, Any], first_chunk: int, chunks: int, parts: int
+) -> None:
     """Runs the kernel that takes all chunks at once."""
     p = plan.p
 
     def numbers() -> dict[str, Any]:
-        found = plan.shared_numbers | row_strides(dy) | {
+        found = plan.shared_numbers | of_gradient | {
             "first_chunk": first_chunk, "L": p.length, "d_h": plan.d_strides[0], "d_p": plan.d_strides[1],
             "HAS_D": p.D is not None, "WIDE_D": p.D is not None and p.D.ndim == 3, "parts": parts,
             "heads_each": -(-(p.heads // p.groups) // parts), "part_size": given["dB"][0].numel(),

@@ -1,6 +1,6 @@
-"""Tiles of ``ssd``'s forward as boxes that the GPU copies by itself (TMA), where the tensors' layout allows that.
+"""Tiles of ``ssd``'s tensors as boxes that the GPU copies by itself (TMA), where their layout allows that.
 
-B batch, L tokens, K routes, H heads, P head dim, N state, Q positions of a chunk.
+B batch, L tokens, K routes, H heads, P head dim, N state.
 """
 
 from __future__ import annotations
@@ -10,20 +10,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.backend import is_hopper
-from kernels.ssd.triton_plan import Plan
-
-BOXES = ("x_box", "B_box", "C_box", "y_box")
+from kernels.ssd.triton_sizes import Sizes
 
 
-def boxes(plan: Plan, y: Tensor) -> dict[str, TensorDescriptor] | None:
-    """x, B, C and y as matrices of tokens, in boxes of a chunk; None where tiles must go by addresses."""
-    p = plan.p
-    if not plan.full or p.reverse or plan.product_dtype != torch.bfloat16 or not is_hopper(p.x.device):
-        return None
-    found = dict(zip(BOXES, ((p.x, plan.width), (p.B, p.state), (p.C, p.state), (y, plan.width)), strict=True))
-    if not all(as_lines(t) for t, _ in found.values()):
-        return None
-    return {n: descriptor(t, plan.chunk, columns) for n, (t, columns) in found.items()}
+def boxable(sizes: Sizes, *rows: Tensor) -> bool:
+    """Whether tiles of rows of tokens ``(B, L, K, ...)`` go by bulk copies: nothing needs a mask, nothing has gaps."""
+    p = sizes.p
+    plain = sizes.full and not p.reverse and sizes.product_dtype == torch.bfloat16 and is_hopper(p.x.device)
+    return plain and all(as_lines(t) for t in rows)
 
 
 def as_lines(t: Tensor) -> bool:
@@ -31,10 +25,17 @@ def as_lines(t: Tensor) -> bool:
     batch, length, routes, heads, width = t.shape
     s = t.stride()
     dense = s[4] == 1 and (heads == 1 or s[3] == width) and (batch == 1 or s[0] == length * s[1])
-    return routes == 1 and dense and s[1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+    aligned = s[1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+    return routes == 1 and dense and aligned and batch * length < 2**31  # coordinates have 32 bits
 
 
-def descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """The matrix of tokens, read in boxes."""
+def rows_box(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """The matrix of tokens (B L, H P), in boxes."""
     batch, length, _, heads, width = t.shape
     return TensorDescriptor(t, [batch * length, heads * width], [t.stride(1), 1], [rows, columns])
+
+
+def states_box(t: Tensor, rows: int) -> TensorDescriptor:
+    """States (chunks, K, H, P, N) as a matrix (chunks K H P, N), in boxes of whole lines."""
+    state = t.shape[-1]
+    return TensorDescriptor(t, [t.numel() // state, state], [state, 1], [rows, state])

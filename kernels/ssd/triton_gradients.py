@@ -24,13 +24,27 @@ import triton
 import triton.language as tl
 
 from kernels.ssd.triton_steps import decays, gates, mask, product, read_dt, read_rows, read_tokens, turned_mask
+import os
+SCALED = tl.constexpr(int(os.environ.get("X_SCALED", "0")))
+EACH = tl.constexpr(int(os.environ.get("X_EACH", "0")))
+DIAG = tl.constexpr(int(os.environ.get("X_DIAG", "1")))
 
 
 @triton.jit
-def gated_rows(dy, ys, z, zs, origin, token, there, p, live, FULL: tl.constexpr, HAS_Z: tl.constexpr,
-               DOT: tl.constexpr, real: tl.constexpr):  # fmt: skip
+def tile_rows(rows, strides, box, line, column, origin, token, there, p, live, FULL: tl.constexpr, TMA: tl.constexpr):
+    """A tile of x or dy (Q, P): by a bulk copy from the matrix of tokens, or by its elements' addresses."""
+    if TMA:
+        found = box.load([line, column])
+    else:
+        found = read_rows(rows, strides[1], strides[4], origin, token, there, p, live, FULL)
+    return found
+
+
+@triton.jit
+def gated_rows(dy, ys, dy_box, line, column, z, zs, origin, token, there, p, live, FULL: tl.constexpr,
+               TMA: tl.constexpr, HAS_Z: tl.constexpr, DOT: tl.constexpr, real: tl.constexpr):  # fmt: skip
     """dy after and before the gate's gradient (Q, P), what the latter loses as a product's operand, and the gate."""
-    after = read_rows(dy, ys[1], ys[4], origin, token, there, p, live, FULL)
+    after = tile_rows(dy, ys, dy_box, line, column, origin, token, there, p, live, FULL, TMA)
     dyf, lost, gate, sigmoid = after, after, after, after
     if HAS_Z:
         gate, sigmoid = gates(z, zs[1], zs[3], origin, token, there, p, live, FULL, real)
@@ -40,16 +54,20 @@ def gated_rows(dy, ys, z, zs, origin, token, there, p, live, FULL: tl.constexpr,
 
 
 @triton.jit
-def state_tile(states, number, P, N, p, n, FULL: tl.constexpr):
-    """One of the states (P, N) of ``states``."""
-    at = states + number * P * N + (p[:, None] * N + n[None, :])
-    return tl.load(at) if FULL else tl.load(at, mask=(p < P)[:, None] & (n < N)[None, :], other=0)
+def state_tile(states, box, number, block, P, N, p, n, FULL: tl.constexpr, TMA: tl.constexpr, BP: tl.constexpr):
+    """One of the states (P, N) of ``states``, or BP of its rows."""
+    if TMA:
+        found = box.load([(number * P + block * BP).to(tl.int32), 0])
+    else:
+        at = states + number * P * N + (p[:, None] * N + n[None, :])
+        found = tl.load(at) if FULL else tl.load(at, mask=(p < P)[:, None] & (n < N)[None, :], other=0)
+    return found
 
 
 @triton.jit
-def row_side(x, dy, z, C_at, D, B_at, steps, h_in, dz, dC, dD, vectors, xs, ys, zs, Bs, Cs, entry, origin, token, there,
+def row_side(x, dy, z, C_at, D, B_at, x_box, B_box, C_box, dy_box, h_box, g_box, line, key, steps, h_in, g_in, h_to_g, dz, dC, dD, vectors, xs, ys, zs, Bs, Cs, entry, origin, token, there,
              vector, each, number, chunk, skip_at, d_h, d_p, plane, K, H, P, N, begin, stop,
-             RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
+             RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
              HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr, DOT: tl.constexpr,
              PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
              BLOCKS: tl.constexpr):  # fmt: skip
@@ -57,41 +75,44 @@ def row_side(x, dy, z, C_at, D, B_at, steps, h_in, dz, dC, dD, vectors, xs, ys, 
     n = tl.arange(0, BN)
     real: tl.constexpr = steps.dtype.element_ty
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, n < N, FULL).to(DOT)
-    Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, n < N, FULL).to(DOT)
+    Bv = tile_rows(B_at, Bs, B_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
+    Cv = tile_rows(C_at, Cs, C_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
     S = product(Cv, tl.trans(Bv), DOT, PRECISION)
     T_sum, dCv = tl.zeros([Q, Q], real), tl.zeros([Q, BN], real)
     for head in range(begin, stop):
-        step, high, low, segment, enter, _leave, _weight, _through = decays(steps + vector + head * each, plane, entry,
+        step, high, low, segment, enter, _leave, _weight, through = decays(steps + vector + head * each, plane, entry,
                                                                             Q, EXACT, FOLDED, RESTART)  # fmt: skip
         x_at, dy_at, z_at = x + head * xs[3], dy + head * ys[3], z + head * zs[2]
         E = tl.zeros([Q, Q], real)
         for block in tl.static_range(BLOCKS):  # unrolled, so that the loop over heads is the innermost
             p = block * BP + tl.arange(0, BP)
-            xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, p < P, FULL)
-            after, dyf, lost, gate, sigmoid = gated_rows(dy_at, ys, z_at, zs, origin, token, there, p, p < P, FULL,
-                                                         HAS_Z, DOT, real)  # fmt: skip
+            column = (head * P + block * BP).to(tl.int32)
+            xv = tile_rows(x_at, xs, x_box, line, column, origin, token, there, p, p < P, FULL, TMA)
+            after, dyf, lost, gate, sigmoid = gated_rows(dy_at, ys, dy_box, line, column, z_at, zs, origin, token, there, p, p < P, FULL, TMA, HAS_Z, DOT, real)  # fmt: skip
             E = product(dyf, tl.trans(xv), DOT, PRECISION, E)
             if HAS_Z and not EXACT:  # what a gated dy loses would add up in dA
                 E = product(lost, tl.trans(xv), DOT, PRECISION, E)
         L = mask(high, low, segment, Q, EXACT, RESTART)
         SL = S * L
-        T_sum += E * L * step[None, :]
+        if EACH:
+            dCv = product(E * L * step[None, :], Bv, DOT, PRECISION, dCv)
+        else:
+            T_sum += E * L * step[None, :]
         if EXACT:
             crossing = (i <= j).to(real)  # at (t, i): i >= t
             crossed = product(crossing, E * SL * step[None, :], DOT, "ieee")  # tensor cores cut sums off
             pairs = tl.sum(tl.where(j < i, crossed, 0.0), 1)
         else:  # with the numbers that <x, u> is from, so that their sums over all pairs cancel
             pairs = tl.sum(E * SL.to(DOT).to(real) * step[None, :], 1)
-        from_h, dD_head = tl.zeros([Q], real), tl.zeros([Q], real)
+        from_h, dD_head, passing = tl.zeros([Q], real), tl.zeros([Q], real), tl.full((), 0.0, real)
         for block in tl.static_range(BLOCKS):
             p = block * BP + tl.arange(0, BP)
             in_p = p < P
             if BLOCKS > 1:
-                xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, in_p, FULL)
-                after, dyf, lost, gate, sigmoid = gated_rows(dy_at, ys, z_at, zs, origin, token, there, p, in_p, FULL,
-                                                             HAS_Z, DOT, real)  # fmt: skip
-            h = state_tile(h_in, number + head, P, N, p, n, FULL)
+                column = (head * P + block * BP).to(tl.int32)
+                xv = tile_rows(x_at, xs, x_box, line, column, origin, token, there, p, in_p, FULL, TMA)
+                after, dyf, lost, gate, sigmoid = gated_rows(dy_at, ys, dy_box, line, column, z_at, zs, origin, token, there, p, in_p, FULL, TMA, HAS_Z, DOT, real)  # fmt: skip
+            h = state_tile(h_in, h_box, number + head, block, P, N, p, n, FULL, TMA, BP)
             before = product(Cv, tl.trans(h), DOT, PRECISION) * enter[:, None]
             from_h += tl.sum(before * dyf.to(real), 1)
             if HAS_D and WIDE_D:
@@ -106,7 +127,18 @@ def row_side(x, dy, z, C_at, D, B_at, steps, h_in, dz, dC, dD, vectors, xs, ys, 
                 slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
                 to = dz + (origin * K * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
                 tl.store(to, after.to(real) * before * slope, mask=there[:, None] & in_p[None, :])
-            dCv += product(dyf, h, DOT, PRECISION) * enter[:, None]
+            if SCALED:
+                dCv = product(dyf.to(real) * enter[:, None], h, DOT, PRECISION, dCv)
+            else:
+                dCv += product(dyf, h, DOT, PRECISION) * enter[:, None]
+            g = state_tile(g_in, g_box, number + head, block, P, N, p, n, FULL, TMA, BP)
+            if DIAG and not EXACT:  # tensor cores do it faster, though they find what nobody asks for as well
+                rows_of = tl.arange(0, BP)
+                both = product(h, tl.trans(g), DOT, PRECISION)
+                passing += tl.sum(tl.where(rows_of[:, None] == rows_of[None, :], both, 0.0))
+            else:
+                passing += tl.sum(h.to(real) * g.to(real))
+        tl.store(h_to_g + chunk + head, through * passing)
         to = vectors + vector + head * each + tl.arange(0, Q)
         if EXACT:
             tl.store(to + 2 * plane, from_h)
@@ -115,22 +147,23 @@ def row_side(x, dy, z, C_at, D, B_at, steps, h_in, dz, dC, dD, vectors, xs, ys, 
             tl.store(to + 2 * plane, from_h + pairs)
         if HAS_D and not WIDE_D:
             tl.store(to + (3 + EXACT) * plane, dD_head)
-    Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, n < N, FULL).to(DOT)
-    dCv = product(T_sum, Bv, DOT, PRECISION, dCv)
+    if not EACH:
+        Bv = tile_rows(B_at, Bs, B_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
+        dCv = product(T_sum, Bv, DOT, PRECISION, dCv)
     tl.store(dC + n[None, :], dCv, mask=there[:, None] & (n < N)[None, :])
 
 
 @triton.jit
-def column_side(x, dy, z, C_at, D, B_at, steps, g_in, dx, dB, vectors, xs, ys, zs, Bs, Cs, entry, origin, token, there,
+def column_side(x, dy, z, C_at, D, B_at, x_box, B_box, C_box, dy_box, g_box, dx_box, line, key, steps, g_in, dx, dB, vectors, xs, ys, zs, Bs, Cs, entry, origin, token, there,
                 vector, each, number, skip_at, d_h, d_p, plane, K, H, P, N, begin, stop,
-                RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
+                RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
                 HAS_Z: tl.constexpr, HAS_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
                 BP: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     """What starts at a position: dB, dx, and <x, u>. Matrices of pairs are (j, i) here."""
     n = tl.arange(0, BN)
     real: tl.constexpr = steps.dtype.element_ty
-    Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, n < N, FULL).to(DOT)
-    Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, n < N, FULL).to(DOT)
+    Bv = tile_rows(B_at, Bs, B_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
+    Cv = tile_rows(C_at, Cs, C_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
     S = product(Bv, tl.trans(Cv), DOT, PRECISION)
     T_sum, dBv = tl.zeros([Q, Q], real), tl.zeros([Q, BN], real)
     for head in range(begin, stop):
@@ -140,52 +173,62 @@ def column_side(x, dy, z, C_at, D, B_at, steps, g_in, dx, dB, vectors, xs, ys, z
         E = tl.zeros([Q, Q], real)
         for block in tl.static_range(BLOCKS):
             p = block * BP + tl.arange(0, BP)
-            xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, p < P, FULL)
-            _, dyf, lost, _, _ = gated_rows(dy_at, ys, z_at, zs, origin, token, there, p, p < P, FULL, HAS_Z, DOT, real)
+            column = (head * P + block * BP).to(tl.int32)
+            xv = tile_rows(x_at, xs, x_box, line, column, origin, token, there, p, p < P, FULL, TMA)
+            _, dyf, lost, _, _ = gated_rows(dy_at, ys, dy_box, line, column, z_at, zs, origin, token, there, p, p < P, FULL, TMA, HAS_Z, DOT, real)
             E = product(xv, tl.trans(dyf.to(DOT)), DOT, PRECISION, E)
         L = turned_mask(high, low, segment, Q, EXACT, RESTART)
         SL = S * L
-        T_sum += E * L * step[:, None]
+        if EACH:
+            dBv = product(E * L * step[:, None], Cv, DOT, PRECISION, dBv)
+        else:
+            T_sum += E * L * step[:, None]
         own, end = tl.zeros([Q], real), tl.zeros([Q], real)
         for block in tl.static_range(BLOCKS):
             p = block * BP + tl.arange(0, BP)
             in_p = p < P
             if BLOCKS > 1:
-                xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, in_p, FULL)
-                _, dyf, lost, _, _ = gated_rows(dy_at, ys, z_at, zs, origin, token, there, p, in_p, FULL, HAS_Z, DOT,
-                                                real)  # fmt: skip
+                column = (head * P + block * BP).to(tl.int32)
+                xv = tile_rows(x_at, xs, x_box, line, column, origin, token, there, p, in_p, FULL, TMA)
+                _, dyf, lost, _, _ = gated_rows(dy_at, ys, dy_box, line, column, z_at, zs, origin, token, there, p, in_p, FULL, TMA, HAS_Z, DOT, real)  # fmt: skip
             u = product(SL, dyf, DOT, PRECISION)
             if HAS_Z and not EXACT:
                 u = product(SL, lost, DOT, PRECISION, u)
             xf = xv.to(real)
             own += tl.sum(xf * u, 1)
-            g = state_tile(g_in, number + head, P, N, p, n, FULL)
+            g = state_tile(g_in, g_box, number + head, block, P, N, p, n, FULL, TMA, BP)
             back = product(Bv, tl.trans(g), DOT, PRECISION) * leave[:, None]
             end += tl.sum(xf * back, 1)
-            dBv += product(xv, g, DOT, PRECISION) * weight[:, None]
+            if SCALED:
+                dBv = product(xf * weight[:, None], g, DOT, PRECISION, dBv)
+            else:
+                dBv += product(xv, g, DOT, PRECISION) * weight[:, None]
             u = (u + back) * step[:, None]
             if HAS_D:
                 skip = tl.load(D + skip_at + head * d_h + p * d_p, mask=in_p, other=0)
                 u += skip[None, :] * dyf.to(real)
             to = dx + (origin * K * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
-            if FULL:
+            if TMA:
+                dx_box.store([line, (head * P + block * BP).to(tl.int32)], u.to(dx.dtype.element_ty))
+            elif FULL:
                 tl.store(to, u)
             else:
                 tl.store(to, u, mask=there[:, None] & in_p[None, :])
         to = vectors + vector + head * each + tl.arange(0, Q)
         tl.store(to, own)
         tl.store(to + plane, end)
-    Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, n < N, FULL).to(DOT)
-    dBv = product(T_sum, Cv, DOT, PRECISION, dBv)
+    if not EACH:
+        Cv = tile_rows(C_at, Cs, C_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
+        dBv = product(T_sum, Cv, DOT, PRECISION, dBv)
     tl.store(dB + n[None, :], dBv, mask=there[:, None] & (n < N)[None, :])
 
 
 @triton.jit
-def chunks_kernel(x, dy, z, B, C, D, steps, tokens, owner, h_in, g_in, dx, dz, dB, dC, dD, vectors, xs, ys, zs,
+def chunks_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, dx_box, steps, tokens, owner, h_in, g_in, h_to_g, dx, dz, dB, dC, dD, vectors, xs, ys, zs,
                   Bs, Cs, t_b, t_k, d_h, d_p, per_row, first_chunk, plane, K, H, G, L, T, first, sign, P, N, parts,
                   heads_each, part_size, TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr,
                   PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
-                  HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr, DOT: tl.constexpr,
+                  HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr, TMA: tl.constexpr, DOT: tl.constexpr,
                   PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
                   BLOCKS: tl.constexpr):  # fmt: skip
     """dx, dz (B, L, K, H, P); dB, dC (parts, B, L, K, G, N). Two programs a chunk, route, group, part of its heads.
@@ -208,16 +251,16 @@ def chunks_kernel(x, dy, z, B, C, D, steps, tokens, owner, h_in, g_in, dx, dz, d
     x, dy = x + b * xs[0] + k * xs[2], dy + b * ys[0] + k * ys[2]
     rows, keys = (b * L * K + k) * H * P, part * part_size + ((b * L + origin) * K + k) * G * N + group * N
     keys = keys + token[:, None] * (K * G * N)
-    skip_at = k * H * d_h
+    skip_at, line, key = k * H * d_h, (b * L + c * Q).to(tl.int32), (group * N).to(tl.int32)
     if side == 0:
-        row_side(x, dy, z + b * zs[0], C_at, D, B_at, steps, h_in, dz + rows, dC + keys, dD, vectors, xs, ys, zs, Bs,
+        row_side(x, dy, z + b * zs[0], C_at, D, B_at, x_box, B_box, C_box, dy_box, h_box, g_box, line, key, steps, h_in, g_in, h_to_g, dz + rows, dC + keys, dD, vectors, xs, ys, zs, Bs,
                  Cs, entry, origin, token, there, vector, each, number, ((first_chunk + local) * K + k) * H, skip_at,
-                 d_h, d_p, plane, K, H, P, N, begin, stop, RESTART, EXACT, FOLDED, FULL, HAS_Z, HAS_D, WIDE_D,
+                 d_h, d_p, plane, K, H, P, N, begin, stop, RESTART, EXACT, FOLDED, FULL, TMA, HAS_Z, HAS_D, WIDE_D,
                  DOT, PRECISION, Q, BP, BN, BLOCKS)  # fmt: skip
     else:
-        column_side(x, dy, z + b * zs[0], C_at, D, B_at, steps, g_in, dx + rows, dB + keys, vectors, xs, ys, zs, Bs,
+        column_side(x, dy, z + b * zs[0], C_at, D, B_at, x_box, B_box, C_box, dy_box, g_box, dx_box, line, key, steps, g_in, dx + rows, dB + keys, vectors, xs, ys, zs, Bs,
                     Cs, entry, origin, token, there, vector, each, number, skip_at, d_h, d_p, plane, K, H, P, N, begin,
-                    stop, RESTART, EXACT, FOLDED, FULL, HAS_Z, HAS_D, DOT, PRECISION, Q, BP, BN,
+                    stop, RESTART, EXACT, FOLDED, FULL, TMA, HAS_Z, HAS_D, DOT, PRECISION, Q, BP, BN,
                     BLOCKS)  # fmt: skip
 
 
@@ -237,7 +280,7 @@ def before_each(t):
 def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, t_b, t_k, per_row, K, H, L, T, first,
                sign, plane, blocks, TABLE: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
                LOW: tl.constexpr, HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
-               FOLDED: tl.constexpr, HAS_D: tl.constexpr, PASSING: tl.constexpr, Q: tl.constexpr,
+               FOLDED: tl.constexpr, HAS_D: tl.constexpr, Q: tl.constexpr,
                BH: tl.constexpr):  # fmt: skip
     """ddt (B, L, K, H); dA, dbias and dD chunk by chunk, (chunks, K, H)."""
     pid = tl.program_id(0).to(tl.int64)
@@ -261,8 +304,7 @@ def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, 
         ends -= step * own
     da = tl.cumsum(ends, 1, reverse=True)
     da += before_each(to_g)
-    for block in tl.static_range(PASSING):
-        da += tl.load(h_to_g + chunk * PASSING + block, mask=live, other=0)[:, None]
+    da += tl.load(h_to_g + chunk, mask=live, other=0)[:, None]
     if EXACT:
         da += tl.load(at + 3 * plane, mask=known, other=0)
     slope = own + end + A_h[:, None] * da
