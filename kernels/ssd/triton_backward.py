@@ -62,12 +62,12 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
         return Gradients(**zeros | {"initial_state": dinitial})
     parts = _parts(plan)
     each = (p.batch, p.length, p.routes, p.groups, p.state)
-    dB, dC = (fresh(p, (parts, *each), t.dtype if parts == 1 else p.dtype) for t in (p.B, p.C))
+    dB, dC = (fresh(p, (2 * parts, *each), p.dtype) for _ in range(2))
     dA = plan.by_chunk(p.A)
     dD, dbias = (None if t is None else plan.by_chunk(t) for t in (p.D, p.dt_bias))
     wide_d = p.D is not None and p.D.ndim == 3
     has_d = p.D is not None and not wide_d
-    vectors = plan.vectors(3 + plan.exact + has_d)
+    vectors = plan.vectors(5)
     h_to_g = plan.by_chunk(p.A)
     outputs = {"dx": dx, "dz": dz, "dB": dB, "dC": dC, "dD": dD, "vectors": vectors, "h_to_g": h_to_g}
     _launch(plan, dy if dy.ndim == 5 else dy.unsqueeze(2), dstate, dinitial, outputs, parts)
@@ -82,8 +82,8 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
         x=dx if own_x else dx.sum(2, keepdim=True),
         dt=ddt,
         A=dA.sum(0),
-        B=dB.squeeze(0) if parts == 1 else dB.sum(0),
-        C=dC.squeeze(0) if parts == 1 else dC.sum(0),
+        B=dB.sum(0),
+        C=dC.sum(0),
         D=None if dD is None else dD.sum(0),
         z=None if dz is None else dz.squeeze(2) if p.routes == 1 else dz.sum(2),
         dt_bias=None if dbias is None else dbias.sum(0),

@@ -109,15 +109,14 @@ def states_kernel(x, dy, z, B, C, x_box, dy_box, B_box, C_box, h_box, g_box, ste
     chunk = first_chunk - b * per_row  # the chunks of h_out and g_out are counted over all rows, from first_chunk
     line, columns = b * L, (head * P + block * BP).to(tl.int32)
     from_line, lines = matrix // N + block * BP, heads // N
-    side = tl.program_id(1) if BOTH else 0
-    if side == 0:
+    if tl.program_id(1) == 0:
         walk(x + b * xs[0] + k * xs[2] + head * xs[3], xs[1], xs[4], x_box, columns, gated, zs[1], zs[3],
              B + b * Bs[0] + k * Bs[2] + group * Bs[3], Bs[1], Bs[4], B_box, group, line, steps_at, plane, tokens_at,
              owner, h_enter + number * P * N, initial + matrix if HAS_INITIAL else initial, dinitial, h_out + matrix,
              h_box, from_line, lines, heads, h_total + number * P * N, h_decay + number, begin, stop, heads, chunk, T,
              first, sign, P, N, p, n, TABLE, NEAR, RESTART, PACKED, EXACT, FOLDED, FULL, TMA, HAS_Z, FROM_H,
              HAS_INITIAL, False, STORE, False, DOT, PRECISION, Q)  # fmt: skip
-    else:
+    elif BOTH:
         g = walk(dy + b * ys[0] + k * ys[2] + head * ys[3], ys[1], ys[4], dy_box, columns, gated, zs[1], zs[3],
                  C + b * Cs[0] + k * Cs[2] + group * Cs[3], Cs[1], Cs[4], C_box, group, line, steps_at, plane,
                  tokens_at, owner, g_enter + number * P * N, dfinal + matrix if HAS_DFINAL else dfinal,

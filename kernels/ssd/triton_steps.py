@@ -160,15 +160,14 @@ def mask(high, low, segment, Q: tl.constexpr, EXACT: tl.constexpr, RESTART: tl.c
 
 
 @triton.jit
-def turned_mask(high, low, segment, Q: tl.constexpr, EXACT: tl.constexpr, RESTART: tl.constexpr):
-    """The mask's transpose: at (j, i) the decay from position j to i >= j."""
-    sums = high[None, :] - high[:, None]
+def decay_of_pairs(high, low, segment, Q: tl.constexpr, EXACT: tl.constexpr, RESTART: tl.constexpr):
+    """The mask where i >= j; elsewhere some numbers from 0 to 1, which cost less than zeros."""
+    sums = high[:, None] - high[None, :]
     if EXACT:
-        sums = sums + low[None, :] - low[:, None]
-    keep = tl.arange(0, Q)[:, None] <= tl.arange(0, Q)[None, :]
+        sums = sums + low[:, None] - low[None, :]
     if RESTART:
-        keep = keep & (segment[:, None] == segment[None, :])
-    return tl.exp2(tl.where(keep, sums, float("-inf")))
+        sums = tl.where(segment[:, None] == segment[None, :], sums, float("-inf"))
+    return tl.exp2(tl.minimum(sums, 0.0))
 
 
 @triton.jit
