@@ -24,7 +24,7 @@ from kernels.ssd.problem import Problem
 from kernels.ssd.triton_backward import backward
 from kernels.ssd.triton_boxes import rows_box
 from kernels.ssd.triton_plan import Plan
-from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tokens, weighted_mask
+from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tokens, skips, weighted_mask
 
 __all__ = ["backward", "forward"]
 
@@ -32,10 +32,10 @@ __all__ = ["backward", "forward"]
 @triton.jit
 def forward_kernel(x, z, B, C, x_box, B_box, C_box, y_box, D, steps, tokens, owner, initial, enter_from, final, y, xs,
                    zs, Bs, Cs, t_b, t_k,
-                   d_h, d_p, segments, length, per_row, plane, K, H, G, L, T, first, sign, P, N, blocks,
+                   d_h, segments, length, per_row, plane, K, H, G, L, T, first, sign, P, N, blocks,
                    TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr,
                    EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, HAS_Z: tl.constexpr,
-                   HAS_D: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_ENTER: tl.constexpr, TMA: tl.constexpr,
+                   HAS_D: tl.constexpr, WIDE_D: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_ENTER: tl.constexpr, TMA: tl.constexpr,
                    DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
                    BN: tl.constexpr):  # fmt: skip
     """y (B, L, K, H, P) and the final states. One program a segment, route, head and block of P."""
@@ -51,7 +51,7 @@ def forward_kernel(x, z, B, C, x_box, B_box, C_box, y_box, D, steps, tokens, own
     )  # the state (N, P), so that C h reads it as is
     real: tl.constexpr = steps.dtype.element_ty
     if HAS_D:
-        skip = tl.load(D + k * H * d_h + head * d_h + p * d_p, mask=in_p, other=0)
+        skip = skips(D + (k * H + head) * d_h, p, in_p, WIDE_D)
     matrix, heads = (k * H + head) * P * N, K * H * P * N
     group = head // (H // G)
     x_at, steps_at = x + b * xs[0] + k * xs[2] + head * xs[3], steps + ((b * K + k) * H + head) * per_row * Q
@@ -85,7 +85,7 @@ def forward_kernel(x, z, B, C, x_box, B_box, C_box, y_box, D, steps, tokens, own
         out = product(scores, xv, DOT, PRECISION, out)
         xf = xv.to(real)
         if HAS_D:
-            out += skip[None, :] * xf
+            out += skip * xf
         if HAS_Z:
             z_at = z + b * zs[0] + head * zs[2]
             gate, sigmoid = gates(z_at, zs[1], zs[3], origin, token, there, p, in_p, FULL, real)
@@ -130,8 +130,8 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor]:
         plan.launch(
             forward_kernel, (plan.rows * segments.count * plan.programs,), tensors,
             lambda: plan.shared_numbers | {
-                "HAS_ENTER": enter is not None, "d_h": plan.d_strides[0], "d_p": plan.d_strides[1],
-                "HAS_D": p.D is not None, "HAS_INITIAL": plan.initial is not None, "segments": segments.count,
+                "HAS_ENTER": enter is not None, **plan.d_numbers,
+                "HAS_INITIAL": plan.initial is not None, "segments": segments.count,
                 "length": segments.length, "L": p.length, "num_warps": plan.warps, "num_stages": plan.stages,
                 "TMA": plan.boxed,
             },

@@ -24,8 +24,8 @@ from kernels.selective_scan.problem import CHUNK as SLOT
 from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd import triton_plan
 from kernels.ssd.problem import Problem
-from kernels.ssd.triton_gradients import chunks_kernel, ddt_kernel
 from kernels.ssd.triton_boxes import rows_box, states_box
+from kernels.ssd.triton_gradients import ddt_kernel, inner_kernel, outer_kernel
 from kernels.ssd.triton_plan import Plan
 from kernels.ssd.triton_sizes import Segments, cores
 
@@ -67,15 +67,16 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
     dD, dbias = (None if t is None else plan.by_chunk(t) for t in (p.D, p.dt_bias))
     wide_d = p.D is not None and p.D.ndim == 3
     has_d = p.D is not None and not wide_d
-    vectors = plan.vectors(5)
-    h_to_g = plan.by_chunk(p.A)
+    pieces = -(-p.state // plan.piece)
+    vectors = plan.vectors(pieces + 4)
+    h_to_g = plan.by_chunk(p.A.unsqueeze(-1).expand(-1, -1, pieces))
     outputs = {"dx": dx, "dz": dz, "dB": dB, "dC": dC, "dD": dD, "vectors": vectors, "h_to_g": h_to_g}
     _launch(plan, dy if dy.ndim == 5 else dy.unsqueeze(2), dstate, dinitial, outputs, parts)
     last = {"ddt": ddt, "dA": dA, "dbias": dbias, "dD": dD, "vectors": vectors, "h_to_g": h_to_g, **plan.dt}
     plan.launch(
         ddt_kernel, plan.tiles, last,
         lambda: {
-            "L": p.length, "plane": vectors[0].numel(), "HAS_D": has_d, **plan.dt_numbers
+            "L": p.length, "plane": vectors[0].numel(), "HAS_D": has_d, "PIECES": pieces, **plan.dt_numbers
         },
     )  # fmt: skip
     return Gradients(
@@ -113,39 +114,50 @@ def _launch(
     size = (2, max(chunks for *_, chunks in turns), p.routes, p.heads, p.head_dim, p.state)
     h_all, g_all = torch.empty(size, dtype=plan.product_dtype, device=p.x.device)
     of_gradient, numbers = plan.of_gradient(dy)
-    boxes = dict.fromkeys(("h_box", "g_box", "dx_box"))
-    if numbers["TMA"]:
-        dx = rows_box(outputs["dx"], plan.chunk, plan.width)
-        boxes = {"h_box": states_box(h_all, plan.width), "g_box": states_box(g_all, plan.width), "dx_box": dx}
     walked = {
         **of_gradient, "dfinal": dfinal, "dinitial": dinitial, "h_enter": h_enter, "g_enter": g_enter, "h_out": h_all,
-        "g_out": g_all, "h_box": boxes["h_box"], "g_box": boxes["g_box"],
+        "g_out": g_all,
     }  # fmt: skip
-    chunked = outputs | of_gradient | boxes | {"h_in": h_all, "g_in": g_all}
+    chunked = outputs | of_gradient | {"h_in": h_all, "g_in": g_all}
+    if numbers["TMA"]:
+        whole = {"h_box": states_box(h_all, plan.width, p.state), "g_box": states_box(g_all, plan.width, p.state)}
+        pieces = {n: states_box(t, plan.width, plan.piece) for n, t in (("h_part", h_all), ("g_part", g_all))}
+        walked |= whole
+        chunked |= whole | pieces | {
+            "dx_box": rows_box(outputs["dx"], plan.chunk, plan.width), "C_part": rows_box(p.C, plan.chunk, plan.piece)
+        }  # fmt: skip
     for first, count, first_chunk, chunks in turns:
         walking = {"STORE": True, "BOTH": True, "first_segment": first, "first_chunk": first_chunk}
         plan.walk(first, (count, 2), segments, walked, numbers | walking)
         _chunks(plan, chunked, numbers, first_chunk, chunks, parts)
 
 
+INNER = ("x", "dy", "z", "B", "C", "D", "x_box", "B_box", "C_box", "dy_box", "h_box", "g_box", "dx_box", "steps",
+         "tokens", "owner", "h_in", "g_in", "dx", "dz", "dB", "dC", "dD", "vectors")  # fmt: skip
+OUTER = ("x", "dy", "z", "C", "x_box", "C_part", "dy_box", "h_part", "g_part", "steps", "tokens", "owner", "h_in",
+         "g_in", "h_to_g", "dB", "dC", "vectors")  # fmt: skip
+
+
 def _chunks(
     plan: Plan, given: dict[str, Any], of_gradient: dict[str, Any], first_chunk: int, chunks: int, parts: int
 ) -> None:
-    """Runs the kernel that takes all chunks at once."""
-    p = plan.p
+    """Runs the two kernels that take all chunks at once."""
+    p, pieces = plan.p, -(-plan.p.state // plan.piece)
+    tensors = {**plan.shared, "D": plan.D, **given}
 
-    def numbers() -> dict[str, Any]:
+    def numbers(kernel: Any, **others: Any) -> dict[str, Any]:
         found = plan.shared_numbers | of_gradient | {
-            "first_chunk": first_chunk, "L": p.length, "d_h": plan.d_strides[0], "d_p": plan.d_strides[1],
-            "HAS_D": p.D is not None, "WIDE_D": p.D is not None and p.D.ndim == 3, "parts": parts,
+            "first_chunk": first_chunk, "L": p.length, **plan.d_numbers, "parts": parts,
             "heads_each": -(-(p.heads // p.groups) // parts), "part_size": given["dB"][0].numel(),
-            "BLOCKS": -(-p.head_dim // plan.width), **plan.pipeline,
+            "BLOCKS": -(-p.head_dim // plan.width), "BO": plan.piece, "PIECES": pieces, "BOXED_DX": False, "num_warps": plan.warps,
+            "num_stages": plan.stages,
         }  # fmt: skip
-        del found["blocks"]
-        return found
+        return {n: v for n, v in found.items() if n in kernel.arg_names or n.startswith("num_")} | others
 
-    programs = 2 * p.routes * p.groups * chunks * parts
-    plan.launch(chunks_kernel, (programs,), {**plan.shared, "D": plan.D, **given}, numbers, first_chunk)
+    programs = p.routes * p.groups * chunks * parts
+    outer, inner = ({n: tensors.get(n) for n in names} for names in (OUTER, INNER))
+    plan.launch(outer_kernel, (programs * pieces,), outer, lambda: numbers(outer_kernel), first_chunk)
+    plan.launch(inner_kernel, (programs,), inner, lambda: numbers(inner_kernel, **plan.pipeline), first_chunk)
 
 
 def _turns(plan: Plan, segments: Segments) -> list[tuple[int, int, int, int]]:

@@ -35,7 +35,7 @@ def rows_box(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor(t, [batch * length, heads * width], [t.stride(1), 1], [rows, columns])
 
 
-def states_box(t: Tensor, rows: int) -> TensorDescriptor:
-    """States (chunks, K, H, P, N) as a matrix (chunks K H P, N), in boxes of whole lines."""
+def states_box(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """States (chunks, K, H, P, N) as a matrix (chunks K H P, N), in boxes."""
     state = t.shape[-1]
-    return TensorDescriptor(t, [t.numel() // state, state], [state, 1], [rows, state])
+    return TensorDescriptor(t, [t.numel() // state, state], [state, 1], [rows, columns])

@@ -23,10 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.ssd.triton_steps import decay_of_pairs, decays, gates, product, read_dt, read_rows, read_tokens
-import os
-SCALED = tl.constexpr(int(os.environ.get("X_SCALED", "1")))
-DIAG = tl.constexpr(int(os.environ.get("X_DIAG", "1")))
+from kernels.ssd.triton_steps import decay_of_pairs, decays, gates, product, read_dt, read_rows, read_tokens, skips
 
 
 @triton.jit
@@ -53,10 +50,11 @@ def gated_rows(dy, ys, dy_box, line, column, z, zs, origin, token, there, p, liv
 
 
 @triton.jit
-def state_tile(states, box, number, block, P, N, p, n, FULL: tl.constexpr, TMA: tl.constexpr, BP: tl.constexpr):
-    """One of the states (P, N) of ``states``, or BP of its rows."""
+def state_tile(states, box, number, block, column, P, N, p, n, FULL: tl.constexpr, TMA: tl.constexpr,
+               BP: tl.constexpr):  # fmt: skip
+    """A tile of one of the states (P, N) of ``states``: BP rows, the columns n."""
     if TMA:
-        found = box.load([(number * P + block * BP).to(tl.int32), 0])
+        found = box.load([(number * P + block * BP).to(tl.int32), column])
     else:
         at = states + number * P * N + (p[:, None] * N + n[None, :])
         found = tl.load(at) if FULL else tl.load(at, mask=(p < P)[:, None] & (n < N)[None, :], other=0)
@@ -64,13 +62,35 @@ def state_tile(states, box, number, block, P, N, p, n, FULL: tl.constexpr, TMA: 
 
 
 @triton.jit
-def inner_side(x, dy, z, D, x_box, B_box, C_box, dy_box, h_box, g_box, dx_box, line, key, B_at, C_at, steps, h_in, g_in,
-               dx, dz, dB, dC, dD, vectors, xs, ys, zs, Bs, Cs, entry, origin, token, there, vector, each, number,
-               chunk, skip_at, d_h, d_p, plane, K, H, P, N, begin, stop, RESTART: tl.constexpr, EXACT: tl.constexpr,
-               FOLDED: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr,
-               WIDE_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
-               BN: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
-    """What pairs of positions bring about: dx, dz, their part of dB and dC, <x, u>, sums over pairs, dD."""
+def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, dx_box, steps, tokens, owner, h_in, g_in,
+                 dx, dz, dB, dC, dD, vectors, xs, ys, zs, Bs, Cs, t_b, t_k, d_h, per_row, first_chunk, plane, K, H,
+                 G, L, T, first, sign, P, N, parts, heads_each, part_size, TABLE: tl.constexpr, NEAR: tl.constexpr,
+                 RESTART: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
+                 FULL: tl.constexpr, TMA: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr,
+                 DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+                 BLOCKS: tl.constexpr, PIECES: tl.constexpr, BOXED_DX: tl.constexpr):  # fmt: skip
+    """What pairs of a chunk's positions bring about, and dx: dx, dz (B, L, K, H, P), a part of dB and dC (2 parts, B, L,
+    K, G, N). One program a chunk, route, group, part of its heads.
+
+    vectors is for ``ddt_kernel``: after what ``outer_kernel`` leaves, four numbers a position: the chunk's own <x, u>;
+    da's sum over pairs (EXACT; else their sum over j, from which it follows with the first); <x, u> from g; the gradient
+    of one D a head. A wide dD is (chunks, K, H, P).
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    part, group, k = pid % parts, pid // parts % G, pid // parts // G % K
+    local = pid // parts // G // K
+    b, c = (first_chunk + local) // per_row, (first_chunk + local) % per_row
+    entry, origin, token, there, _exists = read_tokens(tokens + b * t_b + k * t_k, c, T, first, sign, Q, TABLE, NEAR)
+    B_at, C_at = B + b * Bs[0] + k * Bs[2] + group * Bs[3], C + b * Cs[0] + k * Cs[2] + group * Cs[3]
+    begin = group * (H // G) + part * heads_each
+    stop = tl.minimum(begin + heads_each, (group + 1) * (H // G))
+    vector, each, number = ((b * K + k) * H * per_row + c) * Q, per_row * Q, (local * K + k) * H
+    x, dy, z = x + b * xs[0] + k * xs[2], dy + b * ys[0] + k * ys[2], z + b * zs[0]
+    rows, keys = (b * L * K + k) * H * P, part * part_size + ((b * L + origin) * K + k) * G * N + group * N
+    keys = keys + token[:, None] * (K * G * N)
+    chunk, skip_at = ((first_chunk + local) * K + k) * H, k * H * d_h
+    line, key = (b * L + c * Q).to(tl.int32), (group * N).to(tl.int32)
+    dx, dz, dB, dC, four_at = dx + rows, dz + rows, dB + keys, dC + keys, vectors + PIECES * plane
     n = tl.arange(0, BN)
     real: tl.constexpr = steps.dtype.element_ty
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
@@ -92,15 +112,15 @@ def inner_side(x, dy, z, D, x_box, B_box, C_box, dy_box, h_box, g_box, dx_box, l
             E = product(dyf, tl.trans(xv), DOT, PRECISION, E)
             if HAS_Z and not EXACT:  # what a gated dy loses would add up in dA
                 E = product(lost, tl.trans(xv), DOT, PRECISION, E)
-        L = decay_of_pairs(high, low, segment, Q, EXACT, RESTART)  # S is zero above the diagonal, T_sum will be
-        T_sum += E * L * step[None, :]
-        SL = (S * L).to(DOT)
+        M = decay_of_pairs(high, low, segment, Q, EXACT, RESTART)  # S is zero above the diagonal, T_sum will be
+        T_sum += E * M * step[None, :]
+        SM = (S * M).to(DOT)
         if EXACT:
             crossing = (i <= j).to(real)  # at (t, i): i >= t
-            crossed = product(crossing, E * SL * step[None, :], DOT, "ieee")  # tensor cores cut sums off
+            crossed = product(crossing, E * SM * step[None, :], DOT, "ieee")  # tensor cores cut sums off
             pairs = tl.sum(tl.where(j < i, crossed, 0.0), 1)
         else:  # with the numbers that <x, u> is from, so that their sums over all pairs cancel
-            pairs = tl.sum(E * SL.to(real) * step[None, :], 1)
+            pairs = tl.sum(E * SM.to(real) * step[None, :], 1)
         own, end = tl.zeros([Q], real), tl.zeros([Q], real)
         for block in tl.static_range(BLOCKS):
             p = block * BP + tl.arange(0, BP)
@@ -111,39 +131,39 @@ def inner_side(x, dy, z, D, x_box, B_box, C_box, dy_box, h_box, g_box, dx_box, l
                 after, dyf, lost, gate, sigmoid = gated_rows(dy_at, ys, dy_box, line, column, z_at, zs, origin, token,
                                                              there, p, in_p, FULL, TMA, HAS_Z, DOT,
                                                              real)  # fmt: skip
-            g = state_tile(g_in, g_box, number + head, block, P, N, p, n, FULL, TMA, BP)
+            g = state_tile(g_in, g_box, number + head, block, 0, P, N, p, n, FULL, TMA, BP)
             back = product(Bv, tl.trans(g), DOT, PRECISION) * leave[:, None]
-            u = product(tl.trans(SL), dyf, DOT, PRECISION)
+            u = product(tl.trans(SM), dyf, DOT, PRECISION)
             if HAS_Z and not EXACT:
-                u = product(tl.trans(SL), lost, DOT, PRECISION, u)
+                u = product(tl.trans(SM), lost, DOT, PRECISION, u)
             xf = xv.to(real)
             own += tl.sum(xf * u, 1)
             end += tl.sum(xf * back, 1)
             u = (u + back) * step[:, None]
             if HAS_D:
-                skip = tl.load(D + skip_at + head * d_h + p * d_p, mask=in_p, other=0)
-                u += skip[None, :] * dyf.to(real)
+                skip = skips(D + skip_at + head * d_h, p, in_p, WIDE_D)
+                u += skip * dyf.to(real)
                 if WIDE_D:
                     tl.store(dD + (chunk + head) * P + p, tl.sum(dyf.to(real) * xf, 0), mask=in_p)
             at = (origin * K * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
-            if TMA:
+            if TMA and BOXED_DX:
                 dx_box.store([line, column], u.to(dx.dtype.element_ty))
             elif FULL:
                 tl.store(dx + at, u)
             else:
                 tl.store(dx + at, u, mask=there[:, None] & in_p[None, :])
             if HAS_Z:
-                h = state_tile(h_in, h_box, number + head, block, P, N, p, n, FULL, TMA, BP)
+                h = state_tile(h_in, h_box, number + head, block, 0, P, N, p, n, FULL, TMA, BP)
                 before = product(Cv, tl.trans(h), DOT, PRECISION) * enter[:, None]
-                before = product((S * L * step[None, :]), xv, DOT, PRECISION, before)
+                before = product(S * M * step[None, :], xv, DOT, PRECISION, before)
                 if HAS_D:
-                    before += skip[None, :] * xf
+                    before += skip * xf
                 slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
                 tl.store(dz + at, after.to(real) * before * slope, mask=there[:, None] & in_p[None, :])
         skipped = tl.sum(tl.where(i == j, E, 0.0), 1) if HAS_D and not WIDE_D else end
         four = tl.join(tl.join(own, end), tl.join(pairs, skipped))  # one store: each has to change its layout
         one, other, at = tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :], vector + head * each
-        tl.store(vectors + plane + 4 * (at + tl.arange(0, Q)[:, None, None]) + 2 * one + other, four)
+        tl.store(four_at + 4 * (at + tl.arange(0, Q)[:, None, None]) + 2 * one + other, four)
     T_sum = tl.where(i >= j, T_sum, 0.0)
     Bv = tile_rows(B_at, Bs, B_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
     Cv = tile_rows(C_at, Cs, C_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
@@ -153,16 +173,34 @@ def inner_side(x, dy, z, D, x_box, B_box, C_box, dy_box, h_box, g_box, dx_box, l
 
 
 @triton.jit
-def outer_side(x, dy, z, x_box, C_box, dy_box, h_box, g_box, line, key, C_at, steps, h_in, g_in, dB, dC, vectors, h_to_g,
-               xs, ys, zs, Cs, entry, origin, token, there, vector, each, number, chunk, plane, P, N, begin, stop,
-               RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
-               HAS_Z: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
-               BN: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
-    """What goes through the chunk's borders: the states' part of dB and dC, and da's from h, to g and between."""
-    n = tl.arange(0, BN)
+def outer_kernel(x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, tokens, owner, h_in, g_in, h_to_g, dB, dC,
+                 vectors, xs, ys, zs, Bs, Cs, t_b, t_k, per_row, first_chunk, plane, K, H, G, L, T, first, sign, P, N,
+                 parts, heads_each, part_size, TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr,
+                 PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
+                 TMA: tl.constexpr, HAS_Z: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
+                 BP: tl.constexpr, BO: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
+    """What goes through a chunk's borders: a part of dB and dC (2 parts, B, L, K, G, N), and da's from h and from h to g.
+    One program a chunk, route, group, part of its heads, piece of BO states.
+
+    vectors begins with what comes from h (PIECES, B, K, H, chunks, Q); h_to_g (chunks, K, H, PIECES) is what passes a
+    whole chunk.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    piece, pid = pid % PIECES, pid // PIECES
+    part, group, k = pid % parts, pid // parts % G, pid // parts // G % K
+    local = pid // parts // G // K
+    b, c = (first_chunk + local) // per_row, (first_chunk + local) % per_row
+    entry, origin, token, there, _exists = read_tokens(tokens + b * t_b + k * t_k, c, T, first, sign, Q, TABLE, NEAR)
+    begin = group * (H // G) + part * heads_each
+    stop = tl.minimum(begin + heads_each, (group + 1) * (H // G))
+    vector, each, number = ((b * K + k) * H * per_row + c) * Q, per_row * Q, (local * K + k) * H
+    x, dy, z = x + b * xs[0] + k * xs[2], dy + b * ys[0] + k * ys[2], z + b * zs[0]
+    line, states = (b * L + c * Q).to(tl.int32), (piece * BO).to(tl.int32)
+    chunk, n = ((first_chunk + local) * K + k) * H, states + tl.arange(0, BO)
     real: tl.constexpr = steps.dtype.element_ty
-    Cv = tile_rows(C_at, Cs, C_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
-    dBv, dCv = tl.zeros([Q, BN], real), tl.zeros([Q, BN], real)
+    Cv = tile_rows(C + b * Cs[0] + k * Cs[2] + group * Cs[3], Cs, C_part, line, (group * N).to(tl.int32) + states,
+                   origin, token, there, n, n < N, FULL, TMA).to(DOT)  # fmt: skip
+    dBv, dCv = tl.zeros([Q, BO], real), tl.zeros([Q, BO], real)
     for head in range(begin, stop):
         _step, _high, _low, _segment, enter, _leave, weight, through = decays(steps + vector + head * each, plane, entry,
                                                                               Q, EXACT, FOLDED, RESTART)  # fmt: skip
@@ -171,76 +209,27 @@ def outer_side(x, dy, z, x_box, C_box, dy_box, h_box, g_box, line, key, C_at, st
         for block in tl.static_range(BLOCKS):
             p = block * BP + tl.arange(0, BP)
             column = (head * P + block * BP).to(tl.int32)
-            _, dyf, _, _, _ = gated_rows(dy_at, ys, dy_box, line, column, z_at, zs, origin, token, there, p, p < P,
+            _after, dyf, _lost, _gate, _sigmoid = gated_rows(dy_at, ys, dy_box, line, column, z_at, zs, origin, token, there, p, p < P,
                                          FULL, TMA, HAS_Z, DOT, real)  # fmt: skip
-            h = state_tile(h_in, h_box, number + head, block, P, N, p, n, FULL, TMA, BP)
+            h = state_tile(h_in, h_part, number + head, block, states, P, N, p, n, FULL, TMA, BP)
             before = product(Cv, tl.trans(h), DOT, PRECISION)
             from_h += tl.sum(before * dyf.to(real), 1)
-            if SCALED:
-                dCv = product(dyf.to(real) * enter[:, None], h, DOT, PRECISION, dCv)
-            else:
-                dCv += product(dyf, h, DOT, PRECISION) * enter[:, None]
-            g = state_tile(g_in, g_box, number + head, block, P, N, p, n, FULL, TMA, BP)
+            dCv = product(dyf.to(real) * enter[:, None], h, DOT, PRECISION, dCv)
+            g = state_tile(g_in, g_part, number + head, block, states, P, N, p, n, FULL, TMA, BP)
             xv = tile_rows(x_at, xs, x_box, line, column, origin, token, there, p, p < P, FULL, TMA)
-            if SCALED:
-                dBv = product(xv.to(real) * weight[:, None], g, DOT, PRECISION, dBv)
-            else:
-                dBv += product(xv, g, DOT, PRECISION) * weight[:, None]
-            if DIAG and not EXACT:  # tensor cores do it faster, though they find what nobody asks for as well
+            dBv = product(xv.to(real) * weight[:, None], g, DOT, PRECISION, dBv)
+            if EXACT or BP < 64:
+                passing += tl.sum(h.to(real) * g.to(real))
+            else:  # tensor cores do it faster, though they find what nobody asks for as well
                 rows = tl.arange(0, BP)
                 both = product(h, tl.trans(g), DOT, PRECISION)
                 passing += tl.sum(tl.where(rows[:, None] == rows[None, :], both, 0.0))
-            else:
-                passing += tl.sum(h.to(real) * g.to(real))
-        tl.store(h_to_g + chunk + head, through * passing)
-        tl.store(vectors + vector + head * each + tl.arange(0, Q), from_h * enter)
-    live = there[:, None] & (n < N)[None, :]
-    tl.store(dC + n[None, :], dCv, mask=live)
-    tl.store(dB + n[None, :], dBv, mask=live)
-
-
-@triton.jit
-def chunks_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, dx_box, steps, tokens, owner, h_in,
-                  g_in, h_to_g, dx, dz, dB, dC, dD, vectors, xs, ys, zs, Bs, Cs, t_b, t_k, d_h, d_p, per_row,
-                  first_chunk, plane, K, H, G, L, T, first, sign, P, N, parts, heads_each, part_size,
-                  TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr,
-                  PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
-                  TMA: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr,
-                  DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-                  BLOCKS: tl.constexpr):  # fmt: skip
-    """dx, dz (B, L, K, H, P); dB, dC (2 parts, B, L, K, G, N). Two programs a chunk, route, group, part of its heads.
-
-    They run side by side, so that the second to read a tile finds it in the cache. vectors is for ``ddt_kernel``: what
-    comes from h (B, K, H, chunks, Q); then four numbers a position: the chunk's own <x, u>; da's sum over pairs (EXACT;
-    else their sum over j, from which it follows with the first); <x, u> from g; the gradient of one D a head. A wide dD
-    is (chunks, K, H, P); h_to_g (chunks, K, H) is what passes a whole chunk.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    side = pid % 2
-    part, group, k = pid // 2 % parts, pid // 2 // parts % G, pid // 2 // parts // G % K
-    local = pid // 2 // parts // G // K
-    b, c = (first_chunk + local) // per_row, (first_chunk + local) % per_row
-    entry, origin, token, there, _ = read_tokens(tokens + b * t_b + k * t_k, c, T, first, sign, Q, TABLE, NEAR)
-    B_at, C_at = B + b * Bs[0] + k * Bs[2] + group * Bs[3], C + b * Cs[0] + k * Cs[2] + group * Cs[3]
-    begin = group * (H // G) + part * heads_each
-    stop = tl.minimum(begin + heads_each, (group + 1) * (H // G))
-    vector, each, number = ((b * K + k) * H * per_row + c) * Q, per_row * Q, (local * K + k) * H
-    x, dy, z = x + b * xs[0] + k * xs[2], dy + b * ys[0] + k * ys[2], z + b * zs[0]
-    rows, keys = (b * L * K + k) * H * P, (2 * part + side) * part_size + ((b * L + origin) * K + k) * G * N + group * N
-    keys = keys + token[:, None] * (K * G * N)
-    chunk, skip_at = ((first_chunk + local) * K + k) * H, k * H * d_h
-    line, key = (b * L + c * Q).to(tl.int32), (group * N).to(tl.int32)
-    if side == 0:
-        inner_side(x, dy, z, D, x_box, B_box, C_box, dy_box, h_box, g_box, dx_box, line, key, B_at, C_at, steps, h_in,
-                   g_in, dx + rows, dz + rows, dB + keys, dC + keys, dD, vectors, xs, ys, zs, Bs, Cs, entry, origin,
-                   token, there, vector, each, number, chunk, skip_at, d_h, d_p, plane, K, H, P, N, begin, stop,
-                   RESTART, EXACT, FOLDED, FULL, TMA, HAS_Z, HAS_D, WIDE_D, DOT, PRECISION, Q, BP, BN,
-                   BLOCKS)  # fmt: skip
-    else:
-        outer_side(x, dy, z, x_box, C_box, dy_box, h_box, g_box, line, key, C_at, steps, h_in, g_in, dB + keys,
-                   dC + keys, vectors, h_to_g, xs, ys, zs, Cs, entry, origin, token, there, vector, each, number, chunk,
-                   plane, P, N, begin, stop, RESTART, EXACT, FOLDED, FULL, TMA, HAS_Z, DOT, PRECISION, Q, BP, BN,
-                   BLOCKS)  # fmt: skip
+        tl.store(h_to_g + (chunk + head) * PIECES + piece, through * passing)
+        tl.store(vectors + piece * plane + vector + head * each + tl.arange(0, Q), from_h * enter)
+    keys = (parts + part) * part_size + ((b * L + origin) * K + k) * G * N + group * N
+    to, live = keys + (token[:, None] * (K * G * N) + n[None, :]), there[:, None] & (n < N)[None, :]
+    tl.store(dC + to, dCv, mask=live)
+    tl.store(dB + to, dBv, mask=live)
 
 
 @triton.jit
@@ -259,7 +248,7 @@ def before_each(t):
 def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, t_b, t_k, per_row, K, H, L, T, first,
                sign, plane, blocks, TABLE: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
                LOW: tl.constexpr, HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
-               FOLDED: tl.constexpr, HAS_D: tl.constexpr, Q: tl.constexpr,
+               FOLDED: tl.constexpr, HAS_D: tl.constexpr, PIECES: tl.constexpr, Q: tl.constexpr,
                BH: tl.constexpr):  # fmt: skip
     """ddt (B, L, K, H); dA, dbias and dD chunk by chunk, (chunks, K, H)."""
     pid = tl.program_id(0).to(tl.int64)
@@ -275,7 +264,9 @@ def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, 
                               LOW, HIGH, SOFTPLUS, CLAMP)  # fmt: skip
     at = (((b * K + k) * H + head[:, None]) * per_row + c) * Q + tl.arange(0, Q)[None, :]
     known = live[:, None] & (at >= 0)
-    ends, four = tl.load(vectors + at, mask=known, other=0), vectors + plane + 4 * at
+    four, ends = vectors + PIECES * plane + 4 * at, tl.zeros_like(step)
+    for piece in tl.static_range(PIECES):
+        ends += tl.load(vectors + piece * plane + at, mask=known, other=0)
     own, pairs = tl.load(four, mask=known, other=0), tl.load(four + 1, mask=known, other=0)
     end = tl.load(four + 2, mask=known, other=0)
     to_g = step * end
@@ -284,7 +275,8 @@ def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, 
         ends += pairs - step * own
     da = tl.cumsum(ends, 1, reverse=True)
     da += before_each(to_g)
-    da += tl.load(h_to_g + chunk, mask=live, other=0)[:, None]
+    for piece in tl.static_range(PIECES):
+        da += tl.load(h_to_g + chunk * PIECES + piece, mask=live, other=0)[:, None]
     if EXACT:
         da += pairs
     slope = own + end + A_h[:, None] * da

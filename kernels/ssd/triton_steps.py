@@ -202,3 +202,9 @@ def gates(z, z_l, z_p, origin, token, there, p, live, FULL: tl.constexpr, real: 
     """The gate z and silu's factor sigmoid(z), (Q, P)."""
     gate = read_rows(z, z_l, z_p, origin, token, there, p, live, FULL).to(real)
     return gate, 1.0 / (1.0 + tl.exp(-gate))
+
+
+@triton.jit
+def skips(D, p, live, WIDE: tl.constexpr):
+    """D of a head, to be multiplied by rows (Q, P): one number, or WIDE one a column."""
+    return tl.load(D + p, mask=live, other=0)[None, :] if WIDE else tl.load(D)
