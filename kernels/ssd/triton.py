@@ -35,8 +35,8 @@ def forward_kernel(x, z, B, C, x_box, B_box, C_box, y_box, D, steps, tokens, own
                    d_h, segments, length, per_row, plane, K, H, G, L, T, first, sign, P, N, blocks,
                    TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr,
                    EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, HAS_Z: tl.constexpr,
-                   HAS_D: tl.constexpr, WIDE_D: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_ENTER: tl.constexpr, TMA: tl.constexpr,
-                   DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
+                   HAS_D: tl.constexpr, WIDE_D: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_ENTER: tl.constexpr,
+                   TMA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
                    BN: tl.constexpr):  # fmt: skip
     """y (B, L, K, H, P) and the final states. One program a segment, route, head and block of P."""
     pid = tl.program_id(0).to(tl.int64)
@@ -115,17 +115,15 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor]:
     merging = p.merge and p.routes > 1
     y = fresh(p, (p.batch, p.length, p.routes, p.heads, p.head_dim), p.dtype if merging else p.x.dtype)
     plan = Plan(p)
-    final = plan.states(p.sequences)  # that of an empty sequence is its initial state
-    if p.initial_state is None:
-        final.zero_()
-    else:
-        final.copy_(p.initial_state)
+    final = plan.states(p.sequences)
+    if p.cu_seqlens is not None or not plan.per_row:  # that of an empty sequence is its initial state
+        final.copy_(p.initial_state) if p.initial_state is not None else final.zero_()
     if plan.programs and plan.rows:
         segments = plan.segments
         enter = plan.entering(segments)[0]
         tensors = {
-            **plan.shared, "y_box": rows_box(y, plan.chunk, plan.width) if plan.boxed else None, "y": y, "final": final, "enter_from": enter,
-            "D": plan.D, "initial": plan.initial,
+            **plan.shared, "y_box": rows_box(y, plan.chunk, plan.width) if plan.boxed else None, "y": y, "final": final,
+            "enter_from": enter, "D": plan.D, "initial": plan.initial,
         }  # fmt: skip
         plan.launch(
             forward_kernel, (plan.rows * segments.count * plan.programs,), tensors,

@@ -25,12 +25,16 @@ from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd import triton_plan
 from kernels.ssd.problem import Problem
 from kernels.ssd.triton_boxes import rows_box, states_box
-from kernels.ssd.triton_gradients import ddt_kernel, inner_kernel, outer_kernel
+from kernels.ssd.triton_ddt import ddt_kernel
+from kernels.ssd.triton_gradients import inner_kernel, outer_kernel
 from kernels.ssd.triton_plan import Plan
 from kernels.ssd.triton_sizes import Segments, cores
 
 if TYPE_CHECKING:
     from kernels.ssd import Gradients
+
+INNER, OUTER = frozenset(inner_kernel.arg_names), frozenset(outer_kernel.arg_names)
+BOXES = ("h_box", "g_box", "h_part", "g_part", "C_part", "dx_box")
 
 
 def backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
@@ -76,7 +80,8 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
     plan.launch(
         ddt_kernel, plan.tiles, last,
         lambda: {
-            "L": p.length, "plane": vectors[0].numel(), "HAS_D": has_d, "PIECES": pieces, **plan.dt_numbers
+            "L": p.length, "plane": vectors[0].numel(), "HAS_D": has_d, "PIECES": pieces, "WEIGHED": plan.weighed,
+            **plan.dt_numbers,
         },
     )  # fmt: skip
     return Gradients(
@@ -132,32 +137,27 @@ def _launch(
         _chunks(plan, chunked, numbers, first_chunk, chunks, parts)
 
 
-INNER = ("x", "dy", "z", "B", "C", "D", "x_box", "B_box", "C_box", "dy_box", "h_box", "g_box", "dx_box", "steps",
-         "tokens", "owner", "h_in", "g_in", "dx", "dz", "dB", "dC", "dD", "vectors")  # fmt: skip
-OUTER = ("x", "dy", "z", "C", "x_box", "C_part", "dy_box", "h_part", "g_part", "steps", "tokens", "owner", "h_in",
-         "g_in", "h_to_g", "dB", "dC", "vectors")  # fmt: skip
-
-
 def _chunks(
     plan: Plan, given: dict[str, Any], of_gradient: dict[str, Any], first_chunk: int, chunks: int, parts: int
 ) -> None:
     """Runs the two kernels that take all chunks at once."""
-    p, pieces = plan.p, -(-plan.p.state // plan.piece)
-    tensors = {**plan.shared, "D": plan.D, **given}
+    p = plan.p
+    tensors = {**plan.shared, "D": plan.D, **dict.fromkeys(BOXES), **given}
 
-    def numbers(kernel: Any, **others: Any) -> dict[str, Any]:
+    def numbers(names: frozenset[str]) -> dict[str, Any]:
         found = plan.shared_numbers | of_gradient | {
             "first_chunk": first_chunk, "L": p.length, **plan.d_numbers, "parts": parts,
             "heads_each": -(-(p.heads // p.groups) // parts), "part_size": given["dB"][0].numel(),
-            "BLOCKS": -(-p.head_dim // plan.width), "BO": plan.piece, "PIECES": pieces, "BOXED_DX": False, "num_warps": plan.warps,
-            "num_stages": plan.stages,
+            "BLOCKS": -(-p.head_dim // plan.width), "BO": plan.piece, "PIECES": pieces, "WEIGHED": plan.weighed,
+            "BOXED_DX": False,
         }  # fmt: skip
-        return {n: v for n, v in found.items() if n in kernel.arg_names or n.startswith("num_")} | others
+        return {n: v for n, v in found.items() if n in names}
 
-    programs = p.routes * p.groups * chunks * parts
-    outer, inner = ({n: tensors.get(n) for n in names} for names in (OUTER, INNER))
-    plan.launch(outer_kernel, (programs * pieces,), outer, lambda: numbers(outer_kernel), first_chunk)
-    plan.launch(inner_kernel, (programs,), inner, lambda: numbers(inner_kernel, **plan.pipeline), first_chunk)
+    outer, inner = ({n: t for n, t in tensors.items() if n in names} for names in (OUTER, INNER))
+    programs, pieces = p.routes * p.groups * chunks * parts, -(-p.state // plan.piece)
+    walk = {"num_warps": plan.warps, "num_stages": plan.stages}
+    plan.launch(outer_kernel, (programs * pieces,), outer, lambda: numbers(OUTER) | walk, first_chunk)
+    plan.launch(inner_kernel, (programs,), inner, lambda: numbers(INNER) | plan.pipeline, first_chunk)
 
 
 def _turns(plan: Plan, segments: Segments) -> list[tuple[int, int, int, int]]:

@@ -23,7 +23,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.ssd.triton_steps import decay_of_pairs, decays, gates, product, read_dt, read_rows, read_tokens, skips
+from kernels.ssd.triton_steps import (
+    decay_of_pairs,
+    decays,
+    gates,
+    product,
+    read_rows,
+    read_tokens,
+    skips,
+    weighted_pairs,
+)
 
 
 @triton.jit
@@ -68,13 +77,14 @@ def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, d
                  RESTART: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
                  FULL: tl.constexpr, TMA: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr,
                  DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-                 BLOCKS: tl.constexpr, PIECES: tl.constexpr, BOXED_DX: tl.constexpr):  # fmt: skip
-    """What pairs of a chunk's positions bring about, and dx: dx, dz (B, L, K, H, P), a part of dB and dC (2 parts, B, L,
-    K, G, N). One program a chunk, route, group, part of its heads.
+                 BLOCKS: tl.constexpr, PIECES: tl.constexpr, WEIGHED: tl.constexpr,
+                 BOXED_DX: tl.constexpr):  # fmt: skip
+    """What pairs of a chunk's positions bring about, and dx: dx, dz (B, L, K, H, P), a part of dB and dC (2 parts, B,
+    L, K, G, N). One program a chunk, route, group, part of its heads.
 
     vectors is for ``ddt_kernel``: after what ``outer_kernel`` leaves, four numbers a position: the chunk's own <x, u>;
-    da's sum over pairs (EXACT; else their sum over j, from which it follows with the first); <x, u> from g; the gradient
-    of one D a head. A wide dD is (chunks, K, H, P).
+    da's sum over pairs (EXACT; else their sum over j, from which it follows with the first); <x, u> from g; the
+    gradient of one D a head. WEIGHED says that <x, u> is times dt. A wide dD is (chunks, K, H, P).
     """
     pid = tl.program_id(0).to(tl.int64)
     part, group, k = pid % parts, pid // parts % G, pid // parts // G % K
@@ -99,8 +109,9 @@ def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, d
     S = tl.where(i >= j, product(Cv, tl.trans(Bv), DOT, PRECISION), 0.0)
     T_sum = tl.zeros([Q, Q], real)
     for head in range(begin, stop):
-        step, high, low, segment, enter, leave, _weight, _through = decays(steps + vector + head * each, plane, entry,
-                                                                           Q, EXACT, FOLDED, RESTART)  # fmt: skip
+        step, high, low, segment, enter, leave, weight, _through = decays(
+            steps + vector + head * each, plane, entry, Q, EXACT, FOLDED, RESTART
+        )
         x_at, dy_at, z_at = x + head * xs[3], dy + head * ys[3], z + head * zs[2]
         E = tl.zeros([Q, Q], real)
         for block in tl.static_range(BLOCKS):  # unrolled, so that the loop over heads is the innermost
@@ -112,15 +123,22 @@ def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, d
             E = product(dyf, tl.trans(xv), DOT, PRECISION, E)
             if HAS_Z and not EXACT:  # what a gated dy loses would add up in dA
                 E = product(lost, tl.trans(xv), DOT, PRECISION, E)
-        M = decay_of_pairs(high, low, segment, Q, EXACT, RESTART)  # S is zero above the diagonal, T_sum will be
-        T_sum += E * M * step[None, :]
-        SM = (S * M).to(DOT)
+        # S is zero above the diagonal, and T_sum will be.
+        if WEIGHED:  # all that starts at j is times dt_j: u, and so <x, u> and dx
+            M = weighted_pairs(high, low, segment, Q, RESTART)
+        else:
+            M = decay_of_pairs(high, low, segment, Q, EXACT, RESTART)
+        EM, SM = E * M, S * M
+        if not WEIGHED:
+            EM *= step[None, :]
+        T_sum += EM
         if EXACT:
             crossing = (i <= j).to(real)  # at (t, i): i >= t
-            crossed = product(crossing, E * SM * step[None, :], DOT, "ieee")  # tensor cores cut sums off
+            crossed = product(crossing, S * EM, DOT, "ieee")  # tensor cores cut sums off
             pairs = tl.sum(tl.where(j < i, crossed, 0.0), 1)
         else:  # with the numbers that <x, u> is from, so that their sums over all pairs cancel
-            pairs = tl.sum(E * SM.to(real) * step[None, :], 1)
+            pairs = E * SM.to(DOT).to(real)
+            pairs = tl.sum(pairs if WEIGHED else pairs * step[None, :], 1)
         own, end = tl.zeros([Q], real), tl.zeros([Q], real)
         for block in tl.static_range(BLOCKS):
             p = block * BP + tl.arange(0, BP)
@@ -132,14 +150,16 @@ def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, d
                                                              there, p, in_p, FULL, TMA, HAS_Z, DOT,
                                                              real)  # fmt: skip
             g = state_tile(g_in, g_box, number + head, block, 0, P, N, p, n, FULL, TMA, BP)
-            back = product(Bv, tl.trans(g), DOT, PRECISION) * leave[:, None]
-            u = product(tl.trans(SM), dyf, DOT, PRECISION)
+            back = product(Bv, tl.trans(g), DOT, PRECISION) * (weight if WEIGHED else leave)[:, None]
+            u = product(tl.trans(SM.to(DOT)), dyf, DOT, PRECISION)
             if HAS_Z and not EXACT:
-                u = product(tl.trans(SM), lost, DOT, PRECISION, u)
+                u = product(tl.trans(SM.to(DOT)), lost, DOT, PRECISION, u)
             xf = xv.to(real)
             own += tl.sum(xf * u, 1)
             end += tl.sum(xf * back, 1)
-            u = (u + back) * step[:, None]
+            u += back
+            if not WEIGHED:
+                u *= step[:, None]
             if HAS_D:
                 skip = skips(D + skip_at + head * d_h, p, in_p, WIDE_D)
                 u += skip * dyf.to(real)
@@ -155,7 +175,7 @@ def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, d
             if HAS_Z:
                 h = state_tile(h_in, h_box, number + head, block, 0, P, N, p, n, FULL, TMA, BP)
                 before = product(Cv, tl.trans(h), DOT, PRECISION) * enter[:, None]
-                before = product(S * M * step[None, :], xv, DOT, PRECISION, before)
+                before = product(SM if WEIGHED else SM * step[None, :], xv, DOT, PRECISION, before)
                 if HAS_D:
                     before += skip * xf
                 slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
@@ -179,8 +199,8 @@ def outer_kernel(x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, toke
                  PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
                  TMA: tl.constexpr, HAS_Z: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
                  BP: tl.constexpr, BO: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
-    """What goes through a chunk's borders: a part of dB and dC (2 parts, B, L, K, G, N), and da's from h and from h to g.
-    One program a chunk, route, group, part of its heads, piece of BO states.
+    """What goes through a chunk's borders: a part of dB and dC (2 parts, B, L, K, G, N), and da's from h and from h to
+    g. One program a chunk, route, group, part of its heads, piece of BO states.
 
     vectors begins with what comes from h (PIECES, B, K, H, chunks, Q); h_to_g (chunks, K, H, PIECES) is what passes a
     whole chunk.
@@ -202,15 +222,17 @@ def outer_kernel(x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, toke
                    origin, token, there, n, n < N, FULL, TMA).to(DOT)  # fmt: skip
     dBv, dCv = tl.zeros([Q, BO], real), tl.zeros([Q, BO], real)
     for head in range(begin, stop):
-        _step, _high, _low, _segment, enter, _leave, weight, through = decays(steps + vector + head * each, plane, entry,
-                                                                              Q, EXACT, FOLDED, RESTART)  # fmt: skip
+        _step, _high, _low, _segment, enter, _leave, weight, through = decays(
+            steps + vector + head * each, plane, entry, Q, EXACT, FOLDED, RESTART
+        )
         x_at, dy_at, z_at = x + head * xs[3], dy + head * ys[3], z + head * zs[2]
         from_h, passing = tl.zeros([Q], real), tl.full((), 0.0, real)
         for block in tl.static_range(BLOCKS):
             p = block * BP + tl.arange(0, BP)
             column = (head * P + block * BP).to(tl.int32)
-            _after, dyf, _lost, _gate, _sigmoid = gated_rows(dy_at, ys, dy_box, line, column, z_at, zs, origin, token, there, p, p < P,
-                                         FULL, TMA, HAS_Z, DOT, real)  # fmt: skip
+            _after, dyf, _lost, _gate, _sigmoid = gated_rows(
+                dy_at, ys, dy_box, line, column, z_at, zs, origin, token, there, p, p < P, FULL, TMA, HAS_Z, DOT, real
+            )
             h = state_tile(h_in, h_part, number + head, block, states, P, N, p, n, FULL, TMA, BP)
             before = product(Cv, tl.trans(h), DOT, PRECISION)
             from_h += tl.sum(before * dyf.to(real), 1)
@@ -230,65 +252,3 @@ def outer_kernel(x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, toke
     to, live = keys + (token[:, None] * (K * G * N) + n[None, :]), there[:, None] & (n < N)[None, :]
     tl.store(dC + to, dCv, mask=live)
     tl.store(dB + to, dBv, mask=live)
-
-
-@triton.jit
-def append(before, last, more, new_last):
-    """Two stretches, each as the sum of all but its last number and that number, joined."""
-    return before + last + more, new_last
-
-
-@triton.jit
-def before_each(t):
-    """What comes before each number of a row, added up; a running sum less the number itself would lose digits."""
-    return tl.associative_scan((tl.zeros_like(t), t), 1, append)[0]
-
-
-@triton.jit
-def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, t_b, t_k, per_row, K, H, L, T, first,
-               sign, plane, blocks, TABLE: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
-               LOW: tl.constexpr, HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
-               FOLDED: tl.constexpr, HAS_D: tl.constexpr, PIECES: tl.constexpr, Q: tl.constexpr,
-               BH: tl.constexpr):  # fmt: skip
-    """ddt (B, L, K, H); dA, dbias and dD chunk by chunk, (chunks, K, H)."""
-    pid = tl.program_id(0).to(tl.int64)
-    block, c, k, b = pid % blocks, pid // blocks % per_row, pid // blocks // per_row % K, pid // blocks // per_row // K
-    head = block * BH + tl.arange(0, BH)
-    live = head < H
-    A_h = tl.load(A + k * H + head, mask=live, other=0)
-    bias = tl.zeros_like(A_h)
-    if HAS_BIAS:
-        bias = tl.load(dt_bias + k * H + head, mask=live, other=0)
-    _, _, token, there, exists = read_tokens(tokens + b * t_b + k * t_k, c, T, first, sign, Q, TABLE, False)
-    raw, free, step = read_dt(dt + b * ts[0] + k * ts[2], ts[1], ts[3], token, there, exists, bias, head, live,
-                              LOW, HIGH, SOFTPLUS, CLAMP)  # fmt: skip
-    at = (((b * K + k) * H + head[:, None]) * per_row + c) * Q + tl.arange(0, Q)[None, :]
-    known = live[:, None] & (at >= 0)
-    four, ends = vectors + PIECES * plane + 4 * at, tl.zeros_like(step)
-    for piece in tl.static_range(PIECES):
-        ends += tl.load(vectors + piece * plane + at, mask=known, other=0)
-    own, pairs = tl.load(four, mask=known, other=0), tl.load(four + 1, mask=known, other=0)
-    end = tl.load(four + 2, mask=known, other=0)
-    to_g = step * end
-    chunk = ((b * per_row + c) * K + k) * H + head
-    if not EXACT:
-        ends += pairs - step * own
-    da = tl.cumsum(ends, 1, reverse=True)
-    da += before_each(to_g)
-    for piece in tl.static_range(PIECES):
-        da += tl.load(h_to_g + chunk * PIECES + piece, mask=live, other=0)[:, None]
-    if EXACT:
-        da += pairs
-    slope = own + end + A_h[:, None] * da
-    if CLAMP:
-        inside = (free >= tl.zeros_like(free) + LOW) & (free <= tl.zeros_like(free) + HIGH)
-        slope = tl.where(inside, slope, 0.0)
-    if SOFTPLUS:
-        slope = tl.where(raw > 20.0, slope, slope / (1.0 + tl.exp(-raw)))
-    slope = tl.where(exists[None, :], slope, 0.0)
-    tl.store(ddt + ((b * L + token[None, :]) * K + k) * H + head[:, None], slope, mask=live[:, None] & there[None, :])
-    tl.store(dA + chunk, tl.sum(step * da, 1), mask=live)
-    if HAS_BIAS:
-        tl.store(dbias + chunk, tl.sum(slope, 1), mask=live)
-    if HAS_D:
-        tl.store(dD + chunk, tl.sum(tl.load(four + 3, mask=known, other=0), 1), mask=live)

@@ -173,7 +173,8 @@ class Plan(Sizes):
 
         def rest() -> dict[str, Any]:
             return self.shared_numbers | {
-                "first_segment": 0, "first_chunk": 0, "L": p.length, "HAS_INITIAL": self.initial is not None, "segments": segments.count, "length": segments.length,
+                "first_segment": 0, "first_chunk": 0, "L": p.length, "HAS_INITIAL": self.initial is not None,
+                "segments": segments.count, "length": segments.length,
                 "BP": min(STATES, self.width), "blocks": self.blocks, "num_warps": 4,
                 "num_stages": 2 if self.product_dtype == torch.bfloat16 else 1,
                 "HAS_DFINAL": tensors.get("dfinal") is not None, "FROM_H": tensors.get("h_enter") is not None,

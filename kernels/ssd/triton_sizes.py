@@ -77,6 +77,11 @@ class Sizes:
         return not self.exact and (self.p.dt_softplus or low >= 0) and high >= 0
 
     @kept
+    def weighed(self) -> bool:
+        """Whether the backward can take log2(dt) into the exponents too, and divide by dt at last: it is never zero."""
+        return self.folded and self.p.dt_softplus
+
+    @kept
     def table(self) -> bool:
         """Whether the kernels read tokens from a table."""
         return any(t is not None for t in (self.p.route, self.p.code, self.p.cu_seqlens))

@@ -171,6 +171,15 @@ def decay_of_pairs(high, low, segment, Q: tl.constexpr, EXACT: tl.constexpr, RES
 
 
 @triton.jit
+def weighted_pairs(high, low, segment, Q: tl.constexpr, RESTART: tl.constexpr):
+    """``decay_of_pairs`` with column j times dt_j, from FOLDED sums: elsewhere it is some finite number."""
+    sums = high[:, None] - low[None, :]
+    if RESTART:
+        sums = tl.where(segment[:, None] == segment[None, :], sums, float("-inf"))
+    return tl.exp2(tl.minimum(sums, 126.0))
+
+
+@triton.jit
 def weighted_mask(step, high, low, segment, Q: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
                   RESTART: tl.constexpr):  # fmt: skip
     """The mask with column j times dt_j."""

@@ -185,7 +185,7 @@ def test_boxes_only_where_the_layout_has_them(name: str, monkeypatch: pytest.Mon
     compare(
         case, torch.bfloat16, "triton", DEVICE, True, {n: t.requires_grad_() for n, t in inputs.items()}
     )  # fmt: skip
-    assert len(boxed) == 2 * possible
+    assert bool(boxed) == possible
 
 
 @pytest.mark.parametrize("chunk", [64, 16])
