@@ -1,9 +1,9 @@
 """The kernels of ``ssd``'s backward on GPUs, in plain Triton; ``triton_backward.py`` launches them.
 
-With S_ij = <C_i, B_j>, L the structured mask, E_ij = <dy_i, x_j>, h what enters a chunk, g what its end gets back:
+With S_ij = <C_i, B_j>, M the structured mask, E_ij = <dy_i, x_j>, h what enters a chunk, g what its end gets back:
 
-    dx_j  = dt_j u_j + D dy_j,   u_j = sum_i S_ij L_ij dy_i + leave_j g B_j
-    dB_j  = sum over heads of (sum_i T_ij C_i + dt_j leave_j g^T x_j),   T_ij = E_ij L_ij dt_j
+    dx_j  = dt_j u_j + D dy_j,   u_j = sum_i S_ij M_ij dy_i + leave_j g B_j
+    dB_j  = sum over heads of (sum_i T_ij C_i + dt_j leave_j g^T x_j),   T_ij = E_ij M_ij dt_j
     dC_i  = sum over heads of (sum_j T_ij B_j + enter_i h^T dy_i)
     ddt_t = <x_t, u_t> + A da_t,   dA = sum_t dt_t da_t
 
