@@ -1,12 +1,13 @@
 """Times training steps on one GPU and on all, each model in the same run: what several GPUs are worth.
 
-    torchrun --standalone --nproc_per_node 2 -m benchmarks.scale_out [--write] [--case NAME ...] [--steps N] [--toy]
+    torchrun --standalone --nproc_per_node 2 -m benchmarks.scale_out [--write] [--case NAME ...] [--steps N] [--profile]
 
 A step is forward, loss and backward under bfloat16 autocast, and AdamW. Every GPU gets what one GPU has alone: with
 data parallelism a batch, with sequence parallelism as many tokens, so that N GPUs work on sequences N times as long;
 with tensor parallelism they share the work of one. Efficiency is the speedup, in images or tokens a second, over N.
 Rank 0 is timed; the peak of memory is that of the fullest GPU and holds weights, moments and all.
-``--toy`` runs tiny models, on CPUs where there is no GPU.
+``--profile`` prints the kernels
+that take most of rank 0's time. ``--toy`` runs tiny models, on CPUs where there is no GPU.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import vision  # noqa: F401  registers the models
 from benchmarks.common import Row, Timing, row, write
+from benchmarks.vision import PROFILED, print_profile
 from core.lm import MambaConfig, MambaLM
 from core.parallel.group import SequenceGroup, sequence_parallel
 from core.parallel.tensor import head_loss, tensor_parallel
@@ -159,7 +161,9 @@ def milliseconds(step: Callable[[], None], steps: int, device: torch.device) -> 
     return Timing(low, middle, high, peak)
 
 
-def measure(case: Case, steps: int, device: torch.device, toy: bool, waiting: dist.ProcessGroup) -> list[Timing]:
+def measure(
+    case: Case, steps: int, device: torch.device, toy: bool, waiting: dist.ProcessGroup, profile: bool
+) -> list[Timing]:
     """Timings of rank 0 alone and of all ranks together.
 
     Args:
@@ -168,6 +172,7 @@ def measure(case: Case, steps: int, device: torch.device, toy: bool, waiting: di
         device: This rank's.
         toy: Tiny sizes.
         waiting: A group in which ranks wait without touching a GPU.
+        profile: Print what takes rank 0's time.
     """
     torch.manual_seed(0)
     model, loss = case.build(device, toy)
@@ -176,6 +181,8 @@ def measure(case: Case, steps: int, device: torch.device, toy: bool, waiting: di
         step()
     dist.barrier(waiting)
     alone = milliseconds(step, steps, device) if dist.get_rank() == 0 else None
+    if alone is not None and profile:
+        print_profile(step)
     dist.barrier(waiting)
     del step
     everyone: Any = dist.group.WORLD
@@ -190,6 +197,11 @@ def measure(case: Case, steps: int, device: torch.device, toy: bool, waiting: di
     for _ in range(WARM):
         step()
     together = milliseconds(step, steps, device)
+    if profile and dist.get_rank() == 0:
+        print_profile(step)
+    elif profile:
+        for _ in range(PROFILED):
+            step()
     peaks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, together.peak_mib, group=waiting)
     together = Timing(together.ms_p20, together.ms_p50, together.ms_p80, max(peaks))
@@ -215,6 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES, help="only these")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--profile", action="store_true", help="print the kernels that take most time")
     parser.add_argument("--toy", action="store_true", help="tiny models, to see that all of it runs")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/scale_out.csv")
     options = parser.parse_args()
@@ -232,7 +245,9 @@ def main() -> None:
     waiting: Any = dist.new_group(backend="gloo")
     rows: list[Row] = []
     for name in options.case:
-        timings = measure(CASES[name], options.steps, device, options.toy, waiting)
+        timings = measure(
+            CASES[name], options.steps, device, options.toy, waiting, options.profile and device.type == "cuda"
+        )
         if timings:
             rows += rows_of(name, timings, device)
             if options.write:  # as measured: a run that is cut keeps its rows

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 MARKS = ("_no_weight_decay", "_no_reinit")  # what optimisers and initialisers read off a parameter
 
@@ -154,11 +154,6 @@ def replicate(parameters: Iterable[Tensor], mesh: DeviceMesh) -> None:
         dist.broadcast(parameter.detach(), group_src=0, group=mesh.get_group())
 
 
-def spread(t: Tensor, mesh: DeviceMesh) -> Tensor:
-    """``t`` itself, which all ranks have; its gradient is the sum over the ranks."""
-    return DTensor.from_local(t, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-
-
 def whole_state(optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's state dict with numbers for whole parameters; all ranks must ask.
 
@@ -181,8 +176,8 @@ def _moments(
     for index, values in state["state"].items():
         cut = cut_of(parameters[index])
         found[index] = dict(values)
-        for name, value in values.items() if cut is not None else ():
-            if not isinstance(value, Tensor) or value.numel() == 1:
+        for name, value in values.items():
+            if cut is None or not isinstance(value, Tensor) or value.numel() == 1:
                 continue
             if list(value.shape) != shape(parameters[index]):
                 raise ValueError(

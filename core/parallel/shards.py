@@ -32,15 +32,11 @@ def shard_module(module: nn.Module, net: nn.Module, mesh: DeviceMesh) -> None:
         net: With blocks in lists.
         mesh: The processes, in one dimension.
     """
-    marks = {name: [m for m in MARKS if hasattr(p, m)] for name, p in module.named_parameters()}
     for block in _blocks(net):
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
     for name in STEPS:
         register_fsdp_forward_method(module, name)
-    for name, parameter in module.named_parameters():
-        for mark in marks[name]:
-            setattr(parameter, mark, True)
 
 
 def _blocks(net: nn.Module) -> Iterator[nn.Module]:
@@ -61,7 +57,18 @@ def empty_copy(net: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for p in net.parameters()
     }
-    return copy.deepcopy(net, memo)
+    found = copy.deepcopy(net, memo)
+    copy_marks(net, found)
+    return found
+
+
+def copy_marks(source: nn.Module, target: nn.Module) -> None:
+    """Mark parameters as those of another net are, such as those without weight decay."""
+    own = dict(target.named_parameters())
+    for name, parameter in source.named_parameters():
+        for mark in MARKS:
+            if hasattr(parameter, mark):
+                setattr(own[name], mark, getattr(parameter, mark))
 
 
 def whole_weights(net: nn.Module) -> dict[str, Any]:

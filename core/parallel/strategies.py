@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.optim import Optimizer
@@ -92,6 +94,16 @@ class MeshDDP(_Mesh, DDPStrategy):
         if self.tensor > 1 and self.mesh is not None:
             self._ddp_kwargs["process_group"] = self.mesh["data"].get_group()
 
+    def setup(self, trainer: Trainer) -> None:
+        """Prepare a stage; where nothing is trained, DDP would give every process the weights of the first."""
+        module: Any = self.lightning_module
+        own = "_ddp_params_and_buffers_to_ignore"
+        if self.tensor > 1 and trainer.state.fn != TrainerFn.FITTING:
+            setattr(module, own, [name for name, _ in module.named_parameters()])
+        super().setup(trainer)
+        if hasattr(module, own):
+            delattr(module, own)
+
     def model_to_device(self) -> None:
         """Move the model, and share its layers out."""
         super().model_to_device()
@@ -147,6 +159,21 @@ class FSDP2(_Mesh, ModelParallelStrategy):
         self.join(self.world_size, self.root_device)
         if self.root_device.type == "cpu":  # NumPy's views, which the CPU's kernels take, keep memory from being freed
             os.environ.setdefault("TRISCAN_BACKEND", "torch")
+        module: Any = self.lightning_module
+        module.configure_model = self._share  # which Lightning asks for, and calls once
+
+    def _share(self) -> None:
+        """Share the weights out."""
+        module: Any = self.lightning_module
+        if not module.shares_weights:
+            module.remember_net()
+            shards.shard_module(module, module.net, self.device_mesh["data_parallel"])
+
+    def model_to_device(self) -> None:
+        """Move the model, which makes new parameters of those that are shared out."""
+        super().model_to_device()
+        module: Any = self.lightning_module
+        shards.copy_marks(module.remembered_net, module.net)
 
     def whole_weights(self, net: nn.Module) -> dict[str, Any]:
         """All weights of the net on rank 0; every process must ask."""

@@ -11,8 +11,6 @@ norm. The collectives are those of ``torch.distributed.tensor``.
 Legend: R ranks, B batch, L length, D model width, F channels of the scan, H heads, G groups, N state.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,86 +18,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from core.block import AddNorm, Block, GatedMLP
 from core.lm import Backbone, MambaLM
 from core.loss import linear_cross_entropy
 from core.mixers.mamba2 import Mamba2
-from core.parallel.cuts import Cut, Part, cut_parameter, keep_names, replicate, spread
-from core.parallel.group import in_parts
-
-
-class TensorGroup:
-    """The ranks that share layers out, and how activations travel between them.
-
-    Args:
-        mesh: The ranks, in one dimension.
-    """
-
-    def __init__(self, mesh: DeviceMesh) -> None:
-        if mesh.ndim != 1:
-            raise ValueError(f'mesh: got the dimensions {mesh.mesh_dim_names}, wanted one; pass mesh["tensor"]')
-        self.mesh, self.rank, self.size = mesh, mesh.get_local_rank(), mesh.size()
-        self.by_token = False  # whether activations between layers are this rank's tokens, else all
-        self._sharers: dict[int, DeviceMesh] = {self.size: mesh}
-
-    @contextmanager
-    def tokens_shared(self) -> Iterator[None]:
-        """Within it, what comes between layers is this rank's tokens."""
-        before, self.by_token = self.by_token, True
-        try:
-            yield
-        finally:
-            self.by_token = before
-
-    def sharers(self, count: int) -> DeviceMesh:
-        """This rank and its neighbours in aligned groups of ``count``; all ranks must ask."""
-        if count not in self._sharers:
-            ranks = dist.get_process_group_ranks(self.mesh.get_group())
-            first = self.rank // count * count
-            group = dist.new_group(ranks[first : first + count], use_local_synchronization=True)
-            self._sharers[count] = DeviceMesh.from_group(group, self.mesh.device_type)
-        return self._sharers[count]
-
-    def enter(self, x: Tensor) -> Tensor:
-        """What a layer reads, (B, L, D): all tokens. The gradient is the sum over the ranks."""
-        if in_parts():
-            raise ValueError(
-                "got a part of a sequence for a tensor-parallel layer, wanted whole sequences; use one of the two"
-            )
-        if not self.by_token:
-            return spread(x, self.mesh)
-        return self._all_tokens(x, Partial())
-
-    def leave(self, y: Tensor) -> Tensor:
-        """What a layer writes: the sum over the ranks of y (B, L, D)."""
-        rows, place = y.flatten(0, 1), Shard(0) if self.by_token else Replicate()
-        part = DTensor.from_local(rows, self.mesh, [Partial()], run_check=False)
-        found = part.redistribute(placements=[place]).to_local()
-        return found.view(y.shape[0], -1, y.shape[2])
-
-    def share_tokens(self, x: Tensor) -> Tensor:
-        """This rank's tokens of (B, L, D) that all ranks have. A token is a row of (B L, D): its place is free."""
-        rows = DTensor.from_local(x.flatten(0, 1), self.mesh, [Replicate()], run_check=False)
-        return rows.redistribute(placements=[Shard(0)]).to_local().view(x.shape[0], -1, x.shape[2])
-
-    def gather_tokens(self, x: Tensor) -> Tensor:
-        """All tokens (B, L, D) of those that ranks have, for computations that are the same on all ranks."""
-        return self._all_tokens(x, Replicate())
-
-    def _all_tokens(self, x: Tensor, grad: Any) -> Tensor:
-        rows = DTensor.from_local(x.flatten(0, 1), self.mesh, [Shard(0)], run_check=False)
-        found = rows.redistribute(placements=[Replicate()]).to_local(grad_placements=[grad])
-        return found.view(x.shape[0], -1, x.shape[2])
-
-    def add_up(self, total: Tensor) -> Tensor:
-        """The sum over the ranks of shares of a loss; the gradient goes to this rank's."""
-        part = DTensor.from_local(total, self.mesh, [Partial()], run_check=False)
-        return part.redistribute(placements=[Replicate()]).to_local()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise TypeError("a tensor-parallel model cannot be copied; copy it before it is cut")
+from core.parallel.cuts import Cut, Part, cut_parameter, keep_names, replicate
+from core.parallel.tensor_group import TensorGroup, spread
 
 
 class _SharedNorm(torch.autograd.Function):
@@ -310,8 +235,10 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> TensorGroup:
 
 def group_of(net: nn.Module) -> TensorGroup | None:
     """The ranks that share a net's layers out; None: they are not shared."""
-    kinds = _ParallelMamba2 | _ParallelMLP
-    return next((module.group for module in net.modules() if isinstance(module, kinds)), None)
+    for module in net.modules():
+        if isinstance(module, _ParallelMamba2 | _ParallelMLP):
+            return module.group
+    return None
 
 
 def head_loss(net: MambaLM, hidden: Tensor, wanted: Tensor, ignore_index: int = -100) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from core.errors import UserError
 from core.parallel.cuts import gradient_norm
-from core.parallel.shards import empty_copy, shard_module
+from core.parallel.shards import empty_copy
 from core.parallel.tensor import group_of
 from core.training.report import Report
 
@@ -229,17 +229,16 @@ class TrainingModule(LightningModule):
         """Note what the net looks like, before its weights are shared out."""
         self._whole_net[:] = [empty_copy(self.net)]
 
-    def configure_model(self) -> None:
-        """Share the weights out among the processes, where the strategy is fsdp2."""
-        if self.device_mesh is not None and not self._whole_net:
-            self.remember_net()
-            shard_module(self, self.net, self.device_mesh["data_parallel"])
+    @property
+    def remembered_net(self) -> nn.Module:
+        """The net as it was, without weights."""
+        return self._whole_net[0]
 
     def gather_net(self) -> nn.Module:
         """Return the net with all its weights, or on rank 0 a copy of it on the CPU; every process must ask."""
         if not self.shares_weights:
             return self.net
-        (net,), strategy = self._whole_net, self.trainer.strategy
+        net, strategy = self.remembered_net, self.trainer.strategy
         weights = strategy.whole_weights(self.net)  # type: ignore[attr-defined]
         if self.trainer.is_global_zero:
             net.load_state_dict(weights)

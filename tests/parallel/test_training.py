@@ -126,7 +126,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
     ("--trainer.strategy", "ddp", "--data.batch_size", "2"),
-    ("--trainer.strategy", "fsdp2", "--data.batch_size", "2", "--trainer.gradient_clip_val", "100"),
+    ("--trainer.strategy", "fsdp2", "--data.batch_size", "2"),
     ("--sequence_parallel", "2", "--data.batch_size", "4"),
     ("--sequence_parallel", "2", "--data.batch_size", "4", "--trainer.strategy", "fsdp2"),
 ], ids=["ddp", "fsdp2", "sequence", "sequence_fsdp2"])  # fmt: skip
@@ -149,7 +149,7 @@ def pretrain_text(*arguments: str) -> None:
         "--trainer.max_epochs", "-1", "--trainer.max_steps", "4", "--trainer.val_check_interval", "2",
         "--trainer.num_sanity_val_steps", "0", "--trainer.gradient_clip_val", "0.5", "--seed_everything", "1",
         "--trainer.enable_progress_bar", "false", "--trainer.precision", "32-true", "--trainer.log_every_n_steps", "1",
-        "--model.schedule.name", "constant", "--model.schedule.warmup_steps", "0", "--model.optimizer.eps", "1e-3",
+        "--model.schedule.name", "constant", "--model.schedule.warmup_epochs", "0", "--model.optimizer.eps", "1e-3",
         "--trainer.check_val_every_n_epoch", "null", *arguments,
     ])  # fmt: skip
 
