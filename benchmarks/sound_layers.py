@@ -90,14 +90,16 @@ def main(
                 "train_bits": figures.get("train_bits", ""), "noise": noise,
                 "seconds": f"{time.perf_counter() - begin:.1f}",
                 "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
-                **(judged(net, clips, seed) if clips else dict.fromkeys(SCORES, "")),
+                **judged(net, clips, seed),
             }  # fmt: skip
             append_row(path, row)
             print(json.dumps(row), flush=True)
 
 
 def judged(net: SoundNet, clips: int, seed: int) -> dict[str, Any]:
-    """Draws clips of 0.6 s and scores them against the recordings that the classifier was trained on."""
+    """Draws clips of 0.6 s and scores them against the classifier's recordings; empty values without clips."""
+    if not clips:
+        return dict.fromkeys(SCORES, "")
     judge, codec = load_judge(), Codec(normalize="peak")
     judge.net.to(net.embedding.weight.device)
     assert judge.reference is not None
