@@ -136,9 +136,8 @@ class Mamba(nn.Module):
         """
         before, z = self.in_proj(x).chunk(2, dim=-1)
         x, _ = self._conv(before, None, cu_seqlens, seq_idx, False)
-        if may_forget():  # one pass over what in_proj left, which is kept
-            before = before.detach()
-            forget(x, lambda: self._conv(before, None, cu_seqlens, seq_idx, False)[0])
+        if not torch.jit.is_scripting():  # TorchScript has no closures
+            self._forget(x, before, seq_idx, cu_seqlens)
         y, _ = self._scan(x, z, None, cu_seqlens, seq_idx, False)
         return self.out_proj(y)
 
@@ -218,6 +217,12 @@ class Mamba(nn.Module):
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         conv = torch.zeros(batch_size, self.d_conv - 1, self.d_inner, device=device, dtype=dtype)
         return MambaState(conv, torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=wide))
+
+    def _forget(self, y: Tensor, x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        """Computes the convolution ``y`` again where asked to: one pass over ``x``, which is kept in any case."""
+        if may_forget():
+            x = x.detach()
+            forget(y, lambda: self._conv(x, None, cu_seqlens, seq_idx, False)[0])
 
     def _conv(
         self, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, seq_idx: Tensor | None, keep: bool
