@@ -153,7 +153,7 @@ def _gradient_kernel(
 
 
 def _grid(batch: int, length: int, channels: int) -> tuple[int, int, int]:
-    return triton.cdiv(length, TIME), triton.cdiv(channels, CHANNELS), batch
+    return -(-length // TIME), -(-channels // CHANNELS), batch
 
 
 def spectrum(a: Tensor, gate: Tensor | None, n: int) -> Tensor:
