@@ -74,6 +74,7 @@ def forgetting() -> Iterator[None]:
             yield
     finally:
         _known.pop()
+        known.clear()  # autograd keeps the hooks, and with them this, as long as the graph
 
 
 def may_forget() -> bool:
