@@ -22,7 +22,7 @@ from genomics.reads import Reads
 from genomics.species import SpeciesData
 
 RESULTS = Path(__file__).parent / "results" / "genome_objectives.csv"
-SIZES = {"d_model": 64, "n_layer": 2, "d_state": 4, "d_conv": 12}
+SIZES: dict[str, Any] = {"d_model": 64, "n_layer": 2, "d_state": 4, "d_conv": 12}
 BATCH, RATE, WARM = 32, 2e-3, 50
 GROW_BELOW = 0.5  # nats, of the panel that grows
 KINDS: dict[str, dict[str, Any]] = {
