@@ -27,6 +27,7 @@ from genomics.predict import values
 
 BIN = 1024
 GPU_PIECES = (65536, 262144, 1048576)
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "tf32", "float32")}
 
 
 def read(model: Loaded, fasta: Fasta, bases: int, piece: int) -> None:
@@ -68,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kilobases", type=int, default=200)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtypes", help="float32, bfloat16 and tf32, by commas; all if left out")
     arguments = parser.parse_args()
     bases = arguments.kilobases * 1000
     keep_freed_memory()
@@ -78,8 +80,8 @@ def main() -> None:
         letters = np.frombuffer(b"ACGT", np.uint8)[np.random.default_rng(0).integers(4, size=bases)]
         path.write_bytes(b">contig\n" + letters.tobytes() + b"\n")
         fasta = Fasta(path)
-        kinds = [(torch.float32, ""), (torch.bfloat16, "")]
-        for dtype, products in kinds if arguments.device == "cpu" else [(torch.float32, "_tf32"), *kinds[::-1]]:
+        for name in arguments.dtypes.split(",") if arguments.dtypes else DTYPES[arguments.device]:
+            dtype, products = torch.bfloat16 if name == "bfloat16" else torch.float32, "_tf32" * (name == "tf32")
             torch.set_float32_matmul_precision("high" if products else "highest")
             model = Loaded(build_lm(d_model=128, n_layer=12).to(arguments.device, dtype).eval())
             for piece in (model.piece,) if arguments.device == "cpu" else GPU_PIECES:

@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="also time the published models")
     parser.add_argument("--length", type=int, default=1 << 20)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--cases", help="names of models, by commas; all if left out")
     arguments = parser.parse_args()
     require_gpu("genome_training")
     length, rows = arguments.length, []
@@ -119,8 +120,9 @@ def main() -> None:
     providers = {"triscan", *(("torch",) if arguments.peers else ())}
     if arguments.peers and installed("mamba_ssm"):
         providers.add("mamba_ssm")
+    wanted = [f"target/{name}" for name in arguments.cases.split(",")] if arguments.cases else None
     for case, provider, recompute, build in cases:
-        if provider not in providers:
+        if provider not in providers or (wanted is not None and case not in wanted):
             continue
         try:
             model = build().cuda()

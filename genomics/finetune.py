@@ -14,6 +14,7 @@ from core.errors import UserError
 from core.training.report import Report
 from genomics.baselines import kmer_accuracies
 from genomics.generative import Goal, build_classifier
+from genomics.kmers import MOST_BASES
 from genomics.labelled import Labelled, families, folds, read_labelled
 from genomics.models import GenomeClassifier, Pooling, load_backbone
 from genomics.output import Results, progress
@@ -29,6 +30,7 @@ def finetune(
     d_conv: int = 12,
     goal: Goal = "discriminative",
     pooling: Pooling = "max",
+    kmer: int = 0,
     cross_validation: int = 5,
     homology: bool = True,
     epochs: int = 10,
@@ -54,6 +56,7 @@ def finetune(
         goal: discriminative learns the class, generative the sequences of each class, of which the likeliest is the
             answer.
         pooling: Of discriminative models, what stands for a sequence: max, mean or last.
+        kmer: Bases of the k-mers that the model reads beside single bases; 0 is none.
         cross_validation: Folds; with a test part the folds are left out of training one by one, and the test stays.
         homology: Keep sequences that share 31 bases, on either strand, in one fold.
         epochs: Passes over the training part.
@@ -65,6 +68,8 @@ def finetune(
     """
     if cross_validation < 2 or epochs < 1 or batch_size < 1:
         raise UserError("--cross_validation must be at least 2, --epochs and --batch_size at least 1")
+    if not 0 <= kmer <= MOST_BASES:
+        raise UserError(f"--kmer is {kmer}; wanted 0 to {MOST_BASES}")
     train, test = read_labelled(data)
     names = sorted(set(train.labels))
     if len(names) < 2:
@@ -80,7 +85,7 @@ def finetune(
         for fold in progress(range(cross_validation), "folds"):
             torch.manual_seed(seed + fold)
             kept, held = (train.take(np.flatnonzero(side).tolist()) for side in (fold_of != fold, fold_of == fold))
-            model = build_classifier(goal, len(names), pooling, True, **sizes)
+            model = build_classifier(goal, len(names), pooling, True, kmer=kmer, **sizes)
             if pretrained is not None:
                 load_backbone(model, pretrained)
             _train(model.to(place), kept, names, epochs, lr, batch_size, seed + fold)

@@ -28,7 +28,7 @@ def perplexity(
         fasta: Sequences: FASTA or FASTQ, perhaps gzipped, or 2bit.
         bed: Intervals to score, named by the fourth column; null is every record.
         piece: Bases that go through the model at a time; null is 8,192 where a processor carries a state on,
-            else 65,536.
+            262,144 where a GPU does, else 65,536.
         device: cpu, cuda, or auto.
         dtype: float32, bfloat16, or tf32: float32 whose products an NVIDIA GPU rounds to 11 bits.
         out: Folder for the results; null is the next one under runs/genomics/perplexity.

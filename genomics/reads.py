@@ -19,7 +19,7 @@ from genomics.vocabulary import A, T, reverse_complement
 KNOWN_SHARE = 0.7  # of the records or bases, in the genome's order; loci beyond are never trained on
 FEWEST_LOCI = 10  # records with one name in all species from which on these are taken for homologous loci
 LONGEST_LOCUS = 200_000  # bases; a longer record is a chromosome, of which a locus is a part
-CANDIDATES = 1000  # loci that are compared for a panel, at most
+CANDIDATES = 1000  # loci that are compared for a panel, at most, or as many as it is to have
 MARKER = 16  # bases of the k-mers that tell species apart
 PARTS = {"train": 0, "val": 1, "test": 2}
 
@@ -74,7 +74,7 @@ def choose_loci(genomes: Sequence[Fasta], panel: int, unseen: int, length: int, 
     homologous = len(shared) >= FEWEST_LOCI and max(lengths) <= LONGEST_LOCUS
     cut = round(KNOWN_SHARE * len(shared))
     if homologous:
-        known = _homologous(genomes, shared[:cut], CANDIDATES, length)
+        known = _homologous(genomes, shared[:cut], max(CANDIDATES, panel), length)
         rest = _homologous(genomes, shared[cut:], unseen, length)
     else:
         known = _windows(genomes, shared[:cut], panel, length, seed, known=True)

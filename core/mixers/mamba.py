@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting
 
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core import hippo
@@ -136,8 +137,8 @@ class Mamba(nn.Module):
         """
         before, z = self.in_proj(x).chunk(2, dim=-1)
         x, _ = self._conv(before, None, cu_seqlens, seq_idx, False)
-        if not torch.jit.is_scripting():  # TorchScript has no closures
-            self._forget(x, before, seq_idx, cu_seqlens)
+        if not is_scripting():
+            self._leave_out(x, before, cu_seqlens, seq_idx)
         y, _ = self._scan(x, z, None, cu_seqlens, seq_idx, False)
         return self.out_proj(y)
 
@@ -218,8 +219,8 @@ class Mamba(nn.Module):
         conv = torch.zeros(batch_size, self.d_conv - 1, self.d_inner, device=device, dtype=dtype)
         return MambaState(conv, torch.zeros(batch_size, self.d_inner, self.d_state, device=device, dtype=wide))
 
-    def _forget(self, y: Tensor, x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> None:
-        """Computes the convolution ``y`` again where asked to: one pass over ``x``, which is kept in any case."""
+    def _leave_out(self, y: Tensor, x: Tensor, cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> None:
+        """Have the convolution's output computed again: one pass over what in_proj left, which is kept."""
         if may_forget():
             x = x.detach()
             forget(y, lambda: self._conv(x, None, cu_seqlens, seq_idx, False)[0])

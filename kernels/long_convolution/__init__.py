@@ -6,6 +6,7 @@ B batch, L tokens, C channels.
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import torch
@@ -25,8 +26,12 @@ def fft_length(least: int) -> int:
 
 
 def takes(u: Tensor, taps: Tensor) -> bool:
-    """Whether ``gated_convolution`` runs here: on a GPU with Triton, in float32 or less, an even number of channels."""
-    if torch.compiler.is_compiling() or not (u.is_cuda or interpreting()) or not has("triton"):
+    """Whether ``gated_convolution`` runs here: with Triton, in float32 or less, an even number of channels.
+
+    No GPU has measured it yet: on one it runs where the variable TRISCAN_BACKEND is ``triton``, and not by itself.
+    """
+    asked = interpreting() or (u.is_cuda and os.environ.get("TRISCAN_BACKEND") == "triton")
+    if torch.compiler.is_compiling() or not asked or not has("triton"):
         return False
     long = u.shape[1] >= SHORTEST or interpreting()
     return long and u.dtype in NARROW and taps.dtype == torch.float32 and taps.shape[1] % 2 == 0

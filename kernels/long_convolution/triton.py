@@ -93,8 +93,8 @@ def _two(z_ptr, base, k, mirror, mask):
 
 @triton.jit
 def _multiply_kernel(z_ptr, w_ptr, n, pairs, sw, scale, CONJUGATE: tl.constexpr, BK: tl.constexpr):
-    k = tl.program_id(0).to(tl.int64) * BK + tl.arange(0, BK)
-    row = tl.program_id(1).to(tl.int64)
+    k = tl.program_id(1).to(tl.int64) * BK + tl.arange(0, BK)
+    row = tl.program_id(0).to(tl.int64)  # the first axis of a grid holds more than 65,535
     mask = k <= n // 2
     mirror = tl.where(k == 0, 0, n - k)
     base = 2 * n * row
@@ -153,7 +153,7 @@ def _gradient_kernel(
 
 
 def _grid(batch: int, length: int, channels: int) -> tuple[int, int, int]:
-    return triton.cdiv(length, TIME), triton.cdiv(channels, CHANNELS), batch
+    return -(-length // TIME), -(-channels // CHANNELS), batch
 
 
 def spectrum(a: Tensor, gate: Tensor | None, n: int) -> Tensor:
@@ -188,7 +188,7 @@ def multiply(z: Tensor, w: Tensor, conjugate: int = 0) -> Tensor:
     """
     batch, pairs, n = z.shape
     with on_device(z):
-        _multiply_kernel[(triton.cdiv(n // 2 + 1, FREQUENCIES), batch * pairs)](
+        _multiply_kernel[(batch * pairs, triton.cdiv(n // 2 + 1, FREQUENCIES))](
             torch.view_as_real(z), torch.view_as_real(w), n, pairs, pairs if w.shape[0] > 1 else 0, 1.0 / n,
             CONJUGATE=conjugate, BK=FREQUENCIES, num_warps=4,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -11,7 +12,7 @@ from fill import fill_input
 from torch.autograd.graph import saved_tensors_hooks
 
 from core.block import AddNorm, Block, GatedMLP
-from core.forget import Forgotten
+from core.forget import Forgotten, forget
 from core.mixers import Mamba
 
 
@@ -136,6 +137,16 @@ def test_large_activations_are_computed_again(monkeypatch: pytest.MonkeyPatch):
     assert all(f._value is None for f in asked)
     gradients_of(module, hooks=True)
     assert len(asked) == 3
+    # Nothing else keeps them alive while the graph lives.
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    monkeypatch.setattr(
+        "core.mixers.mamba.forget", lambda t, compute: outputs.append(weakref.ref(t)) or forget(t, compute)
+    )
+    x = fill_input("x", (2, 9, 6)).double().requires_grad_()
+    out = module(x, x)
+    assert len(outputs) == 1
+    assert outputs[0]() is None
+    del out
 
 
 def test_forward_state_equals_forward():

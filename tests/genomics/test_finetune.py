@@ -67,7 +67,7 @@ def test_a_run_learns_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("sequence,label\n" + "\n".join(lines) + "\n")
     out = tmp_path / "out"
     finetune(str(tmp_path / "m.csv"), d_model=8, n_layer=1, epochs=4, lr=1e-2, batch_size=8, cross_validation=2,
-             pooling="mean", homology=False, device="cpu", out=str(out))  # fmt: skip
+             pooling="mean", kmer=2, homology=False, device="cpu", out=str(out))  # fmt: skip
     found = json.loads((out / "metrics.json").read_text())
     assert found["accuracy"] > 0.85
     assert found["kmer_accuracy"] > 0.85

@@ -9,6 +9,7 @@ from core.checkpoints import save_weights
 from core.errors import UserError
 from core.lm import MambaLM
 from genomics.generative import GenerativeClassifier, build_classifier
+from genomics.kmers import KmerBackbone
 from genomics.models import GenomeClassifier, GenomeLM, build_lm, load_backbone, pool
 from genomics.vocabulary import PAD
 
@@ -166,3 +167,22 @@ def test_generative_classifier_learns_from_few_sequences() -> None:
     torch.testing.assert_close(scores[:2], scores[2:])
     with pytest.raises(ValueError, match="goal: got 'both', wanted 'discriminative' or 'generative'"):
         build_classifier("both", 2, **SIZES)  # type: ignore[arg-type]
+
+
+def test_kmers_are_looked_up_where_they_end() -> None:
+    """A position's vector has that of its k bases added, but not where one of them is none; wrong sizes are refused."""
+    torch.manual_seed(0)
+    net = GenomeClassifier(2, kmer=3, kmer_width=5, **SIZES).double()  # type: ignore[arg-type]
+    backbone = net.backbone
+    assert isinstance(backbone, KmerBackbone)
+    ids = torch.tensor([[7, 9, 10, 8, 11, 7, 7, 8]])  # A G T C N A A C
+    added = backbone._embed(ids.new_full((1, 2), PAD), ids) - backbone.embedding(ids)
+    words = {2: (0, 2, 3), 3: (2, 3, 1), 7: (0, 0, 1)}
+    for t in range(8):
+        wanted = torch.zeros(8, dtype=torch.float64)
+        if t in words:
+            a, b, c = words[t]
+            wanted = backbone.from_kmers(backbone.kmers.weight[16 * a + 4 * b + c])
+        torch.testing.assert_close(added[0, t], wanted)
+    with pytest.raises(ValueError, match="kmer: got 13 of width 64, wanted 0 to 12"):
+        GenomeClassifier(2, kmer=13, **SIZES)  # type: ignore[arg-type]

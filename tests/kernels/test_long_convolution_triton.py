@@ -28,7 +28,7 @@ def written_out(u: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:
 
 @pytest.mark.parametrize(
     ("batch", "length", "channels", "more", "has_bias"),
-    [(2, 70, 6, 0, True), (1, 129, 34, 3, True), (3, 33, 2, 0, False)],
+    [(2, 70, 6, 0, True), (1, 65, 34, 3, True), (3, 33, 2, 0, False)],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_and_gradients(
@@ -46,8 +46,9 @@ def test_values_and_gradients(
     y = gated_convolution(*ours, *([] if has_bias else [None]))
     found = [y, *torch.autograd.grad(y, ours, dy.to(DEVICE))]
     for name, a, b in zip(("y", "du", "dtaps", "dbias"), found, wanted, strict=False):
-        # In bfloat16 two roundings, of the result and of the sum that is kept; Triton's interpreter cuts off instead.
-        bound = 2e-6 if a.dtype == torch.float32 else 2 * (2**-8 if DEVICE == "cpu" else 2**-9) + 1e-4
+        # In bfloat16 two roundings by half an ulp, 2^-8: of the result and of the sum that is kept. Triton's
+        # interpreter cuts off instead, which is up to one.
+        bound = 2e-6 if a.dtype == torch.float32 else 2 * (2**-7 if DEVICE == "cpu" else 2**-8) + 1e-4
         error = (a.detach().cpu().double() - b.detach()).abs().max() / b.detach().abs().max()
         assert error < bound, f"{name}: {error:.1e}"
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernels import selective_scan
+from kernels.selective_scan.exactness import between_pieces, exact
 
 BACKENDS = ["cpu", "torch"]
 
@@ -236,3 +237,33 @@ BAD = {
 def test_bad_input_says_what_is_wanted(name: str) -> None:
     changes, message = BAD[name]
     assert_refuses(selective_scan, {"x": X, "dt": X, "A": A, "B": B, "C": B} | changes, message)
+
+
+def test_states_between_pieces_need_no_exact_exponentials() -> None:
+    assert exact(True)
+    assert not exact(False)
+    with between_pieces():
+        assert not exact(True)
+    assert exact(True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the CUDA kernels")
+def test_states_between_pieces_on_a_gpu() -> None:
+    """Close to the exact ones, not the same bits: the kernel is another one; both give the same y."""
+    torch.manual_seed(0)
+    x, dt = (torch.randn(1, 500, 32, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    A, B, C = -torch.rand(32, 8, device="cuda"), *(torch.randn(1, 500, 1, 8, device="cuda").bfloat16() for _ in "BC")
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.triscan.selective_scan(
+            x, dt, A, B, C, None, None, None, None, None, None, None, None, True, True, "sum", False, True, "auto"
+        )[:2]
+
+    (y, state), again = run(), run()
+    with between_pieces():
+        rough_y, rough = run()
+    assert torch.equal(state, again[1])
+    assert not torch.equal(state, rough)
+    torch.testing.assert_close(rough, state, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rough_y, y, rtol=1e-2, atol=1e-2)
