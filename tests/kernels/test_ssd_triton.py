@@ -169,7 +169,7 @@ LAYOUTS = {  # of x (2, 64, 2, 16) in memory, and whether boxes can be copied fr
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "first" in n else n for n in LAYOUTS])
 def test_boxes_only_where_the_layout_has_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         with_hopper(monkeypatch)
