@@ -2,8 +2,8 @@
 
 First ``states_kernel`` walks forwards for h and backwards for g and leaves those of every chunk; then all chunks run at
 once, each over the heads of a group, which share C B^T and the two products that give dB and dC: ``outer_kernel`` does
-what the states bring about, ``inner_kernel`` what pairs of positions do. What one kernel for both would have to hold does
-not fit into the registers. Last, ``ddt_kernel`` turns what they leave into the gradient of dt.
+what the states bring about, ``inner_kernel`` what pairs of positions do. What one kernel for both would have to hold
+does not fit into the registers. Last, ``ddt_kernel`` turns what they leave into the gradient of dt.
 
 B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk, S
 sequences.
