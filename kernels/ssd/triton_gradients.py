@@ -95,7 +95,7 @@ def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, s
     stop = tl.minimum(begin + heads_each, (group + 1) * (H // G))
     vector, each, number = ((b * K + k) * H * per_row + c) * Q, per_row * Q, (local * K + k) * H
     x, dy, z = x + b * xs[0] + k * xs[2], dy + b * ys[0] + k * ys[2], z + b * zs[0]
-    rows, program = (b * L * K + k) * H * P, tl.program_id(0).to(tl.int64)
+    rows = (b * L * K + k) * H * P
     chunk, skip_at = ((first_chunk + local) * K + k) * H, k * H * d_h
     line, key = (b * L + c * Q).to(tl.int32), (group * N).to(tl.int32)
     dx, dz, four_at = dx + rows, dz + rows, vectors + PIECES * plane
@@ -183,7 +183,7 @@ def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, s
     T_sum = tl.where(i >= j, T_sum, 0.0)
     Bv = tile_rows(B_at, Bs, B_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
     Cv = tile_rows(C_at, Cs, C_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
-    to, live = within + (program * Q + i) * N + n[None, :], (i >= 0) & (n < N)[None, :]
+    to, live = within + (pid * Q + i) * N + n[None, :], (i >= 0) & (n < N)[None, :]
     tl.store(to, product(T_sum, Bv, DOT, PRECISION), mask=live)
     tl.store(to + half, product(tl.trans(T_sum), Cv, DOT, PRECISION), mask=live)
 
@@ -204,7 +204,6 @@ def outer_kernel(x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, toke
     """
     pid = tl.program_id(0).to(tl.int64)
     piece, pid = pid % PIECES, pid // PIECES
-    program = pid
     part, group, k = pid % parts, pid // parts % G, pid // parts // G % K
     local = pid // parts // G // K
     b, c = (first_chunk + local) // per_row, (first_chunk + local) % per_row
@@ -218,7 +217,7 @@ def outer_kernel(x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, toke
     real: tl.constexpr = steps.dtype.element_ty
     Cv = tile_rows(C + b * Cs[0] + k * Cs[2] + group * Cs[3], Cs, C_part, line, (group * N).to(tl.int32) + states,
                    origin, token, there, n, n < N, FULL, TMA).to(DOT)  # fmt: skip
-    inside = within + (program * Q + tl.arange(0, Q)[:, None]) * N + n[None, :]
+    inside = within + (pid * Q + tl.arange(0, Q)[:, None]) * N + n[None, :]
     live = (tl.arange(0, Q) >= 0)[:, None] & (n < N)[None, :]
     dCv, dBv = tl.load(inside, mask=live, other=0), tl.load(inside + half, mask=live, other=0)
     for head in range(begin, stop):
