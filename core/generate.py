@@ -7,6 +7,7 @@ Legend: B batch, L prompt length, T generated length, V vocabulary, D model widt
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from core.decode import decoder_for
 from core.lm import MambaLM
 from core.prompt import reader_for
 from core.sampling import PLAIN, Sampling, filter_logits, penalize_repetition, sample
+from kernels.selective_scan.exactness import between_pieces
 
 __all__ = [
     "Generation",
@@ -147,7 +149,8 @@ def stream(
         generator: Instead of a seed: the source of randomness, on the model's device.
         prefill_chunk: See ``prefill``.
         state_dtype: Of the scans' states of Mamba and Mamba-2 layers between steps; float32 by default. bfloat16 halves
-            the memory that many rows move, and loses increments below 1/256 of a state.
+            the memory that many rows move, and loses increments below 1/256 of a state; long prompts then go at the
+            speed of a scan whose final state nobody wants.
         graph: Replay each step, and short prompts, as CUDA graphs. None: on NVIDIA GPUs, without a ``generator``.
 
     Yields:
@@ -176,7 +179,9 @@ def stream(
     same = graph and lengths is None and prefill_chunk is None
     reader = reader_for(model, *input_ids.shape) if same else None
     if reader is None:
-        hidden, state = prefill(model, input_ids, lengths, chunk=prefill_chunk, room=room)
+        narrow = state_dtype is not None and state_dtype.itemsize < 4  # which is rounded more than it could be off by
+        with between_pieces() if narrow else contextlib.nullcontext():
+            hidden, state = prefill(model, input_ids, lengths, chunk=prefill_chunk, room=room)
     else:
         hidden, state = reader(input_ids)
     decoder = decoder_for(model, input_ids.shape[0], sampling, ends, padding, room, allowed, state_dtype, graph=graph)

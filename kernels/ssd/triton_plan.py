@@ -176,7 +176,7 @@ class Plan(Sizes):
                 "first_segment": 0, "first_chunk": 0, "L": p.length, "HAS_INITIAL": self.initial is not None,
                 "segments": segments.count, "length": segments.length,
                 "BP": min(STATES, self.width), "blocks": self.blocks, "num_warps": 4,
-                "num_stages": 2 if self.product_dtype == torch.bfloat16 else 1,
+                "num_stages": (2 if numbers["TMA"] else 3) if self.product_dtype == torch.bfloat16 else 1,
                 "HAS_DFINAL": tensors.get("dfinal") is not None, "FROM_H": tensors.get("h_enter") is not None,
                 "FROM_G": tensors.get("g_enter") is not None, **numbers,
             }  # fmt: skip
@@ -222,7 +222,7 @@ class Plan(Sizes):
         self.walk(
             ("entering", both), (count, 1 + both), segments,
             {"h_total": totals[0], "g_total": totals[-1], "dfinal": dfinal, **decays, **of_gradient},
-            {"STORE": False, "BOTH": both, **numbers},
+            {"STORE": False, "BOTH": both, **numbers, "TMA": False},  # boxes take longer where nothing is stored
         )  # fmt: skip
         size = p.routes * p.heads * p.head_dim * p.state
         initial = None if packed else self.initial  # packed sequences fetch theirs on the way

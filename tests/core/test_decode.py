@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 
 import pytest
@@ -13,6 +14,7 @@ from core import decode, prompt
 from core.decode import Decoder, decoder_for
 from core.generate import Sampling, generate, prefill, stream
 from core.lm import MambaConfig, MambaLM
+from kernels.selective_scan import exactness
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VOCAB = 21
@@ -176,3 +178,19 @@ def test_narrow_states(name: str, batch: int) -> None:
     assert 1e-9 < (narrow[:, 1] - truth[:, 1]).norm() / truth[:, 1].norm() < 0.02
     with pytest.raises(ValueError, match=r"state_dtype: got torch\.int32"):
         generate(model, ids, 2, state_dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [(None, True), (torch.float32, True), (torch.bfloat16, False)])
+def test_states_of_prompts_are_as_exact_as_they_are_kept(
+    dtype: torch.dtype | None, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def reading(*args, **options):
+        found.append(exactness.exact(True))
+        return prefill(*args, **options)
+
+    monkeypatch.setattr(sys.modules["core.generate"], "prefill", reading)
+    generate(lm(), torch.randint(VOCAB, (2, 7), device=DEVICE), 1, state_dtype=dtype, graph=False)
+    assert found == [exact]
+    assert exactness.exact(True)

@@ -135,6 +135,17 @@ def test_bfloat16_products_are_accurate_enough(name: str, monkeypatch: pytest.Mo
     compare(EMULATED[name], torch.bfloat16, "triton", products=True)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels have real bfloat16 products: test_realistic_sizes")
+@pytest.mark.parametrize("turns", [False, True], ids=["at_once", "in_turns"])
+def test_boxes_in_segments(turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_hopper(monkeypatch)
+    in_segments(monkeypatch, 2)
+    if turns:
+        monkeypatch.setattr(triton_plan, "WORKSPACE", 1)
+    compare(Case(B=1, L=256, H=2, P=16, N=128), torch.bfloat16, "triton", products=True)
+
+
 def with_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter has no bfloat16 products, and cuts bits off where hardware rounds: here it does as hardware."""
     from triton.runtime import interpreter
@@ -169,7 +180,7 @@ LAYOUTS = {  # of x (2, 64, 2, 16) in memory, and whether boxes can be copied fr
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "first" in n else n for n in LAYOUTS])
 def test_boxes_only_where_the_layout_has_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         with_hopper(monkeypatch)
