@@ -1,10 +1,9 @@
 """``ssd`` on GPUs, backward: the host side. ``triton_gradients.py`` has the formulas and the kernels.
 
 First ``states_kernel`` walks forwards for h and backwards for g and leaves those of every chunk; then all chunks run at
-once, each over the heads of a group, which share C B^T and the two products that give dB and dC: ``inner_kernel`` does
-what pairs of positions bring about, ``outer_kernel`` what the states do, onto the first's sums. What one kernel for
-both would have to hold does not fit into the registers. Last, ``ddt_kernel`` turns what they leave into the gradient of
-dt.
+once, each over the heads of a group, which share C B^T and the two products that give dB and dC: ``outer_kernel`` does
+what the states bring about, ``inner_kernel`` what pairs of positions do. What one kernel for both would have to hold
+does not fit into the registers. Last, ``ddt_kernel`` turns what they leave into the gradient of dt.
 
 B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk, S
 sequences.
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from kernels.ssd import Gradients
 
 INNER, OUTER = frozenset(inner_kernel.arg_names), frozenset(outer_kernel.arg_names)
-BOXES = ("h_box", "g_box", "h_part", "g_part", "C_part")
+BOXES = ("h_box", "g_box", "h_part", "g_part", "C_part", "dx_box")
 
 
 def backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
@@ -66,7 +65,7 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
         return Gradients(**zeros | {"initial_state": dinitial})
     parts = _parts(plan)
     each = (p.batch, p.length, p.routes, p.groups, p.state)
-    dB, dC = (fresh(p, (parts, *each), t.dtype if parts == 1 else p.dtype) for t in (p.B, p.C))
+    dB, dC = (fresh(p, (2 * parts, *each), p.dtype) for _ in range(2))
     dA = plan.by_chunk(p.A)
     dD, dbias = (None if t is None else plan.by_chunk(t) for t in (p.D, p.dt_bias))
     wide_d = p.D is not None and p.D.ndim == 3
@@ -88,8 +87,8 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
         x=dx if own_x else dx.sum(2, keepdim=True),
         dt=ddt,
         A=dA.sum(0),
-        B=dB.squeeze(0) if parts == 1 else dB.sum(0),
-        C=dC.squeeze(0) if parts == 1 else dC.sum(0),
+        B=dB.sum(0),
+        C=dC.sum(0),
         D=None if dD is None else dD.sum(0),
         z=None if dz is None else dz.squeeze(2) if p.routes == 1 else dz.sum(2),
         dt_bias=None if dbias is None else dbias.sum(0),
@@ -102,7 +101,7 @@ def _parts(plan: Plan) -> int:
     p = plan.p
     chunks = max(1, plan.rows * plan.per_row * p.routes * p.groups)
     heads = p.heads // max(1, p.groups)
-    wanted = max(1, min(heads, -(-3 * cores(p.x.device) // chunks)))
+    wanted = max(1, min(heads, -(-6 * cores(p.x.device) // chunks)))
     return -(-heads // -(-heads // wanted)) if heads else 1
 
 
@@ -123,14 +122,14 @@ def _launch(
         **of_gradient, "dfinal": dfinal, "dinitial": dinitial, "h_enter": h_enter, "g_enter": g_enter, "h_out": h_all,
         "g_out": g_all,
     }  # fmt: skip
-    programs = h_all.shape[0] * p.routes * p.groups * parts
-    within = torch.empty((2, programs, plan.chunk, p.state), dtype=p.dtype, device=p.x.device)
-    chunked = outputs | of_gradient | {"h_in": h_all, "g_in": g_all, "within": within}
+    chunked = outputs | of_gradient | {"h_in": h_all, "g_in": g_all}
     if numbers["TMA"]:
         whole = {"h_box": states_box(h_all, plan.width, p.state), "g_box": states_box(g_all, plan.width, p.state)}
         pieces = {n: states_box(t, plan.width, plan.piece) for n, t in (("h_part", h_all), ("g_part", g_all))}
         walked |= whole
-        chunked |= whole | pieces | {"C_part": rows_box(p.C, plan.chunk, plan.piece)}
+        chunked |= whole | pieces | {
+            "dx_box": rows_box(outputs["dx"], plan.chunk, plan.width), "C_part": rows_box(p.C, plan.chunk, plan.piece)
+        }  # fmt: skip
     for first, count, first_chunk, chunks in turns:
         walking = {"STORE": True, "BOTH": True, "first_segment": first, "first_chunk": first_chunk}
         plan.walk(first, (count, 2), segments, walked, numbers | walking)
@@ -149,15 +148,15 @@ def _chunks(
             "first_chunk": first_chunk, "L": p.length, **plan.d_numbers, "parts": parts,
             "heads_each": -(-(p.heads // p.groups) // parts), "part_size": given["dB"][0].numel(),
             "BLOCKS": -(-p.head_dim // plan.width), "BO": plan.piece, "PIECES": pieces, "WEIGHED": plan.weighed,
-            "half": given["within"][0].numel(),
+            "BOXED_DX": False,
         }  # fmt: skip
         return {n: v for n, v in found.items() if n in names}
 
     outer, inner = ({n: t for n, t in tensors.items() if n in names} for names in (OUTER, INNER))
     programs, pieces = p.routes * p.groups * chunks * parts, -(-p.state // plan.piece)
     walk = {"num_warps": plan.warps, "num_stages": plan.stages}
-    plan.launch(inner_kernel, (programs,), inner, lambda: numbers(INNER) | plan.pipeline, first_chunk)
     plan.launch(outer_kernel, (programs * pieces,), outer, lambda: numbers(OUTER) | walk, first_chunk)
+    plan.launch(inner_kernel, (programs,), inner, lambda: numbers(INNER) | plan.pipeline, first_chunk)
 
 
 def _turns(plan: Plan, segments: Segments) -> list[tuple[int, int, int, int]]:

@@ -19,7 +19,7 @@ from kernels.ssd.problem import Problem
 CHUNK = {torch.bfloat16: 64, torch.float32: 32, torch.float64: 16}  # Q by the dtype of products; all divide SLOT
 SHORTEST = 8  # chunks of a segment in the forward, at least
 SHORT = 32  # and in the backward, at most
-PIECE = 64  # columns of a large state, or of one in float32, that a program of ``outer_kernel`` holds
+PIECE = 64  # columns of the state that a program of ``outer_kernel`` holds
 STATES = 64  # rows of the state that a program of ``states_kernel`` holds
 
 
@@ -129,8 +129,7 @@ class Sizes:
     @kept
     def piece(self) -> int:
         """Columns of the state that a program of the backward's ``outer_kernel`` holds."""
-        state = power(self.p.state)
-        return state if state <= 128 and self.product_dtype == torch.bfloat16 else min(state, PIECE)
+        return min(power(self.p.state), PIECE)
 
     @kept
     def pipeline(self) -> dict[str, int]:

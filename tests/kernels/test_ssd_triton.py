@@ -135,17 +135,6 @@ def test_bfloat16_products_are_accurate_enough(name: str, monkeypatch: pytest.Mo
     compare(EMULATED[name], torch.bfloat16, "triton", products=True)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels have real bfloat16 products: test_realistic_sizes")
-@pytest.mark.parametrize("turns", [False, True], ids=["at_once", "in_turns"])
-def test_boxes_in_segments(turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_hopper(monkeypatch)
-    in_segments(monkeypatch, 2)
-    if turns:
-        monkeypatch.setattr(triton_plan, "WORKSPACE", 1)
-    compare(Case(B=1, L=256, H=2, P=16, N=128), torch.bfloat16, "triton", products=True)
-
-
 def with_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter has no bfloat16 products, and cuts bits off where hardware rounds: here it does as hardware."""
     from triton.runtime import interpreter
