@@ -2,12 +2,14 @@
 
 The net is the 6.1 million parameter Mamba U-Net of SC09 with random weights: speed does not depend on them. A call
 draws ``--samples`` samples of each clip, levels chosen on the GPU from all 256; prefill and copies are left out.
+``--profile`` prints the cycles of a block's phases instead, a sample and a layer of each width.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -42,8 +44,19 @@ def measure(run: Callable[[int], object], samples: int, repeats: int) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def _draw(stepper: CudaStepper, uniform: torch.Tensor, samples: int) -> object:
-    return stepper.draw(uniform[:, :samples], Sampling())
+PHASES = ("norm", "wait", "in", "wait", "low", "wait", "scan", "wait", "out", "wait", "between")
+
+
+def print_profile(stepper: CudaStepper, uniform: torch.Tensor, config: SashimiConfig) -> None:
+    """Prints the cycles of one launch, in all and by phase of a Mamba layer, for widths of 64, 128 and 256."""
+    stepper.draw(uniform, Sampling())
+    cycles = (stepper.cycles[:63] / uniform.shape[1]).tolist()
+    print(f"{sum(cycles):.0f} cycles a sample; head {cycles[12]:.0f}, draw {cycles[13]:.0f}, around {cycles[14]:.0f}")
+    layers = [2.0 * config.n_layers] * len(config.pool) + [float(config.n_layers)]
+    for depth, number in enumerate(layers):
+        number /= math.prod(config.pool[:depth])
+        phases = [f"{name} {c / number:.0f}" for name, c in zip(PHASES, cycles[16 * depth :], strict=False)]
+        print(f"  stage {depth}, a layer: {sum(cycles[16 * depth :][: len(PHASES)]) / number:.0f}: {', '.join(phases)}")
 
 
 @torch.inference_mode()
@@ -56,6 +69,7 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="for nets whose widths are 64, 128 and 256")
     arguments = parser.parse_args()
     writer = csv.writer(sys.stdout)
     writer.writerow(FIELDS)
@@ -69,7 +83,11 @@ def main() -> None:
                 uniform = torch.rand(clips, arguments.samples, dtype=torch.float64, device="cuda")
                 for block in arguments.clips_a_block:
                     try:
-                        stepper = CudaStepper(net, state, logits, clips=block or None)
+                        stepper = CudaStepper(net, state, logits, clips=block or None, profile=arguments.profile)
+                        if arguments.profile:
+                            print(f"{name} {weights}, {clips} clips, {stepper._clips} a block", flush=True)
+                            print_profile(stepper, uniform, CONFIGS[name])
+                            continue
                         seconds = measure(
                             lambda n, s=stepper, u=uniform: s.draw(u[:, :n], Sampling()),
                             arguments.samples,

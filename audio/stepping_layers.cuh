@@ -1,0 +1,350 @@
+// The layers of the net: x += layer(norm(x)), where each clip's x belongs to a warp of its own.
+
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+
+// log(1 + e^x): the logarithm by the series of 2 artanh(t / (2 + t)), so that small values keep their digits.
+__device__ __forceinline__ float softplus(float x) {
+    const float t = __expf(-fabsf(x)), s = __fdividef(t, 2.0f + t), s2 = s * s;
+    float sum = 1.0f / 15;
+#pragma unroll
+    for (int n = 13; n > 0; n -= 2) sum = fmaf(sum, s2, 1.0f / n);
+    return fmaxf(x, 0.0f) + 2.0f * s * sum;
+}
+
+__device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
+
+// Number j of x: what it was, the sums in PART, and a kept x.
+__device__ __forceinline__ float settled(bool pending, int splits, int dim16, int s, int j, int add) {
+    float value = room(AT_X)[s * WIDEST + j];
+    if (pending)
+        for (int p = 0; p < splits; p++) value += room(AT_PART)[(p * NS + s) * dim16 + j];
+    if (add >= 0) value += room(AT_SKIPS)[s * SKIPPED + add + j];
+    return value;
+}
+
+// Settles x, keeps it at ``store`` (unless negative), and normalises it into NORMED. Scales and shifts are next in the
+// stream, and ``there`` if all have waited for them. A lane has two quads or more, so that sums take few shuffles.
+template <int D>
+struct Norm {
+    static constexpr int BYTES = up_to(8 * up_to(D, 4), TILE), QUADS = (D + 3) / 4;
+    static constexpr int LANES = QUADS > 32 ? 32 : QUADS > 16 ? 16 : QUADS > 8 ? 8 : QUADS > 4 ? 4 : QUADS > 2 ? 2 : 1;
+    static constexpr int EACH = (QUADS + LANES - 1) / LANES, SPLITS = splits_of_width(D);
+
+    static __device__ __forceinline__ float sum(float value) {
+#pragma unroll
+        for (int o = LANES / 2; o; o >>= 1) value += __shfl_xor_sync(~0u, value, o);
+        return value;
+    }
+
+    // The x of clip s, as the lane has it: quads lane, lane + LANES, ... All loads go before the first sum.
+    static __device__ __forceinline__ void settle(bool pending, int s, int add, float4* value) {
+        const int lane = threadIdx.x % 32;
+        const float4* x = (const float4*)(room(AT_X) + s * WIDEST) + lane;
+        const float4* part = (const float4*)(room(AT_PART) + s * up_to(D, 16)) + lane;
+        const float4* kept = (const float4*)(room(AT_SKIPS) + s * SKIPPED + add) + lane;
+        const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        float4 sums[EACH][SPLITS], skip[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const bool there = has(lane, i);
+            value[i] = there ? x[LANES * i] : zero;
+            skip[i] = there && add >= 0 ? kept[LANES * i] : zero;
+#pragma unroll
+            for (int p = 0; p < SPLITS; p++)
+                sums[i][p] = there && pending ? part[p * NS * up_to(D, 16) / 4 + LANES * i] : zero;
+        }
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            value[i] = plus(value[i], skip[i]);
+#pragma unroll
+            for (int p = 0; p < SPLITS; p++) value[i] = plus(value[i], sums[i][p]);
+        }
+    }
+
+    static __device__ __forceinline__ bool has(int lane, int i) {
+        return lane < LANES && (LANES * EACH == QUADS || lane + LANES * i < QUADS);
+    }
+
+    // The sum of a lane's numbers; those past the last are left out.
+    static __device__ __forceinline__ float own_sum(const float4* v) {
+        float total = 0.0f;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int j = 4 * (threadIdx.x % 32 + LANES * i);
+            if (LANES * EACH * 4 == D) total += (v[i].x + v[i].y) + (v[i].z + v[i].w);
+            else
+                total += (j < D ? v[i].x : 0.0f) + (j + 1 < D ? v[i].y : 0.0f) + (j + 2 < D ? v[i].z : 0.0f) +
+                         (j + 3 < D ? v[i].w : 0.0f);
+        }
+        return total;
+    }
+
+    static __device__ __forceinline__ void run(Walk& w, int add, int store, bool there) {
+        const int s = threadIdx.x / 32, lane = threadIdx.x % 32;
+        if (s < NS) {
+            float4 value[EACH], squares[EACH], gain[EACH], shift[EACH];
+            settle(w.pending, s, add, value);
+            if (!there) need(w.pos, BYTES);
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const int quad = lane + LANES * i;
+                gain[i] = four_at(w.pos, least(quad, QUADS - 1));
+                shift[i] = four_at(w.pos + 4 * up_to(D, 4), least(quad, QUADS - 1));
+                if (!has(lane, i)) continue;
+                ((float4*)(room(AT_X) + s * WIDEST))[quad] = value[i];
+                if (store >= 0) ((float4*)(room(AT_SKIPS) + s * SKIPPED + store))[quad] = value[i];
+            }
+            const float mean = sum(own_sum(value)) * (1.0f / D);
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                value[i] = plus(value[i], make_float4(-mean, -mean, -mean, -mean));
+                squares[i] = times(value[i], value[i]);
+            }
+            const float scale = rsqrtf(sum(own_sum(squares)) * (1.0f / D) + 1e-5f);
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                const float4 scaled = times(value[i], make_float4(scale, scale, scale, scale));
+                if (has(lane, i))
+                    put_four(room(AT_NORMED) + s * NORMED, lane + LANES * i, plus(times(scaled, gain[i]), shift[i]));
+            }
+        }
+        w.pending = false;
+        w.pos += BYTES;
+    }
+};
+
+// What surrounds a layer: places of the kept x that is added before it, and where its own x is kept, or -1; whether its
+// norm is in the ring already, and whether another layer follows directly.
+struct Place {
+    int add, store;
+    bool there, more;
+};
+
+// A Mamba layer; see audio/stepping.py. P threads share a channel's N states.
+template <int D, int E, int N, int W, int R, int P, bool BIAS>
+__device__ __forceinline__ void mamba(Walk& w, float* state, const Place& at) {
+    constexpr int E16 = up_to(E, 16), HALF_TILES = E16 / 16, R4 = up_to(R, 4), N4 = up_to(N, 4 * P), J = N4 / (4 * P);
+    constexpr int CLIPS = least(NS, 2), AT_H = up_to((W - 1) * E, 4);
+    constexpr int ROUNDS = (NS * E * P + WORKERS - 1) / WORKERS, CHANNELS = up_to((E + ROUNDS - 1) / ROUNDS, 4);
+    constexpr int VECTORS = up_to(4 * CHANNELS * (2 + R4 + N4), TILE);
+    typedef Product<D, 2 * HALF_TILES, 1, BIAS, W + 1, HALF_TILES> In;
+    typedef Product<E, up_to(R4 + 2 * N4, 16) / 16, 1, false> Low;
+    typedef Product<E, up_to(D, 16) / 16, splits_of_width(D), BIAS> Out;
+    const int tid = threadIdx.x, warp = tid / 32, g = tid % 32 / 4, t = tid % 4;
+
+    mark(D / 128 * 16 + 10);
+    float past[2][CLIPS][W], taps[2][W + 1];  // of the convolution, for a thread's columns and clips
+    auto load_past = [&](int tile) {
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int c = 0; c < CLIPS; c++) {
+                const int e = tile * 16 + g + 8 * h, s = 2 * t + c;
+                const float* from = state + (long long)s * STATE_SIZE + e;
+                if (tile < HALF_TILES && e < E && s < NS)
+#pragma unroll
+                    for (int k = 0; k < W - 1; k++) past[h][c][k] = __ldcg(from + k * E);
+            }
+    };
+    const int channel = tid / (NS * P), clip = tid / P % NS, part = tid % P;  // in the scan, round by round
+    float4 h[J], *h_at = (float4*)(state + (long long)clip * STATE_SIZE + AT_H) + channel * P + part;
+    auto load_h = [&](int round) {
+        if (channel < CHANNELS && round * CHANNELS + channel < E)
+#pragma unroll
+            for (int j = 0; j < J; j++) h[j] = __ldcg(h_at + (j * E + round * CHANNELS) * P);
+    };
+    if (tid < WORKERS) {
+        load_past(warp);
+        load_h(0);
+    }
+    Norm<D>::run(w, at.add, at.store, at.there);
+    mark(D / 128 * 16 + 0);
+    next_phase(w, In::FIRST);
+    mark(D / 128 * 16 + 1);
+    In::run(
+        w, room(AT_NORMED), NORMED,
+        [&](int group, int tile, unsigned extra) {
+            if (group) load_past(tile);
+            if (tile >= HALF_TILES) return;
+            const int wide = 16 * In::extra_tiles(group), column = 16 * (tile - group * WARPS) + g;
+#pragma unroll
+            for (int k = 0; k < W + 1; k++) {
+                taps[0][k] = vector_at(extra, k * wide + column);
+                taps[1][k] = vector_at(extra, k * wide + column + 8);
+            }
+        },
+        [&](int tile, int, const float* total) {
+#pragma unroll
+            for (int v = 0; v < 4; v++) {
+                const int hh = v / 2, c = v % 2, s = 2 * t + c;
+                int e = tile * 16 + g + 8 * hh;
+                if (c >= CLIPS || s >= NS) continue;
+                if (tile >= HALF_TILES) {
+                    room(AT_GATES)[s * GATES + e - E16] = total[v] * sigmoid(total[v]);
+                } else if (e < E) {
+                    float u = taps[hh][0] + taps[hh][W] * total[v];
+                    float* to = state + (long long)s * STATE_SIZE + e;
+#pragma unroll
+                    for (int k = 0; k < W - 1; k++) {
+                        u += taps[hh][k + 1] * past[hh][c][k];
+                        __stcg(to + k * E, k + 2 < W ? past[hh][c][k + 1] : total[v]);
+                    }
+                    put(room(AT_INNER) + s * INNER, e, u * sigmoid(u));
+                }
+            }
+        });
+    mark(D / 128 * 16 + 2);
+    next_phase(w, Low::FIRST);
+    mark(D / 128 * 16 + 3);
+    Low::run(w, room(AT_INNER), INNER, [&](int tile, int, const float* total) {
+        each_of(tile, total, [&](int j, int s, float value) { room(AT_LOW)[s * LOWS + j] = value; });
+    });
+    mark(D / 128 * 16 + 4);
+    next_phase(w, VECTORS);
+    mark(D / 128 * 16 + 5);
+#pragma unroll 1
+    for (int round = 0; round < ROUNDS; round++) {
+        const int e = round * CHANNELS + channel;
+        const bool active = channel < CHANNELS && e < E;
+        if (tid < WORKERS) {
+            const int c = least(channel, CHANNELS - 1);
+            const unsigned rates = w.pos + 8 * CHANNELS, decays = rates + 4 * R4 * CHANNELS;
+            const float4* low = (const float4*)(room(AT_LOW) + clip * LOWS);
+            float dt = vector_at(w.pos, c), y = 0.0f;
+            const float skip = vector_at(w.pos, CHANNELS + c), u = get(room(AT_INNER) + clip * INNER, least(e, E - 1));
+#pragma unroll
+            for (int j = 0; j < R4 / 4; j++) {
+                const float4 v = low[j], r = four_at(rates, j * CHANNELS + c);
+                dt = fmaf(v.x, r.x, fmaf(v.y, r.y, fmaf(v.z, r.z, fmaf(v.w, r.w, dt))));
+            }
+            dt = softplus(dt);
+            const float du = dt * u;
+#pragma unroll
+            for (int j = 0; j < J; j++) {
+                const float4 a = four_at(decays, (j * CHANNELS + c) * P + part), b = low[R4 / 4 + j * P + part];
+                const float4 weight = low[R4 / 4 + N4 / 4 + j * P + part];
+                float4 v = h[j];
+                v.x = fmaf(power_of_two(dt * a.x), v.x, du * b.x);
+                v.y = fmaf(power_of_two(dt * a.y), v.y, du * b.y);
+                v.z = fmaf(power_of_two(dt * a.z), v.z, du * b.z);
+                v.w = fmaf(power_of_two(dt * a.w), v.w, du * b.w);
+                y = fmaf(weight.x, v.x, fmaf(weight.y, v.y, fmaf(weight.z, v.z, fmaf(weight.w, v.w, y))));
+                if (active) __stcg(h_at + (j * E + round * CHANNELS) * P, v);
+            }
+            if (round + 1 < ROUNDS) load_h(round + 1);
+#pragma unroll
+            for (int o = P / 2; o; o >>= 1) y += __shfl_xor_sync(~0u, y, o);
+            if (active && part == 0)
+                put(room(AT_INNER) + clip * INNER, e, (y + skip * u) * room(AT_GATES)[clip * GATES + e]);
+        }
+        w.pos += VECTORS;
+        if (round + 1 < ROUNDS) next_phase(w, VECTORS);
+    }
+    mark(D / 128 * 16 + 6);
+    next_phase(w, Out::FIRST);
+    mark(D / 128 * 16 + 7);
+    Out::run(w, room(AT_INNER), INNER, [&](int tile, int split, const float* total) { leave<D>(tile, split, total); });
+    mark(D / 128 * 16 + 8);
+    next_phase(w, at.more ? Norm<D>::BYTES : 0);
+    mark(D / 128 * 16 + 9);
+    w.pending = true;
+}
+
+// An S4D layer: x_m = a_m x_m + b_m u, y = 2 Re sum c_m x_m + D u, then GELU, linear, GLU where OUT is 2 D. P threads
+// share a channel's M states.
+template <int D, int M, int OUT, int P>
+__device__ __forceinline__ void s4d(Walk& w, float* state, const Place& at) {
+    constexpr int J = (M + P - 1) / P, PLANE = D * P, BYTES = up_to(24 * PLANE, 16), GATED = OUT > D;
+    constexpr int STEP = least(J, most(1, RING / 4 / BYTES)), SKIP = up_to(4 * D, TILE), SPLITS = splits_of_width(D);
+    constexpr int ITEMS = NS * PLANE, ROUNDS = (ITEMS + WORKERS - 1) / WORKERS;
+    typedef Product<D, GATED ? up_to(D, 8) / 8 : up_to(D, 16) / 16, 1, true> Linear;
+    const int tid = threadIdx.x;
+    Norm<D>::run(w, at.add, at.store, at.there);
+    next_phase(w, SKIP + STEP * BYTES);
+    float y[ROUNDS], u[ROUNDS];
+#pragma unroll
+    for (int round = 0; round < ROUNDS; round++) {
+        const int item = least(round * WORKERS + tid, ITEMS - 1), d = item / P % D;
+        u[round] = get(room(AT_NORMED) + item / PLANE * NORMED, d);
+        y[round] = item % P ? 0.0f : vector_at(w.pos, d) * u[round];
+    }
+    w.pos += SKIP;
+#pragma unroll 1
+    for (int first = 0; first < J; first += STEP) {
+#pragma unroll
+        for (int round = 0; round < ROUNDS; round++) {
+            const int item = round * WORKERS + tid;
+            if (tid >= WORKERS || item >= ITEMS) continue;
+            const int place = item % PLANE;
+            float* h = state + (long long)(item / PLANE) * STATE_SIZE + place;
+            for (int j = first; j < least(first + STEP, J); j++) {
+                const unsigned plane = w.pos + (j - first) * BYTES;
+                float *re_at = h + 2 * j * PLANE, *im_at = re_at + PLANE;
+                const float re = __ldcg(re_at), im = __ldcg(im_at);
+                const float ar = vector_at(plane, place), ai = vector_at(plane, PLANE + place);
+                const float nr = ar * re - ai * im + vector_at(plane, 2 * PLANE + place) * u[round];
+                const float ni = ar * im + ai * re + vector_at(plane, 3 * PLANE + place) * u[round];
+                __stcg(re_at, nr);
+                __stcg(im_at, ni);
+                y[round] += vector_at(plane, 4 * PLANE + place) * nr - vector_at(plane, 5 * PLANE + place) * ni;
+            }
+        }
+        const int steps = least(STEP, J - first);
+        w.pos += steps * BYTES;
+        if (first + STEP < J) next_phase(w, least(STEP, J - first - STEP) * BYTES);
+    }
+    w.pos = (w.pos + TILE - 1) / TILE * TILE;
+#pragma unroll
+    for (int round = 0; round < ROUNDS; round++) {
+#pragma unroll
+        for (int o = P / 2; o; o >>= 1) y[round] += __shfl_xor_sync(~0u, y[round], o);
+        const int item = round * WORKERS + tid;
+        if (tid < WORKERS && item < ITEMS && item % P == 0)
+            put(room(AT_INNER) + item / PLANE * INNER, item / P % D, gelu(y[round]));
+    }
+    next_phase(w, Linear::FIRST);
+    Linear::run(w, room(AT_INNER), INNER, [&](int tile, int, const float* total) {
+#pragma unroll
+        for (int v = 0; v < 4; v++) {
+            const int s = tid % 4 * 2 + v % 2, g = tid % 32 / 4;
+            const int d = GATED ? tile * 8 + g : tile * 16 + g + v / 2 * 8;
+            if (s >= NS || d >= D || (GATED && v >= 2)) continue;
+            const float value = GATED ? total[v] * sigmoid(total[(v + 2) % 4]) : total[v];
+            for (int p = 0; p < SPLITS; p++) room(AT_PART)[(p * NS + s) * up_to(D, 16) + d] = p ? 0.0f : value;
+        }
+    });
+    next_phase(w, at.more ? Norm<D>::BYTES : 0);
+    w.pending = true;
+}
+
+template <int D, int HIDDEN>
+__device__ __forceinline__ void feed_forward(Walk& w, const Place& at) {
+    typedef Product<D, up_to(HIDDEN, 16) / 16, 1, true> In;
+    typedef Product<HIDDEN, up_to(D, 16) / 16, splits_of_width(D), true> Out;
+    Norm<D>::run(w, at.add, at.store, at.there);
+    next_phase(w, In::FIRST);
+    In::run(w, room(AT_NORMED), NORMED, [&](int tile, int, const float* total) {
+        each_of(tile, total, [&](int j, int s, float value) { put(room(AT_INNER) + s * INNER, j, gelu(value)); });
+    });
+    next_phase(w, Out::FIRST);
+    Out::run(w, room(AT_INNER), INNER, [&](int tile, int split, const float* total) { leave<D>(tile, split, total); });
+    next_phase(w, at.more ? Norm<D>::BYTES : 0);
+    w.pending = true;
+}
+
+// The layers of a stage, on one way, from block ``first`` on. A layer's x is kept at ``store``, each a step further, or
+// the first one only; before all but the first layer, what was kept at ``add`` is added, each a step further back.
+__device__ __noinline__ Walk layers(Walk w, int first, int count, int store, int add, int step) {
+    Place at = {-1, store, false, true};
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+        at.more = i + 1 < count;
+        float* state = w.state + state_at[first + i];
+        switch (shapes[first + i]) { BLOCK_CASES }
+        at.there = true;
+        at.store = step && store >= 0 ? at.store + step : -1;
+        at.add = add;
+        if (add >= 0) add -= step;
+    }
+    return w;
+}

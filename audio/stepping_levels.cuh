@@ -1,0 +1,93 @@
+// How the next level is drawn: one warp a clip.
+
+// How many levels are likelier than q, or as likely and before it, and their weight together.
+__device__ __noinline__ int rank_of(const float* logits, const float* weights, int q, double* before) {
+    int rank = 0;
+    *before = 0.0;
+    for (int o = 0; o < LEVELS; o++)
+        if (logits[o] > logits[q] || (logits[o] == logits[q] && o < q)) {
+            rank++;
+            *before += weights[o];
+        }
+    return rank;
+}
+
+__device__ __forceinline__ double warp_sum(double value) {
+#pragma unroll
+    for (int o = 16; o; o >>= 1) value += __shfl_xor_sync(~0u, value, o);
+    return value;
+}
+
+// Drops the levels past the top_k likeliest, and past those that together have probability top_p.
+__device__ __noinline__ void filter(const float* logits, float* weights, int top_k, double top_p) {
+    const int lane = threadIdx.x % 32, kept = top_k > 0 ? least(top_k, LEVELS) : LEVELS;
+    double total = 0.0, before;
+    unsigned drop = 0;  // a bit for each level of this lane: at most 1024 levels
+    for (int q = lane; q < LEVELS; q += 32) total += rank_of(logits, weights, q, &before) < kept ? weights[q] : 0.0f;
+    total = warp_sum(total);
+    for (int j = 0, q = lane; q < LEVELS; j++, q += 32) {
+        const int rank = rank_of(logits, weights, q, &before);
+        if (rank > 0 && (rank >= kept || (top_p < 1.0 && before >= (top_p - 1e-7) * total))) drop |= 1u << j;
+    }
+    __syncwarp();
+    for (int j = 0, q = lane; q < LEVELS; j++, q += 32)
+        if (drop >> j & 1) weights[q] = 0.0f;
+    __syncwarp();
+}
+
+// Level of clip s where the distribution function passes a number; one warp a clip. As _choose in audio/stepping.py.
+// ``how`` is temperature, top_p, min_p.
+__device__ __noinline__ int choose(int s, const double* how, int top_k, double uniform, double* log_likelihood) {
+    constexpr int EACH = (LEVELS + 31) / 32;
+    const int lane = threadIdx.x % 32, first = lane * EACH;
+    const float *logits = room(AT_LOGITS) + s * LEVELS, temperature = how[0];
+    float *weights = room(AT_CHANCES) + s * LEVELS, best = -INFINITY;
+#pragma unroll 8
+    for (int j = 0; j < EACH; j++)
+        if (first + j < LEVELS) best = fmaxf(best, logits[first + j]);
+#pragma unroll
+    for (int o = 16; o; o >>= 1) best = fmaxf(best, __shfl_xor_sync(~0u, best, o));
+    double mass = 0.0, own = 0.0;
+    int place = LEVELS;
+#pragma unroll 8
+    for (int j = 0; j < EACH; j++) {
+        if (first + j >= LEVELS) break;
+        const float below = logits[first + j] - best, chance = expf(below);
+        const float weight = temperature == 1.0f ? chance : expf(below / temperature);
+        if (below == 0.0f && place == LEVELS) place = first + j;
+        mass += chance;
+        own += weight;
+        weights[first + j] = weight;
+    }
+    mass = warp_sum(mass);
+    for (int o = 16; o; o >>= 1) place = least(place, __shfl_xor_sync(~0u, place, o));
+    int level = place;
+    if (temperature != 0.0f) {
+        __syncwarp();
+        if (top_k > 0 || how[1] < 1.0) filter(logits, weights, top_k, how[1]);
+        if (top_k > 0 || how[1] < 1.0 || how[2] > 0.0) {
+            own = 0.0;
+            for (int q = first; q < least(LEVELS, first + EACH); q++) {
+                if (weights[q] < how[2]) weights[q] = 0.0f;
+                own += weights[q];
+            }
+        }
+        double upto = own;
+#pragma unroll
+        for (int o = 1; o < 32; o <<= 1) {
+            const double other = __shfl_up_sync(~0u, upto, o);
+            if (lane >= o) upto += other;
+        }
+        const double target = uniform * __shfl_sync(~0u, upto, 31);
+        double reached = upto - own;
+        int mine = LEVELS;
+        for (int q = first; q < least(LEVELS, first + EACH); q++) {
+            reached += weights[q];
+            if (reached > target) { mine = q; break; }
+        }
+        for (int o = 16; o; o >>= 1) mine = least(mine, __shfl_xor_sync(~0u, mine, o));
+        if (mine < LEVELS) level = mine;  // else rounding left the sum short of the total
+    }
+    *log_likelihood += (double)logits[level] - (double)best - log(mass);
+    return level;
+}

@@ -1,0 +1,71 @@
+// Stands in for audio/stepping_machine.cuh on a CPU, upon the fibers of tests/kernels/emulated.h. A copy to shared
+// memory leaves NaN there until it is done, some turns later: reading or overwriting too early shows.
+
+#define __host__
+#define __noinline__ __attribute__((noinline))
+#define __constant__ static
+#define __grid_constant__
+#define __expf expf
+#define memory ((char*)shared_memory)
+
+struct uint4 { unsigned x, y, z, w; };
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+template <class T> static T __ldcg(const T* p) { return *p; }
+template <class T> static void __stcg(T* p, T v) { *p = v; }
+static float __fdividef(float a, float b) { return a / b; }
+static float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static float power_of_two(float x) { return exp2f(x); }
+static unsigned short nearest_half(float x) { return to_bf16(x); }
+
+template <class T> static T from_lane(T value, int lane) {
+    static unsigned long long held[64][32];
+    const int warp = threadIdx.x / 32;
+    memcpy(&held[warp][threadIdx.x % 32], &value, sizeof value);
+    __syncwarp();
+    if (lane >= 0) memcpy(&value, &held[warp][lane], sizeof value);
+    __syncwarp();
+    return value;
+}
+template <class T> static T __shfl_sync(unsigned, T value, int lane) { return from_lane(value, lane); }
+template <class T> static T __shfl_xor_sync(unsigned, T value, int o) { return from_lane(value, threadIdx.x % 32 ^ o); }
+template <class T> static T __shfl_up_sync(unsigned, T value, int o) { return from_lane(value, threadIdx.x % 32 - o); }
+
+static void multiply_single(float* c, uint4 w, unsigned x0, unsigned x1) {
+    product(*(float(*)[4])c, {w.x, w.y, w.z, w.w}, {x0, x1});
+}
+
+static void multiply_half(float* c, uint4 w, unsigned x0, unsigned x1) {
+    static unsigned held[64][32][6];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const unsigned given[6] = {w.x, w.y, w.z, w.w, x0, x1};
+    memcpy(held[warp][lane], given, sizeof given);
+    __syncwarp();
+    auto number = [](unsigned pair, int k) { return __uint_as_float(k % 2 ? pair & 0xffff0000u : pair << 16); };
+    for (int v = 0; v < 4; v++) {
+        const int row = lane / 4 + v / 2 * 8, column = lane % 4 * 2 + v % 2;
+        for (int k = 0; k < 16; k++)
+            c[v] += number(held[warp][row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2], k) *
+                    number(held[warp][column * 4 + k % 8 / 2][4 + k / 8], k);
+    }
+    __syncwarp();
+}
+
+struct Copy { void* to; const void* from; unsigned bytes; unsigned long long* barrier; int turns; };
+static std::vector<Copy> copies;
+static void begin_barrier(unsigned long long* barrier) { *barrier = 0; }
+static void copy_bulk(void* to, const void* from, unsigned bytes, unsigned long long* barrier) {
+    memset(to, 0xff, bytes);
+    copies.push_back({to, from, bytes, barrier, rand() % 100});
+}
+static void wait_for(unsigned long long* barrier, unsigned parity) {
+    while (*barrier % 2 == parity) {
+        for (size_t i = 0; i < copies.size();) {
+            Copy& copy = copies[i];
+            if (copy.turns-- > 0) { i++; continue; }
+            memcpy(copy.to, copy.from, copy.bytes);
+            ++*copy.barrier;
+            copies.erase(copies.begin() + i);
+        }
+        others();
+    }
+}
