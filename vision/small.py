@@ -3,6 +3,7 @@
 Dimension letters: B batch, N images of a part, C channels, H W height and width in pixels.
 """
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,6 +52,9 @@ class SmallImages(ImageData):
         batch_size: Images per step and device.
         padding: Training images are shifted by up to so many pixels each way, mirrored at the border.
         horizontal_flip: Probability.
+        rotation: Training images are turned by up to so many degrees either way.
+        zoom: They are enlarged or shrunk by up to this share, mirrored at the border.
+        colour: Brightness, contrast and saturation are multiplied by up to 1 +- so much, each by its own factor.
         erasing: Side of a square that is cut out of each training image, in pixels; 0 for none.
         mean: Per channel, subtracted from pixels between 0 and 1.
         std: Per channel, which they are then divided by.
@@ -64,6 +68,9 @@ class SmallImages(ImageData):
         batch_size: int = 512,
         padding: int = 4,
         horizontal_flip: float = 0.5,
+        rotation: float = 0.0,
+        zoom: float = 0.0,
+        colour: float = 0.0,
         erasing: int = 8,
         mean: Sequence[float] = (0.4914, 0.4822, 0.4465),
         std: Sequence[float] = (0.2470, 0.2435, 0.2616),
@@ -71,6 +78,7 @@ class SmallImages(ImageData):
         super().__init__()
         self.root, self.held_out, self.img_size, self.batch_size = root, held_out, img_size, batch_size
         self.padding, self.horizontal_flip, self.erasing = padding, horizontal_flip, erasing
+        self.rotation, self.zoom, self.colour = rotation, zoom, colour
         self.mean, self.std = tuple(mean), tuple(std)
         self.parts: dict[str, Part] = {}
         self._scale: Tensor | None = None  # mean and std where the batches are
@@ -114,13 +122,18 @@ class SmallImages(ImageData):
     def on_after_batch_transfer(self, batch: Part, dataloader_idx: int) -> Part:
         """Augments, enlarges and normalises, on the device: (B, C, H, W) float32."""
         images, labels = batch
-        if self.trainer is not None and self.trainer.training:
+        training = self.trainer is not None and self.trainer.training
+        if training:
             images = shift_and_flip(images, self.padding, self.horizontal_flip)
         x = images.float() / 255
+        if training and (self.rotation or self.zoom):
+            x = turn_and_zoom(x, self.rotation, self.zoom)
+        if training and self.colour:
+            x = recolour(x, self.colour)
         if self._scale is None or self._scale.device != x.device:  # once: each copy makes the host wait for the GPU
             self._scale = torch.tensor([self.mean, self.std], device=x.device).view(2, -1, 1, 1)
         x = (x - self._scale[0]) / self._scale[1]
-        if self.trainer is not None and self.trainer.training and self.erasing:
+        if training and self.erasing:
             x = erase(x, self.erasing)
         if self.img_size is not None and self.img_size != x.shape[-1]:
             x = F.interpolate(x, size=(self.img_size, self.img_size), mode="bilinear", align_corners=False)
@@ -205,6 +218,38 @@ def shift_and_flip(images: Tensor, padding: int, flip: float) -> Tensor:
 def _mirrored(index: Tensor, size: int) -> Tensor:
     index = index.abs()
     return torch.where(index >= size, 2 * (size - 1) - index, index)
+
+
+def turn_and_zoom(images: Tensor, degrees: float, zoom: float) -> Tensor:
+    """Turns each image about its centre by up to ``degrees`` and scales it by 1 - ``zoom`` to 1 + ``zoom``; bilinear.
+
+    Args:
+        images: (B, C, H, W), floating point.
+        degrees: Largest angle, either way.
+        zoom: Largest share; what the image doesn't cover is mirrored at its border.
+    """
+    angle, scale = images.new_empty(2, len(images)).uniform_(-1, 1)
+    angle, scale = angle * math.radians(degrees), 1 + zoom * scale
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
+    ratio = images.shape[2] / images.shape[3]  # places run from -1 to 1 along both sides, whatever their lengths
+    rows = [torch.stack((cos, -sin * ratio, 0 * cos), 1), torch.stack((sin / ratio, cos, 0 * cos), 1)]
+    places = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, places, padding_mode="reflection", align_corners=False)
+
+
+def recolour(images: Tensor, amount: float) -> Tensor:
+    """Multiplies brightness, contrast and saturation of each image by 1 - ``amount`` to 1 + ``amount``.
+
+    Args:
+        images: (B, C, H, W) between 0 and 1.
+        amount: Largest change, a share.
+    """
+    brightness, contrast, saturation = 1 + amount * images.new_empty(3, len(images), 1, 1, 1).uniform_(-1, 1)
+    images = images * brightness
+    grey = images.mean(1, keepdim=True)
+    images = grey + saturation * (images - grey)
+    middle = grey.mean((2, 3), keepdim=True)
+    return (middle + contrast * (images - middle)).clamp(0, 1)
 
 
 def erase(images: Tensor, side: int) -> Tensor:
