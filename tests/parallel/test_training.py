@@ -123,7 +123,6 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     ("--trainer.strategy", "ddp", "--data.batch_size", "2"),
     ("--trainer.strategy", "fsdp2", "--data.batch_size", "2"),
