@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.progress import Progress
@@ -40,7 +41,7 @@ def generate(
     prompt: str | None = None,
     out: str | None = None,
     overwrite: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     reject_low: float = 0.0,
     reject_high: float = 0.0,
     stdout: bool = False,
@@ -68,83 +69,95 @@ def generate(
         prompt: A recording that every clip begins with, of any rate and number of channels.
         out: Folder to write to instead of the next one in runs/audio/generate.
         overwrite: Replace what an earlier generation has written to that folder.
-        device: Where to run, such as cuda.
+        device: Where to run: cpu or cuda; auto is the GPU if there is one.
         reject_low: Share of the drawn clips that is left out as the least likely: runaway noise is among them.
         reject_high: Share that is left out as the most likely: silence is among them. SaShiMi's protocol is 0.4 and
             0.05.
         stdout: Stream the first clip to standard output instead.
     """
     drawn = _drawn(num, reject_low, reject_high)
-    sampling = _check(num, seconds, temperature, top_k, top_p, device)
+    sampling, where = _check(num, seconds, temperature, top_k, top_p), env.find_device(device)
     trained = load_trained(None if checkpoint is None else Path(checkpoint).expanduser())
+    trained.net.to(where)
     starts = trained.starts(drawn, [name.strip() for name in classes.split(",")] if classes else ())
     start = None
     if prompt is not None:
         start = trained.codec.encode(to_mono(read_clip(Path(prompt).expanduser()), trained.sample_rate))
-    length = max(1, round(seconds * trained.sample_rate))
+    wanted = Wanted(trained, starts, max(1, round(seconds * trained.sample_rate)), sampling, start, seed)
     if stdout:
-        _stream(trained, starts[0], length, sampling, start, seed, device)
+        _stream(wanted)
         return
     folder = numbered(RUNS) if out is None else _named(Path(out), overwrite)
     command = " ".join(["python -m audio.generate", *([checkpoint] if checkpoint else [])])
+    options = {
+        "checkpoint": checkpoint or "spoken digits, which come with the project",
+        "codec": str(trained.codec), "rate": f"{trained.sample_rate} Hz",
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "prompt": prompt or "none",
+        "device": env.device_name(where),
+    }  # fmt: skip
     try:
         folder.mark({"status": "running", "command": command})
-        found, taken = _draw(trained, starts, length, sampling, start, seed, device)
-        metrics = _figures(taken, drawn, length, trained.sample_rate)
-        bits = -found.log_likelihood / (length * math.log(2))
-        kept = _kept(bits, num, reject_high)
-        levels = found.levels[kept]
-        if start is not None:
-            levels = torch.cat([start.long().expand(num, -1), levels], dim=1)
-        metrics |= {"clips": num, "drawn": drawn}
-        metrics["bits_per_sample"] = float(bits[kept].mean())
-        options = {
-            "checkpoint": checkpoint or "spoken digits, which come with the project",
-            "codec": str(trained.codec), "rate": f"{trained.sample_rate} Hz",
-            "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "prompt": prompt or "none",
-            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else env.cpu_name(),
-        }  # fmt: skip
-        heard = [_heading(trained, starts[i], float(bits[i])) for i in kept]
-        _write(folder, trained, heard, levels, metrics, options)
+        metrics = _generate(folder, wanted, num, reject_high, options)
         folder.mark({"status": "finished", "command": command})
         folder.start()
     finally:
         folder.discard()
     print(
-        f"{drawn} clips of {metrics['seconds']:.2f} s in {taken:.1f} s: real-time factor "
+        f"{drawn} clips of {metrics['seconds']:.2f} s in {metrics['wall_seconds']:.1f} s: real-time factor "
         f"{metrics['real_time_factor']:.2f} for all of them, {metrics['stream_real_time_factor']:.2f} for each"
     )
     print(folder.path)
 
 
-def _stream(
-    trained: Trained, start: int, length: int, sampling: Sampling, prompt: Tensor | None, seed: int, device: str
-) -> None:
+class Wanted(NamedTuple):
+    """What is drawn, and by what."""
+
+    trained: Trained
+    starts: list[int]  # of each clip
+    length: int  # samples of each
+    sampling: Sampling
+    prompt: Tensor | None  # (P,) levels that every clip begins with
+    seed: int
+
+
+def _generate(
+    folder: RunFolder, wanted: Wanted, num: int, reject_high: float, options: dict[str, object]
+) -> dict[str, float]:
+    """Draws the clips, writes those that are kept, and returns the figures."""
+    trained, length, drawn = wanted.trained, wanted.length, len(wanted.starts)
+    found, taken = _draw(wanted)
+    bits = -found.log_likelihood / (length * math.log(2))
+    kept = _kept(bits, num, reject_high)
+    levels = found.levels[kept]
+    if wanted.prompt is not None:
+        levels = torch.cat([wanted.prompt.long().expand(num, -1), levels], dim=1)
+    metrics = _figures(taken, drawn, length, trained.sample_rate)
+    metrics |= {"clips": num, "drawn": drawn, "bits_per_sample": float(bits[kept].mean())}
+    heard = [_heading(trained, wanted.starts[i], float(bits[i])) for i in kept]
+    _write(folder, trained, heard, levels, metrics, options)
+    return metrics
+
+
+def _stream(wanted: Wanted) -> None:
     """Writes a clip to standard output while it is drawn."""
-    trained.net.to(device)
-    generator = torch.Generator().manual_seed(seed)
-    chunks = stream(trained.net, start, 1, sampling, length=length, chunk=STREAMED, prompt=prompt, generator=generator)
+    trained = wanted.trained
+    chunks = stream(
+        trained.net, wanted.starts[0], 1, wanted.sampling, length=wanted.length, chunk=STREAMED, prompt=wanted.prompt,
+        generator=torch.Generator().manual_seed(wanted.seed),
+    )  # fmt: skip
     waves = (trained.codec.decode(chunk.levels[0]) for chunk in chunks)
-    write_stream(sys.stdout.buffer, waves, length, trained.sample_rate)
+    write_stream(sys.stdout.buffer, waves, wanted.length, trained.sample_rate)
 
 
-def _draw(
-    trained: Trained,
-    starts: list[int],
-    length: int,
-    sampling: Sampling,
-    prompt: Tensor | None,
-    seed: int,
-    device: str,
-) -> tuple[Drawn, float]:
+def _draw(wanted: Wanted) -> tuple[Drawn, float]:
     """Draws the clips; returns their levels, without the prompt, and the seconds it took."""
-    trained.net.to(device)
-    draw_levels(trained.net, starts[0], 1, 1, sampling)  # compiles what was never run here
+    trained, starts = wanted.trained, wanted.starts
+    draw_levels(trained.net, starts[0], 1, 1, wanted.sampling)  # compiles what was never run here
     begin = time.perf_counter()
-    with _progress(length, trained.sample_rate) as progress:
+    with _progress(wanted.length, trained.sample_rate) as progress:
         drawn = draw_levels(
-            trained.net, starts, len(starts), length, sampling, prompt=prompt,
-            generator=torch.Generator().manual_seed(seed), progress=progress,
+            trained.net, starts, len(starts), wanted.length, wanted.sampling, prompt=wanted.prompt,
+            generator=torch.Generator().manual_seed(wanted.seed), progress=progress,
         )  # fmt: skip
     return drawn, time.perf_counter() - begin
 
@@ -173,18 +186,12 @@ def _heading(trained: Trained, start: int, bits: float) -> str:
     return f"{said}{bits:.3f} bits per sample"
 
 
-def _check(num: int, seconds: float, temperature: float, top_k: int, top_p: float, device: str) -> Sampling:
+def _check(num: int, seconds: float, temperature: float, top_k: int, top_p: float) -> Sampling:
     """Refuses what cannot be generated, before anything is read."""
     if num < 1:
         raise UserError(f"--num is {num}, wanted at least 1")
     if not 0 < seconds < 3600:
         raise UserError(f"--seconds is {seconds}, wanted more than 0 and less than an hour")
-    try:
-        kind = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"--device is {device!r}, wanted cpu or cuda") from error
-    if kind.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but there is no CUDA device here; leave it out to generate on the CPU")
     try:
         return Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     except ValueError as error:

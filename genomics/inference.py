@@ -21,10 +21,13 @@ from core.published import load_lm
 from genomics import caduceus, hyenadna_published
 from genomics.caduceus import Caduceus
 from genomics.fasta import Fasta
+from genomics.generative import build_classifier
 from genomics.hyenadna import HyenaDNA
 from genomics.intervals import Interval
+from genomics.kmers import init_state
 from genomics.models import GenomeClassifier, build_lm, read_checkpoint
 from genomics.vocabulary import BOS, MASK, A, T
+from kernels.selective_scan.exactness import between_pieces
 
 LIGHTNING_WEIGHTS = "weights.ckpt"  # how HyenaDNA's first releases come
 PIECE = 65536  # bases that go through a model at a time
@@ -80,9 +83,14 @@ class Loaded:
         """Hidden states (B, L, D) of ids (B, L); of Caduceus-PS (B, L, 2 D)."""
         return self.net.hidden(ids) if isinstance(self.net, Caduceus) else self.backbone()(ids)
 
+    def carry_on(self, ids: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        """Hidden states (B, L, D) of the next piece of a sequence, and the state after it."""
+        with between_pieces():
+            return self.backbone().forward_state(ids, state)
+
     def init_state(self) -> tuple[Any, ...]:
         """The state before the first token, of one sequence."""
-        return tuple(layer.mixer.init_state(1) for layer in self.backbone().layers)
+        return init_state(self.backbone(), 1)
 
 
 def load_model(model: str, device: str = "auto", dtype: str = "float32") -> Loaded:
@@ -93,7 +101,8 @@ def load_model(model: str, device: str = "auto", dtype: str = "float32") -> Load
             ``config.json`` and weights of HyenaDNA (either layout), Caduceus or a Mamba language model; or the name of
             such a model on the Hugging Face hub.
         device: ``auto`` is the GPU where there is one.
-        dtype: float32 or bfloat16, of the weights.
+        dtype: float32 or bfloat16, of the weights; tf32 is float32, and matrix products of this process on NVIDIA GPUs
+            round their factors to 11 bits.
 
     Raises:
         UserError: If there is none, or its files do not fit.
@@ -105,10 +114,12 @@ def load_model(model: str, device: str = "auto", dtype: str = "float32") -> Load
     loaded = _from_checkpoint(path) if path.is_file() else _from_folder(path if path.is_dir() else download(model))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype is {dtype!r}; wanted float32 or bfloat16")
+    if dtype not in ("float32", "bfloat16", "tf32"):
+        raise UserError(f"--dtype is {dtype!r}; wanted float32, bfloat16 or tf32")
+    if dtype == "tf32":
+        torch.set_float32_matmul_precision("high")
     try:
-        loaded.net.to(device, getattr(torch, dtype)).eval()
+        loaded.net.to(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32).eval()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
     return loaded
@@ -118,9 +129,10 @@ def _from_checkpoint(path: Path) -> Loaded:
     state, options = read_checkpoint(path)
     options = {key.removeprefix("model."): value for key, value in options.items()}
     if "num_classes" in options:
-        known = ("d_model", "n_layer", "d_state", "d_conv", "expand")
+        known = ("d_model", "n_layer", "d_state", "d_conv", "expand", "language", "kmer", "kmer_width")
         sizes = {key: options[key] for key in known if key in options}
-        model = GenomeClassifier(options["num_classes"], options["pooling"], options["average_strands"], **sizes)
+        goal = options.get("goal", "discriminative")
+        model = build_classifier(goal, options["num_classes"], options["pooling"], options["average_strands"], **sizes)
         load_into(model, _only(state, model), str(path))
         return Loaded(model, None, model, tuple(options.get("class_names") or ()))
     accepted = inspect.signature(build_lm).parameters
@@ -203,7 +215,7 @@ def hidden_pieces(model: Loaded, fasta: Fasta, place: Interval, piece: int | Non
         if state is None:
             hidden = model.hidden(ids)
         else:
-            hidden, state = model.backbone().forward_state(ids, state)
+            hidden, state = model.carry_on(ids, state)
         yield hidden[0, int(first) :]
 
 
@@ -243,7 +255,7 @@ def log_probability_pieces(
         if state is None:
             hidden = model.hidden(ids)
         else:
-            hidden, state = model.backbone().forward_state(ids, state)
+            hidden, state = model.carry_on(ids, state)
         before = hidden if last is None else torch.cat([last, hidden], dim=1)
         last = hidden[:, -1:]
         scores = head(before[:, :-1]).float().log_softmax(-1)[0]

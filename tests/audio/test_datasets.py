@@ -41,13 +41,25 @@ def test_inputs_are_the_targets_one_later_and_padding_is_masked(tmp_path: Path) 
     data = AudioData(str(folder(tmp_path, [130, 250, 90, 10])), window=100, batch_size=8)
     data.setup("fit")
     for loader in (data.train_dataloader(), data.test_dataloader()):
-        for inputs, targets in loader:
+        for inputs, targets, samples in loader:
+            assert samples == int((targets != PADDING).sum())
             assert bool((inputs[:, 0] == 128).all())
             real = targets[:, 1:] != PADDING
             assert torch.equal(inputs[:, 1:][real], targets[:, :-1][real])
             assert bool((inputs >= 0).all())
             assert bool((inputs < 256).all())
             assert int((targets != PADDING).sum(1).max()) == targets.shape[1]  # no column of padding alone
+
+
+def test_training_windows_are_padded_to_one_shape_if_asked(tmp_path: Path) -> None:
+    data = AudioData(str(folder(tmp_path, [30, 250, 90, 10, 80])), window=100, batch_size=2, pad="window")
+    data.setup("fit")
+    assert {batch.inputs.shape[1] for batch in data.train_dataloader()} == {100}
+    trained = sum(int((batch.targets != PADDING).sum()) for batch in data.train_dataloader())
+    assert trained == sum(len(clip) for clip in data.parts["train"].clips)
+    longest = [max(len(clip) for clip in data.parts[part].clips) for part in ("val", "test")]
+    loaders = (data.val_dataloader(), data.test_dataloader())
+    assert [next(iter(loader)).inputs.shape[1] for loader in loaders] == [min(100, n) for n in longest]
 
 
 def test_a_clip_is_normalised_as_a_whole(tmp_path: Path) -> None:
