@@ -180,6 +180,29 @@ def test_runs_go_on_with_another_number_of_processes(place: Path, name: str) -> 
     assert_same_run("one", "two_one")
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    (("--tensor_parallel", "2", "--sequence_parallel", "2"), "are both given; take one of the two"),
+    (("--tensor_parallel", "0"), "--tensor_parallel is 0; wanted at least 1"),
+    (("--tensor_parallel", "2", "--trainer.strategy", "fsdp2"), "--trainer.strategy is fsdp2; with --tensor_parallel"),
+    (("--trainer.strategy", "fsdp2", "--ema_decay", "0.9"), "--ema_decay keeps a second net"),
+])  # fmt: skip
+def test_options_that_do_not_go_together_are_refused(
+    place: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "text").mkdir()
+    (place / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 80)
+    with pytest.raises(SystemExit) as stopped:
+        pretrain_text(*options)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_models_without_layers_to_share_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pretrain("--tensor_parallel", "2")
+    assert "--tensor_parallel is 2; wanted 1: LanguageModel has no layers to share out" in capsys.readouterr().err
+
+
 LONG = (
     "--run_dir", "long", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2",
     "--trainer.max_steps", "40", "--trainer.max_epochs", "-1", "--trainer.val_check_interval", "4",
