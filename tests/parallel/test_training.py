@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing import connection
@@ -227,6 +228,30 @@ def test_a_process_that_dies_ends_the_job_and_the_last_checkpoint_resumes_it(
     assert checkpoint("long")["global_step"] == 40
     steps = [row["step"] for row in history("long") if "train/loss" in row]
     assert steps == list(range(40))
+
+
+def pretrain_interrupted(*arguments: str) -> None:
+    """A training whose rank 0 gets Ctrl-C once there is a checkpoint."""
+
+    def interrupt() -> None:
+        while not Path("long/checkpoints/last.ckpt").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if os.environ["RANK"] == "0":
+        threading.Thread(target=interrupt, daemon=True).start()
+    pretrain(*arguments)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_processes_that_share_weights(capfd: pytest.CaptureFixture[str]) -> None:
+    options = ("--trainer.strategy", "fsdp2", "--trainer.max_steps", "4000")
+    assert launch(2, pretrain_interrupted, *LONG, *options) == [130, 130]
+    assert "go on with" in capfd.readouterr().out
+    assert json.loads(Path("long/run.json").read_text())["status"] == "interrupted"
+    steps = checkpoint("long")["global_step"]
+    assert 0 < steps < 4000
+    assert launch(2, pretrain, *LONG, "--trainer.max_steps", str(steps + 2), "--ckpt_path", "last") == [0, 0]
 
 
 def orphan(seconds: float) -> None:
