@@ -257,15 +257,19 @@ def test_ctrl_c_stops_all_processes_that_share_weights(capfd: pytest.CaptureFixt
 def orphan(seconds: float) -> None:
     """A process that launches another one, which waits, and dies."""
     announce_launcher()
-    child = mp.get_context("fork").Process(target=wait_for_others, args=(seconds,))
+    context = mp.get_context("fork")
+    ready = context.Event()
+    child = context.Process(target=wait_for_others, args=(seconds, ready))
     child.start()
+    ready.wait()
     print("child", child.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def wait_for_others(seconds: float) -> None:
+def wait_for_others(seconds: float, ready: Any) -> None:
     """What a process does while the others do not answer."""
     follow_launcher(0.1)
+    ready.set()
     time.sleep(seconds)
     print("outlived its launcher", flush=True)
 
