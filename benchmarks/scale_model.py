@@ -1,98 +1,138 @@
-"""What more GPUs are worth, worked out: ``python -m benchmarks.scale_model [--gpus N ...]``.
+"""What more GPUs would cost, worked out: ``python -m benchmarks.scale_model [--gpus N ...]``.
 
-It prints the tables of docs/scaling_out.md. The time of a step and the memory on one GPU are measured
-(``results/scale_out.csv``); what travels between GPUs follows from the sizes. A step of N GPUs takes that of one, and
-what of the communication no computation hides:
+It prints the tables of docs/scaling_out.md. The time of a step and the memory on one GPU are measured (or assumed,
+where a table says so); what travels between GPUs follows from the sizes. A step of N GPUs takes that of one, and what
+of the communication no computation hides:
 
-- ``ddp``: gradients are summed in rings, 2 (N - 1) / N of their bytes, beside the backward pass (two thirds of a step).
+- ``ddp``: gradients are summed, 2 (N - 1) / N of their bytes, beside the backward pass (two thirds of a step).
 - ``fsdp2``: weights are gathered twice and gradients scattered, 3 (N - 1) / N of their bytes, beside all of the step.
 - ``sequence``: as ``ddp``, and for each layer the states and edges of all parts, forward and backward, which everything
-  waits for; the edges of parts are scanned twice.
+  waits for; the ends of parts are scanned twice, as far as a state remembers.
 - ``tensor``: for each layer activations are gathered and scattered, forward and backward, which everything waits for;
-  what is not shared out (B and C, the embedding) is computed on every GPU.
+  what is not shared out (B and C, small sums) is computed on every GPU.
 
-A ring's steps have a latency each. Up to ``--node`` GPUs talk over NVLink; rings over more are as fast as the network.
+Each collective has a latency that grows with log2 N. Up to ``--node`` GPUs talk over NVLink; more over the network.
+Where ``results/scale_out.csv`` has a row, its figures stand beside the model's.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.common import RESULTS
 
 Strategy = Literal["ddp", "fsdp2", "sequence", "tensor"]
 MOMENTS = 16  # bytes a parameter: weight, gradient and AdamW's two moments, in float32
+SCANNED = 0.5  # share of a step that scans take, about
 
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs and what joins them: bytes a second and GPU, as collectives reach it, and seconds a step of a ring."""
+    """GPUs and what joins them.
+
+    Args:
+        node: GPUs that NVLink joins.
+        nvlink: Bytes a second and GPU that collectives reach there.
+        network: The same between nodes.
+        near: Seconds a collective takes to start, for each doubling of the GPUs, within a node.
+        far: The same between nodes.
+    """
 
     node: int
     nvlink: float
     network: float
-    near: float = 6e-6
-    far: float = 15e-6
+    near: float = 10e-6
+    far: float = 20e-6
 
-    def ring(self, gpus: int, size: float, rounds: int = 1) -> float:
-        """Seconds of a collective that sends (N - 1) / N of ``size`` bytes ``rounds`` times around."""
-        speed, latency = (self.nvlink, self.near) if gpus <= self.node else (self.network, self.far)
-        steps = rounds * (gpus - 1)
-        return steps * min(latency, 1e-3 / gpus) + rounds * size * (gpus - 1) / gpus / speed
+    def collective(self, gpus: int, size: float) -> float:
+        """Seconds in which every GPU sends (N - 1) / N of ``size`` bytes."""
+        inside = gpus <= self.node
+        speed, latency = (self.nvlink, self.near) if inside else (self.network, self.far)
+        return latency * math.log2(gpus) + size * (gpus - 1) / gpus / speed
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model's sizes and what a step of it takes on one GPU.
+    """A model's sizes, and what a step takes on one GPU.
 
     Args:
+        strategies: What to work out.
         case: Its name in ``results/scale_out.csv``.
+        base: Milliseconds of a step on one GPU and MiB of activations, and where the two come from.
         parameters: How many.
         layers: Blocks.
         width: D.
         tokens: Of a step on one GPU.
-        state: Numbers of a layer's states and sums of time steps, a sequence.
-        edge: Numbers of a layer's edges of convolutions, a sequence.
         largest: Parameters of the largest block.
-        everywhere: Share of a step's work that tensor parallelism does not share out.
-        kept: Parameters that it does not share out.
-        window: Tokens of a part that are scanned twice.
+        state: Numbers of a layer's states and sums of time steps, a sequence.
+        edge: Numbers of a layer's inputs of convolutions at an edge, a sequence.
+        memory: Tokens that a state remembers.
+        everywhere: Share of a step's work that tensor parallelism leaves on every GPU.
+        kept: Parameters that it leaves on every GPU.
+        fixed: GPUs share a sequence of ``tokens``, instead of having as many each.
     """
 
+    strategies: tuple[Strategy, ...]
     case: str
+    base: tuple[float, float, str]
     parameters: float
     layers: int
     width: int
     tokens: int
+    largest: float = 0.0
     state: int = 0
     edge: int = 0
-    largest: float = 0.0
+    memory: int = 0
     everywhere: float = 0.0
     kept: float = 0.0
-    window: int = 0
+    fixed: bool = False
 
 
-MODELS: dict[str, tuple[Model, tuple[Strategy, ...]]] = {
-    "VMamba-T, 128 images": (
-        Model("target/ddp_vmamba_t", 30.2e6, 15, 768, 128 * 3136, largest=4e6), ("ddp", "fsdp2")
-    ),
-    "genome LM of 7 M, 512 x 1,024 bases": (
-        Model("target/ddp_genome_7m", 7.0e6, 16, 256, 512 * 1024, largest=0.44e6), ("ddp", "fsdp2")
-    ),
-    "genome LM of 6 x 128, 2^20 bases a GPU": (
-        Model("target/sequence_mamba_6x128", 0.69e6, 6, 128, 1 << 20, state=256 * 17, edge=256 * 3, window=1 << 16),
-        ("sequence",),
-    ),
-    "Mamba-2 780 M, 8 x 2,048 tokens": (
-        Model(
-            "target/tensor_mamba2_780m", 780e6, 48, 1536, 8 * 2048, largest=14.6e6, everywhere=0.04, kept=77.2e6
+def _row(file: str, case: str, provider: str, mode: str, held: float) -> tuple[float, float, str]:
+    """Milliseconds of a measured row, MiB without the bytes ``held`` by weights and gradients, and its GPU."""
+    with (RESULTS / f"{file}.csv").open(newline="") as stream:
+        for row in csv.DictReader(stream):
+            if (row["case"], row["provider"], row["mode"]) == (case, provider, mode):
+                return float(row["ms_p50"]), float(row["peak_mib"]) - held / 2**20, f"measured, {row['gpu']}"
+    raise LookupError(f"{file}.csv has no row of {case}, {provider}, {mode}; run benchmarks.{file} with --write")
+
+
+def models() -> dict[str, Model]:
+    """The models of the tables, by what a step reads."""
+    long = _row("genome_training", "target/mamba_6x128", "triscan", "forward_backward", 4 * 0.7e6)
+    wide = _row("genome_training", "target/mamba_16x256", "triscan", "forward_backward", 4 * 7.0e6)
+    text = _row("train_lm", "target/mamba_130m", "triscan", "forward_backward", 8 * 129.1e6)
+    images = _row("vision", "target/vmamba_t", "triscan+graph", "training", 0.0)
+    images = (images[0], 6.2 * 1024, f"{images[2]}, its memory counted from the saved tensors")  # a graph's is unknown
+    # 40 % of an H100's matrix products; what the layer's one op, the norms and the stream keep of a token.
+    flops, kept = 6 * 780.1e6 * 8 * 2048, 48 * 8 * 2048 * (2 * (6448 + 3072 + 1536) + 4 * 1536)
+    assumed = (1e3 * flops / (0.4 * 989e12), kept / 2**20, "assumed: 40 % of the peak of matrix products")
+    scan: dict[str, Any] = {"state": 256 * 17, "edge": 256 * 3, "memory": 1 << 16}
+    return {
+        "VMamba-T, 128 images a GPU": Model(
+            ("ddp", "fsdp2"), "target/ddp_vmamba_t", images, 30.2e6, 15, 768, 128 * 3136, largest=6.2e6
         ),
-        ("ddp", "fsdp2", "tensor"),
-    ),
-}  # fmt: skip
+        "Genome LM of 7 M (16 x 256), 2^20 bases a GPU": Model(
+            ("ddp", "fsdp2"), "target/ddp_genome_7m", wide, 7.0e6, 16, 256, 1 << 20, largest=0.44e6
+        ),
+        "Mamba 130 M, 8 x 2,048 tokens a GPU": Model(
+            ("ddp", "fsdp2"), "ddp_mamba_130m", text, 129.1e6, 24, 768, 8 * 2048, largest=3.8e6
+        ),
+        "Genome LM of 6 x 128, one sequence, 2^20 bases a GPU": Model(
+            ("sequence",), "target/sequence_mamba_6x128", long, 0.7e6, 6, 128, 1 << 20, **scan
+        ),
+        "Genome LM of 6 x 128, one sequence of 2^20 bases in all": Model(
+            ("sequence",), "sequence_mamba_6x128_fixed", long, 0.7e6, 6, 128, 1 << 20, **scan, fixed=True
+        ),
+        "Mamba-2 780 M, 8 x 2,048 tokens in all (tensor) or a GPU": Model(
+            ("tensor", "ddp", "fsdp2"), "target/tensor_mamba2_780m", assumed, 780.1e6, 48, 1536, 8 * 2048,
+            largest=14.6e6, everywhere=0.04, kept=77.2e6,
+        ),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,60 +145,62 @@ class Step:
     memory: float
 
 
-def step(model: Model, strategy: Strategy, gpus: int, alone: float, peak: float, machine: Machine) -> Step:
-    """Model a step on ``gpus`` GPUs from its seconds and peak of memory on one."""
-    weights, share = 4 * model.parameters, (gpus - 1) / gpus
-    activations = max(0.0, peak - MOMENTS * model.parameters)
-    memory = peak
+def step(model: Model, strategy: Strategy, gpus: int, machine: Machine) -> Step:
+    """Work out a step on ``gpus`` GPUs."""
+    alone, activations = model.base[0] / 1e3, model.base[1] * 2**20
+    weights, share, moments = 4 * model.parameters, (gpus - 1) / gpus, MOMENTS * model.parameters
+    summed = 2 * machine.collective(gpus, weights)  # gradients
     if strategy == "ddp":
-        sent = 2 * share * weights
-        seconds = alone + max(0.0, machine.ring(gpus, weights, 2) - alone * 2 / 3)
-    elif strategy == "fsdp2":
-        sent = 3 * share * weights
-        seconds = max(alone, machine.ring(gpus, weights / model.layers, 3) * model.layers)
-        memory = activations + MOMENTS * model.parameters / gpus + 2 * 4 * model.largest
-    elif strategy == "sequence":
-        numbers = 4 * (2 * model.state + 2 * model.edge) * model.layers  # forward and backward
-        sent = 2 * share * weights + (gpus - 1) * numbers
-        waiting = machine.ring(gpus, gpus * numbers / model.layers / 4) * 4 * model.layers
-        twice = alone * min(1.0, model.window / model.tokens) / 2
-        seconds = alone + twice + waiting + max(0.0, machine.ring(gpus, weights, 2) - alone * 2 / 3)
-    else:
-        size = 2 * model.tokens * model.width  # bfloat16
-        sent = 4 * share * size * model.layers
-        work = alone * ((1 - model.everywhere) / gpus + model.everywhere)
-        seconds = work + 4 * machine.ring(gpus, size) * model.layers
-        shared = model.parameters - model.kept
-        memory = activations / gpus + MOMENTS * (model.kept + shared / gpus)
-        return Step(sent, seconds, alone / gpus / seconds, memory)
-    return Step(sent, seconds, alone / seconds, memory)
+        seconds = alone + max(0.0, summed - alone * 2 / 3)
+        return Step(2 * share * weights, seconds, alone / seconds, moments + activations)
+    if strategy == "fsdp2":
+        moved = 3 * model.layers * machine.collective(gpus, weights / model.layers)
+        seconds, gathered = max(alone, moved), 2 * 4 * model.largest
+        return Step(3 * share * weights, seconds, alone / seconds, moments / gpus + gathered + activations)
+    if strategy == "sequence":
+        parts = gpus if model.fixed else 1
+        work, numbers = alone / parts, 4 * (model.state + model.edge)
+        waiting = 2 * 2 * model.layers * machine.collective(gpus, gpus * numbers / 2)
+        twice = work * SCANNED * min(1.0, model.memory * parts / model.tokens)
+        seconds = work + twice + waiting + max(0.0, summed - work * 2 / 3)
+        sent = 2 * share * weights + 2 * (gpus - 1) * numbers * model.layers
+        return Step(sent, seconds, work / seconds, moments + activations / parts)
+    size = 2 * model.tokens * model.width  # bfloat16
+    work = alone * ((1 - model.everywhere) / gpus + model.everywhere)
+    seconds = work + 4 * model.layers * machine.collective(gpus, size)
+    shared = MOMENTS * (model.kept + (model.parameters - model.kept) / gpus) + activations / gpus
+    return Step(4 * share * size * model.layers, seconds, alone / gpus / seconds, shared)
 
 
 def measured() -> dict[str, tuple[float, float]]:
-    """Seconds and bytes of the rows of ``results/scale_out.csv``, by case and number of GPUs."""
-    with (RESULTS / "scale_out.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {row["case"]: (float(row["ms_p50"]) / 1e3, float(row["peak_mib"]) * 2**20) for row in rows}
+    """Milliseconds and MiB in ``results/scale_out.csv``, by case and number of GPUs; none before it is written."""
+    path = RESULTS / "scale_out.csv"
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        return {row["case"]: (float(row["ms_p50"]), float(row["peak_mib"])) for row in csv.DictReader(file)}
 
 
-def table(name: str, gpus: list[int], machine: Machine) -> list[str]:
+def table(name: str, model: Model, gpus: list[int], machine: Machine) -> list[str]:
     """The lines of a model's table."""
-    model, strategies = MODELS[name]
-    found = measured()
-    alone, peak = found[f"{model.case}/1"]
-    kind = next(s for s in strategies if model.case.removeprefix("target/").startswith(s))
-    lines = [f"{name}: {1e3 * alone:.0f} ms a step and {peak / 2**30:.1f} GiB on one GPU.", ""]
-    lines += ["| strategy | GPUs | sent by a GPU, MiB | step, ms | efficiency | memory a GPU, GiB |",
-              "|---|--:|--:|--:|--:|--:|"]  # fmt: skip
-    for strategy in strategies:
+    alone, activations, source = model.base
+    real = measured()
+    lines = [
+        f"{name}: {alone:.0f} ms a step and {activations / 1024:.1f} GiB of activations on one GPU ({source}).",
+        "",
+        "| strategy | GPUs | a GPU sends, MiB a step | step, ms | efficiency | memory a GPU, GiB | measured |",
+        "|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for strategy in model.strategies:
         for count in gpus:
-            s = step(model, strategy, count, alone, peak, machine)
-            texts = [f"{1e3 * s.seconds:.0f}", f"{s.efficiency:.0%}", f"{s.memory / 2**30:.1f}"]
-            if strategy == kind and (real := found.get(f"{model.case}/{count}")) is not None:
-                efficiency = alone / real[0] / (count if kind == "tensor" else 1)
-                figures = (f"{1e3 * real[0]:.0f}", f"{efficiency:.0%}", f"{real[1] / 2**30:.1f}")
-                texts = [f"{text} (measured {figure})" for text, figure in zip(texts, figures, strict=True)]
-            lines.append(f"| {strategy} | {count} | {s.sent / 2**20:,.0f} | {' | '.join(texts)} |")
+            s = step(model, strategy, count, machine)
+            kind = model.case.removeprefix("target/").startswith(strategy)
+            found = real.get(f"{model.case}/{count}") if kind else None
+            beside = "-" if found is None else f"{found[0]:.1f} ms, {found[1] / 1024:.1f} GiB"
+            lines.append(
+                f"| {strategy} | {count} | {s.sent / 2**20:,.1f} | {1e3 * s.seconds:.1f} | {s.efficiency:.0%} | "
+                f"{s.memory / 2**30:.1f} | {beside} |"
+            )
     return [*lines, ""]
 
 
@@ -170,9 +212,11 @@ def main() -> None:
     parser.add_argument("--nvlink", type=float, default=300.0, help="GB/s a GPU within a node, as collectives reach it")
     parser.add_argument("--network", type=float, default=40.0, help="GB/s a GPU between nodes")
     options = parser.parse_args()
+    if min(options.gpus) < 1 or options.node < 1 or min(options.nvlink, options.network) <= 0:
+        parser.error("wanted at least one GPU, one a node, and more than 0 GB/s")
     machine = Machine(options.node, 1e9 * options.nvlink, 1e9 * options.network)
-    for name in MODELS:
-        print("\n".join(table(name, options.gpus, machine)))
+    for name, model in models().items():
+        print("\n".join(table(name, model, options.gpus, machine)))
 
 
 if __name__ == "__main__":

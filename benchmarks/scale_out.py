@@ -239,9 +239,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     elif not options.toy:
         parser.error("found no GPU, wanted one for each process; --toy runs without")
-    dist.init_process_group(
-        "gloo" if device.type == "cpu" else "nccl", device_id=None if device.type == "cpu" else device
-    )
+    dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
     waiting: Any = dist.new_group(backend="gloo")
     rows: list[Row] = []
     for name in options.case:

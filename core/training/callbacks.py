@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from core.training.rng import ResumableLoader, rng_state, set_rng_state
 
+LOOKS = 8  # steps after which processes with shared weights tell each other of Ctrl-C
+
 
 class EMA(WeightAveraging):
     """Exponential moving average of the weights: validated, saved in ``state_dict``, and left in the net at the end.
@@ -184,9 +186,11 @@ class Interrupt(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop, if asked to."""
-        if _shared(trainer):  # all processes save together, so that all must know
-            self._asked = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
-        if self._asked:
+        stop = self._asked
+        if _shared(trainer):  # all processes save together, so that all must know; to ask makes the host wait
+            due = trainer.global_step % LOOKS == 0
+            stop = due and trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+        if stop:
             trainer._logger_connector.update_train_step_metrics()  # comes after this hook otherwise: the step's figures
             self._save(trainer)
             raise KeyboardInterrupt
@@ -200,8 +204,8 @@ class Interrupt(Checkpoint):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stop, if asked to; ``on_exception`` saves."""
-        if self._asked:
+        """Stop, if asked to; ``on_exception`` saves. Processes with shared weights stop in training alone."""
+        if self._asked and not _shared(trainer):
             raise KeyboardInterrupt
 
     def on_test_batch_end(
@@ -220,14 +224,9 @@ class Interrupt(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what was trained if the run was stopped from outside."""
         stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
-        alone = _shared(trainer)  # in the middle of a step: the other processes know nothing of it
-        if (
-            stopped
-            and not alone
-            and self.saved is None
-            and trainer.state.fn == TrainerFn.FITTING
-            and trainer.global_step > 0
-        ):
+        trained = trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0
+        # With shared weights a process cannot save alone, and the others know nothing of what stopped this one.
+        if stopped and trained and self.saved is None and not _shared(trainer):
             self._save(trainer)
         self._restore()
 

@@ -54,6 +54,13 @@ def assert_same_end(one: str, other: str) -> None:
     assert a["global_step"] == b["global_step"]
 
 
+def test_last_is_the_last_whether_or_not_it_is_the_best() -> None:
+    train("points", "--run_dir", "a", "--model.optimizer.lr", "0", "--model.schedule.warmup_lr", "0")
+    best, last = (checkpoint(f"a/checkpoints/{name}.ckpt")["global_step"] for name in ("best", "last"))
+    assert (best, last) == (STEPS, 4 * STEPS)
+    assert not list(Path("a/checkpoints").glob(".*"))
+
+
 def test_the_same_seed_gives_the_same_run() -> None:
     train("points", "--run_dir", "a")
     train("points", "--run_dir", "b")

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing import connection
@@ -123,7 +124,6 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [
     ("--trainer.strategy", "ddp", "--data.batch_size", "2"),
     ("--trainer.strategy", "fsdp2", "--data.batch_size", "2"),
@@ -181,6 +181,29 @@ def test_runs_go_on_with_another_number_of_processes(place: Path, name: str) -> 
     assert_same_run("one", "two_one")
 
 
+@pytest.mark.parametrize(("options", "message"), [
+    (("--tensor_parallel", "2", "--sequence_parallel", "2"), "are both given; take one of the two"),
+    (("--tensor_parallel", "0"), "--tensor_parallel is 0; wanted at least 1"),
+    (("--tensor_parallel", "2", "--trainer.strategy", "fsdp2"), "--trainer.strategy is fsdp2; with --tensor_parallel"),
+    (("--trainer.strategy", "fsdp2", "--ema_decay", "0.9"), "--ema_decay keeps a second net"),
+])  # fmt: skip
+def test_options_that_do_not_go_together_are_refused(
+    place: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "text").mkdir()
+    (place / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 80)
+    with pytest.raises(SystemExit) as stopped:
+        pretrain_text(*options)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_models_without_layers_to_share_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        pretrain("--tensor_parallel", "2")
+    assert "--tensor_parallel is 2; wanted 1: LanguageModel has no layers to share out" in capsys.readouterr().err
+
+
 LONG = (
     "--run_dir", "long", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2",
     "--trainer.max_steps", "40", "--trainer.max_epochs", "-1", "--trainer.val_check_interval", "4",
@@ -207,18 +230,46 @@ def test_a_process_that_dies_ends_the_job_and_the_last_checkpoint_resumes_it(
     assert steps == list(range(40))
 
 
+def pretrain_interrupted(*arguments: str) -> None:
+    """A training whose rank 0 gets Ctrl-C once there is a checkpoint."""
+
+    def interrupt() -> None:
+        while not Path("long/checkpoints/last.ckpt").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if os.environ["RANK"] == "0":
+        threading.Thread(target=interrupt, daemon=True).start()
+    pretrain(*arguments)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_processes_that_share_weights(capfd: pytest.CaptureFixture[str]) -> None:
+    options = ("--trainer.strategy", "fsdp2", "--trainer.max_steps", "4000")
+    assert launch(2, pretrain_interrupted, *LONG, *options) == [130, 130]
+    assert "go on with" in capfd.readouterr().out
+    assert json.loads(Path("long/run.json").read_text())["status"] == "interrupted"
+    steps = checkpoint("long")["global_step"]
+    assert 0 < steps < 4000
+    assert launch(2, pretrain, *LONG, "--trainer.max_steps", str(steps + 2), "--ckpt_path", "last") == [0, 0]
+
+
 def orphan(seconds: float) -> None:
     """A process that launches another one, which waits, and dies."""
     announce_launcher()
-    child = mp.get_context("fork").Process(target=wait_for_others, args=(seconds,))
+    context = mp.get_context("fork")
+    ready = context.Event()
+    child = context.Process(target=wait_for_others, args=(seconds, ready))
     child.start()
+    ready.wait()
     print("child", child.pid, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def wait_for_others(seconds: float) -> None:
+def wait_for_others(seconds: float, ready: Any) -> None:
     """What a process does while the others do not answer."""
     follow_launcher(0.1)
+    ready.set()
     time.sleep(seconds)
     print("outlived its launcher", flush=True)
 
