@@ -198,7 +198,7 @@ struct Place {
         ch = warp * (SIDE * CH) + (LN == 1 ? lane : (lane & 1) | (lane >> 2) % (SIDE / 2) << 1);
 #else  // a matrix product over lane % 4 sums channels
         q = n8 / GR;
-        ch = warp * SIDE + (n8 % GR) * 4 + (lane & 3);
+        ch = warp * (SIDE * CH) + (n8 % GR) * 4 + (lane & 3);
 #endif
 #if PACKED
         const int* bounds = reinterpret_cast<const int*>(a.bounds);

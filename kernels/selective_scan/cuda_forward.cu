@@ -19,18 +19,24 @@ constexpr int GROUP = GROUP_STEPS;  // steps whose values are read ahead of thos
 #ifndef SPAN
 #define SPAN 16
 #endif
-constexpr int BC = 2 * S;              // floats of a lane's row of B and C
+#ifndef PACK
+#define PACK 0
+#endif
+// Whether B and C of a state share a word in shared memory, as they came: half the bytes to read, two more instructions.
+constexpr bool PACKED_BC = PACK && !ENDS && !CONST_B && !CONST_C && sizeof(TB) == 2 && sizeof(TC) == 2 && VN % 2 == 0;
+constexpr int BC = PACKED_BC ? S : 2 * S;  // words of a lane's row of B and C
+constexpr int BITEMS = (PACKED_BC ? 1 : 2) * T * BT, BROWS = (BITEMS + LOADERS - 1) / LOADERS;
 
 struct Staged {  // two tiles of each
     float (*chan)[T][PADDED(2 * BD)];  // dt and dt x
     float (*y)[T][PADDED(BD * LN)];    // shares of y
-    float (*bc)[T][2 * NP];            // B and C of each lane
+    float (*bc)[T][LN * BC];           // B and C of each lane
     float (*keep)[T];                  // whether the state is kept
 
     __device__ __forceinline__ Staged(float4* memory) {
         chan = reinterpret_cast<float(*)[T][PADDED(2 * BD)]>(memory);
         y = reinterpret_cast<float(*)[T][PADDED(BD * LN)]>(chan + 2);
-        bc = reinterpret_cast<float(*)[T][2 * NP]>(y + 2);
+        bc = reinterpret_cast<float(*)[T][LN * BC]>(y + 2);
         keep = reinterpret_cast<float(*)[T]>(bc + 2);
     }
 };
@@ -61,11 +67,11 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
     Raw<TDT, V> rdt[PASS];
     Raw<TZ, V> ez[PASS];
     Raw<float, V> ey[PASS];
-    Raw<TB, VN> rB[BPASS];
-    Raw<TC, VN> rC[BPASS];
+    Raw<TB, VN> rB[BROWS];
+    Raw<TC, VN> rC[BROWS];
     // Entries of this thread's rows: of the tile whose epilogue is due, of the one that is walked, of the one whose values
     // are in registers, of the one after it.
-    int due[PASS], walked[PASS], loaded[PASS], next[PASS], next_B[BPASS];
+    int due[PASS], walked[PASS], loaded[PASS], next[PASS], next_B[BROWS];
     const int chan_slot = slot_of(2 * col), y_slot = slot_of(col * LN);
     constexpr bool EVEN = T * RT % LOADERS == 0, EVEN_B = T * BT % LOADERS == 0;
 
@@ -92,35 +98,43 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
         const int item = tid + i * LOADERS, row = origin + tile * T + item / BT % T;
         if (item % BT || !in_map(a, row)) return;
         if (!CONST_B && item < T * BT) asm volatile("prefetch.global.L2 [%0];" ::"l"(B_rows[row]));
-        if (!CONST_C && !ENDS && item / (T * BT) == 1) asm volatile("prefetch.global.L2 [%0];" ::"l"(C_rows[row]));
+        if (!CONST_C && !ENDS && (PACKED_BC ? item < T * BT : item / (T * BT) == 1)) asm volatile("prefetch.global.L2 [%0];" ::"l"(C_rows[row]));
     };
     auto ask = [&](int tile) {
 #pragma unroll
-        for (int i = 0; i < BPASS; i++) ask_B(i, tile);
+        for (int i = 0; i < BROWS; i++) ask_B(i, tile);
 #pragma unroll
         for (int i = 0; i < PASS; i++) ask_row(i, tile);
     };
     auto locate_B = [&](int tile) {
 #pragma unroll
-        for (int i = 0; i < BPASS; i++)
+        for (int i = 0; i < BROWS; i++)
             next_B[i] = !TABLE || tile < tiles ? entry_of(a, p.b, p.k, origin + tile * T + (tid + i * LOADERS) / BT % T) : -2;
     };
     auto load_B = [&](int tile) {
 #pragma unroll
-        for (int i = 0; i < BPASS; i++) {
+        for (int i = 0; i < BROWS; i++) {
             int item = tid + i * LOADERS, n = item % BT * VN, row = row_of(a, next_B[i], origin + tile * T + item / BT % T);
             bool live = in_map(a, row) && (WHOLE_N || n < (int)a.N);
             if (!CONST_B && i * LOADERS < T * BT) rB[i] = load<VN>(B_rows[row] + n * (int)a.B_n, live && (EVEN_B || item < T * BT));
-            if (!CONST_C && !ENDS && (i + 1) * LOADERS > T * BT)
-                rC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live && (EVEN_B || item / (T * BT) == 1));
+            if (!CONST_C && !ENDS && (PACKED_BC || (i + 1) * LOADERS > T * BT))
+                rC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live && (EVEN_B || PACKED_BC && item < T * BT || item / (T * BT) == 1));
         }
         locate_B(tile + 1);
     };
     auto stage_B = [&](int buf) {
 #pragma unroll
-        for (int i = 0; i < BPASS; i++) {
+        for (int i = 0; i < BROWS; i++) {
             int item = tid + i * LOADERS, r = item / BT % T, n = item % BT * VN;
             float* to = &shared.bc[buf][r][n / S * BC + n % S];
+            if constexpr (PACKED_BC) {
+                float words[VN];
+#pragma unroll
+                for (int v = 0; v < VN; v++)
+                    words[v] = __uint_as_float(__byte_perm(rB[i].word[v / 2], rC[i].word[v / 2], v % 2 ? 0x7632 : 0x5410));
+                if (EVEN_B || item < T * BT) store<VN>(to, words);
+                continue;
+            }
             if (!CONST_B && i * LOADERS < T * BT && (EVEN_B || item < T * BT)) stage_states(to, rB[i]);
             if (!CONST_C && !ENDS && (i + 1) * LOADERS > T * BT && (EVEN_B || item / (T * BT) == 1)) stage_states(to + S, rC[i]);
         }
@@ -212,7 +226,17 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
         if (!ENDS && tiles > 0) finish_row(i, tiles - 1 & 1);
 }
 
-struct Values { float2 chan[CH]; float bc[BC], keep; };  // what a step reads
+struct Values {  // what a step reads
+    float2 chan[CH];
+    float bc[2 * S], keep;
+
+    __device__ __forceinline__ float B(int i) const {
+        return PACKED_BC ? number(TB{(unsigned short)__float_as_uint(bc[i])}) : bc[i];
+    }
+    __device__ __forceinline__ float C(int i) const {
+        return PACKED_BC ? number(TC{(unsigned short)(__float_as_uint(bc[i]) >> 16)}) : bc[S + i];
+    }
+};
 struct Terms { float e[CH][S], u[CH][S]; };            // and what it does to the states: h <- e h + u
 
 // Threads that hold states.
@@ -261,7 +285,7 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates 
 #pragma unroll
                 for (int m = 0; m < CH; m++) to.chan[m] = *reinterpret_cast<const float2*>(&shared.chan[buf][t0 + j][own_chan[m]]);
                 const float* bc = &shared.bc[buf][t0 + j][p.q * BC];
-                if (!CONST_B && !(CONST_C || ENDS)) fetch<BC>(to.bc, bc);
+                if (PACKED_BC || !CONST_B && !(CONST_C || ENDS)) fetch<BC>(*reinterpret_cast<float(*)[BC]>(to.bc), bc);
                 else if (!CONST_B) fetch<S>(*reinterpret_cast<float(*)[S]>(to.bc), bc);
                 else if (!(CONST_C || ENDS)) fetch<S>(*reinterpret_cast<float(*)[S]>(to.bc + S), bc + S);
                 to.keep = RESTARTS ? shared.keep[buf][t0 + j] : 1.0f;
@@ -276,7 +300,7 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates 
                     Terms& to = terms[t0 / GROUP % 2][j];
                     rates[m].decays(to.e[m], now.chan[m].x, now.keep);
 #pragma unroll
-                    for (int i = 0; i < S; i++) to.u[m][i] = now.chan[m].y * (CONST_B ? B[m][i] : now.bc[i]);
+                    for (int i = 0; i < S; i++) to.u[m][i] = now.chan[m].y * (CONST_B ? B[m][i] : now.B(i));
                 }
         };
         fetch_group(0);
@@ -300,7 +324,7 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates 
                     step(h[m], of.e[m], of.u[m]);
                     shares[j][m] = 0.0f;
 #pragma unroll
-                    for (int i = 0; i < S; i++) shares[j][m] = fmaf(h[m][i], CONST_C ? C[m][i] : now.bc[S + i], shares[j][m]);
+                    for (int i = 0; i < S; i++) shares[j][m] = fmaf(h[m][i], CONST_C ? C[m][i] : now.C(i), shares[j][m]);
                     if (ENDS) add_step(total[m], now.chan[m].x, now.keep);
                     if (MENDED) span[m].add(of.e[m], now.chan[m].x, now.keep);
                 }

@@ -28,7 +28,8 @@ class Shape(NamedTuple):
 
     Attributes:
         lanes: LN, lanes that share a channel.
-        states: S, states of a thread.
+        states: S, states of a channel that a thread holds.
+        each: CH, channels of a thread.
         tile: T of the forward.
         part: T of the backward, steps whose states and decays fit the registers.
         warps: NW, warps of a block that hold states.
@@ -42,6 +43,7 @@ class Shape(NamedTuple):
 
     lanes: int
     states: int
+    each: int
     tile: int
     part: int
     warps: int
@@ -63,7 +65,7 @@ class Shape(NamedTuple):
         staged = CHUNK * (rows(2 * self.width) + self.width + 2 * states + 1)
         if ends:
             return staged + 4
-        starts = CHUNK // T * 32 * self.warps * self.states
+        starts = CHUNK // T * self.width * states
         shares = T * (rows(self.width * self.lanes) + rows(2 * self.width * self.lanes) + 12) + 4
         return staged + starts + shares + 8 // self.lanes * self.warps * (T * (2 * states + 4) + 16)
 
@@ -110,7 +112,7 @@ def shape_of(
         fit = fit * 2 // 3
     segments = 1 if fit < enough else max(1, min(fit, 64, slots))
     tile, part = 16 if small else 32, 8 if states <= 4 else 4
-    return Shape(lanes, states, tile, part, warps, extra, resident, width, blocks, segments)
+    return Shape(lanes, states, 1, tile, part, warps, extra, resident, width, blocks, segments)
 
 
 def rows(floats: int) -> int:
