@@ -89,7 +89,7 @@ def published(case: str) -> dict[str, Case]:
         x, *parameters = tensors
         found["causal_conv1d"] = (lambda *t: causal_conv1d_fn(*t, activation="silu"), [turned(x), *parameters])
     if case == "mamba" and installed("mamba_ssm"):
-        from mamba_ssm import Mamba as Published  # type: ignore[import-not-found]
+        from mamba_ssm.modules.mamba_simple import Mamba as Published  # type: ignore[import-not-found]
 
         x = tensors[0]
         found["mamba_ssm"] = _layer(Published(x.shape[-1], device="cuda", dtype=x.dtype), x)
