@@ -4,8 +4,9 @@ Dimension letters: B batch, L samples of a window, Q levels.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning import LightningDataModule
@@ -79,6 +80,8 @@ class AudioData(LightningDataModule):
         val_fraction: Part of the files that is validated on, at least one file; for random and ordered.
         test_fraction: Part of the files that is tested on, at least one file; for random and ordered.
         split_seed: Of the random split.
+        pad: What windows are padded to, on the right: ``longest`` is the longest of their batch; ``window`` is the full
+            window, in training only: batches of one shape, which CUDA graphs need. Padding counts in no loss.
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class AudioData(LightningDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         split_seed: int = 0,
+        pad: Literal["longest", "window"] = "longest",
     ) -> None:
         super().__init__()
         for name, value in (("sample_rate", sample_rate), ("window", window), ("batch_size", batch_size)):
@@ -106,6 +110,7 @@ class AudioData(LightningDataModule):
             )
         self.root = EMBEDDED if root is None else Path(root).expanduser()
         self.sample_rate, self.window, self.codec, self.batch_size = sample_rate, window, codec, batch_size
+        self.pad = pad
         self.fractions = {"val": val_fraction, "test": test_fraction}
         self.split = {"seed": split_seed, "layout": layout, "held_out": held_out}
         self.labels: Labels = labels
@@ -141,7 +146,7 @@ class AudioData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """All windows, shuffled."""
-        return self._loader("train", shuffle=True)
+        return self._loader("train", shortest=self.window if self.pad == "window" else 0, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
         """All windows, in order."""
@@ -178,11 +183,12 @@ class AudioData(LightningDataModule):
         if not self.files:
             self.files = split_files(self.root, self.fractions, **self.split)
 
-    def _loader(self, part: str, **options: Any) -> DataLoader:
-        return ResumableLoader(self.parts[part], batch_size=self.batch_size, collate_fn=self._collate, **options)
+    def _loader(self, part: str, shortest: int = 0, **options: Any) -> DataLoader:
+        collate = partial(self._collate, shortest=shortest)
+        return ResumableLoader(self.parts[part], batch_size=self.batch_size, collate_fn=collate, **options)
 
-    def _collate(self, windows: list[tuple[Tensor, int]]) -> Batch:
-        longest = max(len(window) for window, _ in windows)
+    def _collate(self, windows: list[tuple[Tensor, int]], shortest: int = 0) -> Batch:
+        longest = max(shortest, *(len(window) for window, _ in windows))
         targets = torch.full((len(windows), longest), PADDING, dtype=torch.int64)
         for row, (window, _) in zip(targets, windows, strict=True):
             row[: len(window)] = window

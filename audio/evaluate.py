@@ -26,6 +26,7 @@ from audio.ranking import draw_classes, ranked_players
 from audio.splits import Labels, split_files
 from audio.trained import load_trained
 from core.cli import run
+from core.env import find_device
 from core.errors import UserError
 from core.training.folder import RunFolder, named, numbered
 from core.training.report import Report, write_atomically
@@ -62,7 +63,7 @@ def evaluate(
     players: int = 24,
     out: str | None = None,
     overwrite: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> None:
     """Writes scores (metrics.json), what the classifier says of each clip (clips.csv), and a page to listen.
 
@@ -84,14 +85,15 @@ def evaluate(
         players: Clips to listen to on the page.
         out: Folder to write to instead of the next one in runs/audio/evaluate.
         overwrite: Replace what an earlier evaluation has written to that folder.
-        device: Where to run, such as cuda.
+        device: Where to run: cpu or cuda; auto is the GPU if there is one.
     """
     if players < 0:
         raise UserError(f"--players is {players}, wanted at least 0")
     if reject != "none" and model is None:
         raise UserError(f"--reject {reject} needs likelihoods; give the model with --model, or --reject none")
+    where = find_device(device)
     judge = load_judge(None if classifier is None else Path(classifier).expanduser())
-    judge.net.to(_device(device))
+    judge.net.to(where)
     paths = find_audio(Path(clips).expanduser())
     parts = {} if reference is None else split_files(Path(reference).expanduser(), {"val": 0.1, "test": 0.1})
     known = _reference(judge, parts)
@@ -102,7 +104,7 @@ def evaluate(
         bits: dict[str, float] = {}
         if model is not None:
             trained = load_trained(Path(model).expanduser())
-            trained.net.to(device)
+            trained.net.to(where)
             found = found._replace(bits=clip_bits(trained, paths))
             if parts:
                 bits["test_bits_per_sample"] = recording_bits(trained, parts["test"], labels)
@@ -173,16 +175,6 @@ def _rejected(found: Judged, known: Reference, reject: Reject) -> tuple[Threshol
         found.features[tuning], -found.bits[tuning], known.moments, compat=reject == "published"
     )
     return thresholds, found.chosen(rest[within(-found.bits[rest], thresholds)])
-
-
-def _device(name: str) -> torch.device:
-    try:
-        kind = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device is {name!r}, wanted cpu or cuda") from error
-    if kind.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but there is no CUDA device here; leave it out")
-    return kind
 
 
 def _write(

@@ -40,7 +40,7 @@ def generate(
     prompt: str | None = None,
     out: str | None = None,
     overwrite: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     reject_low: float = 0.0,
     reject_high: float = 0.0,
     stdout: bool = False,
@@ -68,28 +68,29 @@ def generate(
         prompt: A recording that every clip begins with, of any rate and number of channels.
         out: Folder to write to instead of the next one in runs/audio/generate.
         overwrite: Replace what an earlier generation has written to that folder.
-        device: Where to run, such as cuda.
+        device: Where to run: cpu or cuda; auto is the GPU if there is one.
         reject_low: Share of the drawn clips that is left out as the least likely: runaway noise is among them.
         reject_high: Share that is left out as the most likely: silence is among them. SaShiMi's protocol is 0.4 and
             0.05.
         stdout: Stream the first clip to standard output instead.
     """
     drawn = _drawn(num, reject_low, reject_high)
-    sampling = _check(num, seconds, temperature, top_k, top_p, device)
+    sampling, where = _check(num, seconds, temperature, top_k, top_p), env.find_device(device)
     trained = load_trained(None if checkpoint is None else Path(checkpoint).expanduser())
+    trained.net.to(where)
     starts = trained.starts(drawn, [name.strip() for name in classes.split(",")] if classes else ())
     start = None
     if prompt is not None:
         start = trained.codec.encode(to_mono(read_clip(Path(prompt).expanduser()), trained.sample_rate))
     length = max(1, round(seconds * trained.sample_rate))
     if stdout:
-        _stream(trained, starts[0], length, sampling, start, seed, device)
+        _stream(trained, starts[0], length, sampling, start, seed)
         return
     folder = numbered(RUNS) if out is None else _named(Path(out), overwrite)
     command = " ".join(["python -m audio.generate", *([checkpoint] if checkpoint else [])])
     try:
         folder.mark({"status": "running", "command": command})
-        found, taken = _draw(trained, starts, length, sampling, start, seed, device)
+        found, taken = _draw(trained, starts, length, sampling, start, seed)
         metrics = _figures(taken, drawn, length, trained.sample_rate)
         bits = -found.log_likelihood / (length * math.log(2))
         kept = _kept(bits, num, reject_high)
@@ -102,7 +103,7 @@ def generate(
             "checkpoint": checkpoint or "spoken digits, which come with the project",
             "codec": str(trained.codec), "rate": f"{trained.sample_rate} Hz",
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "prompt": prompt or "none",
-            "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else env.cpu_name(),
+            "device": env.device_name(where),
         }  # fmt: skip
         heard = [_heading(trained, starts[i], float(bits[i])) for i in kept]
         _write(folder, trained, heard, levels, metrics, options)
@@ -117,11 +118,8 @@ def generate(
     print(folder.path)
 
 
-def _stream(
-    trained: Trained, start: int, length: int, sampling: Sampling, prompt: Tensor | None, seed: int, device: str
-) -> None:
+def _stream(trained: Trained, start: int, length: int, sampling: Sampling, prompt: Tensor | None, seed: int) -> None:
     """Writes a clip to standard output while it is drawn."""
-    trained.net.to(device)
     generator = torch.Generator().manual_seed(seed)
     chunks = stream(trained.net, start, 1, sampling, length=length, chunk=STREAMED, prompt=prompt, generator=generator)
     waves = (trained.codec.decode(chunk.levels[0]) for chunk in chunks)
@@ -135,10 +133,8 @@ def _draw(
     sampling: Sampling,
     prompt: Tensor | None,
     seed: int,
-    device: str,
 ) -> tuple[Drawn, float]:
     """Draws the clips; returns their levels, without the prompt, and the seconds it took."""
-    trained.net.to(device)
     draw_levels(trained.net, starts[0], 1, 1, sampling)  # compiles what was never run here
     begin = time.perf_counter()
     with _progress(length, trained.sample_rate) as progress:
@@ -173,18 +169,12 @@ def _heading(trained: Trained, start: int, bits: float) -> str:
     return f"{said}{bits:.3f} bits per sample"
 
 
-def _check(num: int, seconds: float, temperature: float, top_k: int, top_p: float, device: str) -> Sampling:
+def _check(num: int, seconds: float, temperature: float, top_k: int, top_p: float) -> Sampling:
     """Refuses what cannot be generated, before anything is read."""
     if num < 1:
         raise UserError(f"--num is {num}, wanted at least 1")
     if not 0 < seconds < 3600:
         raise UserError(f"--seconds is {seconds}, wanted more than 0 and less than an hour")
-    try:
-        kind = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"--device is {device!r}, wanted cpu or cuda") from error
-    if kind.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda, but there is no CUDA device here; leave it out to generate on the CPU")
     try:
         return Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     except ValueError as error:

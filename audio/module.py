@@ -20,6 +20,7 @@ from audio.trained import RECORD, Trained, record
 from core.errors import UserError
 from core.generate import Sampling
 from core.parallel.group import active, mean_share
+from core.training.graphs import capture, check_graphs
 from core.training.module import OptimizerOptions, ScheduleOptions, TrainingModule
 from core.training.report import Report
 
@@ -41,6 +42,12 @@ class SoundModel(TrainingModule):
         optimizer: The optimizer and its parameter groups.
         schedule: The learning rate over the run.
         compile: Compile the net.
+        graph: Replay the net's forward and backward as CUDA graphs, which leaves out the host's time: a deep and narrow
+            net takes a fraction of it. Batches of fewer or shorter windows than the first full one run as they are, so
+            it goes with ``--data.pad window``. Without a GPU it has no effect.
+
+    Raises:
+        UserError: For sizes of which no net can be made, and options that exclude each other.
     """
 
     headline = "test/bits_per_sample"
@@ -60,8 +67,12 @@ class SoundModel(TrainingModule):
         optimizer: OptimizerOptions = OptimizerOptions(),
         schedule: ScheduleOptions = ScheduleOptions(),
         compile: bool = False,
+        graph: bool = False,
     ) -> None:
         super().__init__(optimizer, schedule, compile)
+        if graph and compile:
+            raise UserError("--model.graph and --model.compile are both on, wanted one of them")
+        self.graph_requested = graph
         self.config, self.codec, self.sample_rate = config, codec, sample_rate
         self.class_names = tuple(class_names)
         self.report_clips, self.report_seconds = report_clips, report_seconds
@@ -83,9 +94,18 @@ class SoundModel(TrainingModule):
         if (group := active()) is not None:
             frame = math.prod(self.config.pool)  # the samples of the innermost stage's steps stay together
             inputs, targets = group.shard(inputs, frame), group.shard(targets, frame)
+        if self.training and self.graph_requested and inputs.is_cuda and self._steps_seen > 1:
+            self._capture(inputs)  # not at the first step, whose FLOPs are counted
         logits = self.net(inputs).flatten(0, 1).float()
         total = F.cross_entropy(logits, targets.flatten(), ignore_index=PADDING, reduction="sum")
         return mean_share(total, (targets != PADDING).sum(), everywhere=self.training)
+
+    def _capture(self, inputs: Tensor) -> None:
+        """Makes the net's training step graphs as soon as a batch is full."""
+        check_graphs(self)
+        if inputs.shape == (self._data.batch_size, self._data.window):
+            self.graph_requested = False
+            capture(self.net, inputs)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, stage: str) -> None:

@@ -1,13 +1,15 @@
 """Training steps on raw sound, samples a second and memory: ``python -m benchmarks.audio_training --batch 4``.
 
 Nets of about equal size: the Mamba U-Net of SC09 and SaShiMi with S4D or S4 and MLPs. A step is forward, cross-entropy
-and backward, without an optimizer, under bfloat16 autocast as in the recipes or in float32.
+and backward, without an optimizer, under bfloat16 autocast as in the recipes or in float32; as it is written, or with
+the net's part replayed as CUDA graphs, as ``--model.graph true`` does.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import sys
 import time
 
@@ -16,6 +18,7 @@ import torch.nn.functional as F
 
 from audio.net import SoundNet
 from audio.sashimi import SashimiConfig
+from core.training.graphs import capture
 
 CONFIGS = {
     "mamba": SashimiConfig(),
@@ -24,7 +27,7 @@ CONFIGS = {
 }
 
 
-def case(name: str, batch: int, length: int, autocast: bool, repeats: int) -> list[object]:
+def case(name: str, batch: int, length: int, autocast: bool, graphs: bool, repeats: int) -> list[object]:
     """Parameters, milliseconds of a step, samples a second, and the most memory in MiB."""
     torch.manual_seed(0)
     net = SoundNet(CONFIGS[name]).cuda()
@@ -37,6 +40,10 @@ def case(name: str, batch: int, length: int, autocast: bool, repeats: int) -> li
         net.zero_grad()
 
     step()
+    if graphs:
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            capture(net, x[:, :-1])
+        step()
     torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(repeats):
@@ -59,14 +66,16 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=16000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--how", nargs="+", default=["eager", "graph"], choices=["eager", "graph"])
     a = parser.parse_args()
     writer = csv.writer(sys.stdout)
-    writer.writerow(["net", "precision", "batch", "length", "parameters", "ms", "samples_per_second", "mib", "gpu"])
-    for name in a.nets:
-        for precision in a.precisions:
-            row = case(name, a.batch, a.length, precision == "bfloat16", a.repeats)
-            writer.writerow([name, precision, a.batch, a.length, *row, torch.cuda.get_device_name()])
-            sys.stdout.flush()
+    head = ["net", "precision", "how", "batch", "length", "parameters", "ms", "samples_per_second", "mib", "gpu"]
+    writer.writerow(head)
+    for name, precision, how in itertools.product(a.nets, a.precisions, a.how):
+        row = case(name, a.batch, a.length, precision == "bfloat16", how == "graph", a.repeats)
+        writer.writerow([name, precision, how, a.batch, a.length, *row, torch.cuda.get_device_name()])
+        sys.stdout.flush()
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

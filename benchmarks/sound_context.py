@@ -2,9 +2,10 @@
 
     python -m benchmarks.sound_context LEVELS.npz benchmarks/results/sound_context.csv --steps 250
 
-As figure 7 of the Mamba paper: a window is all the context there is, in training and in the test. LEVELS.npz is what
-``python -m benchmarks.pack_levels`` writes; the last recording is the test part. A row is written as soon as it is
-measured, and rows that are there already are not measured again.
+As figure 7 of the Mamba paper: a window is all the context there is, in training and in the test. Beside the mean over
+all samples of the test windows, POSITIONS.csv gets the mean over those that have so many samples of their window before
+them: what one net makes of context. LEVELS.npz is what ``python -m benchmarks.pack_levels`` writes; the last recording
+is the test part. A row is written as soon as it is measured, and rows that are there already are not measured again.
 
 Legend: B windows, L samples of a window.
 """
@@ -13,6 +14,7 @@ import csv
 import json
 import math
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,8 @@ from audio.net import SoundNet
 from benchmarks.spoken_digits import LEVELS, SILENCE, Trainer, sizes
 from core.cli import run
 from core.table import append_row
+
+EDGES = (0, 64, 256, 1024, 4096, 16384, 65536)  # of positions in a window that are put together
 
 
 def main(
@@ -38,6 +42,7 @@ def main(
     seed: int = 0,
     graphs: bool = True,
     device: str = "cuda",
+    positions: str | None = None,
 ) -> None:
     """Trains one net for each window and tests it.
 
@@ -53,6 +58,7 @@ def main(
         seed: Of everything random.
         graphs: Keep the step in CUDA graphs.
         device: Where to run.
+        positions: CSV file of the bits by position in the window.
     """
     packed = np.load(levels)
     ends = np.cumsum(packed["meta"][:, 3])
@@ -73,15 +79,21 @@ def main(
         net = SoundNet(sizes(config), LEVELS).to(device)
         trainer = Trainer(net, lr, 0.1, 0.0, 0.5, graphs)
         losses = _train(trainer, train, window, steps, samples, lr, seed)
+        bits, counts = bits_by_position(net, test, window)
         row = {
             "name": name, "window": window, "seed": seed, "steps": steps, "samples": samples,
             "params": sum(p.numel() for p in net.parameters()),
-            "test_bits": f"{bits_per_sample(net, test, window):.4f}",
+            "test_bits": f"{float(bits.sum()) / len(test):.4f}",
             "train_bits": f"{losses:.4f}", "seconds": f"{time.perf_counter() - begin:.1f}",
             "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
         }  # fmt: skip
         append_row(path, row)
         print(json.dumps(row), flush=True)
+        for low, high in pairwise(edge for edge in (*EDGES, window) if edge <= window) if positions else ():
+            if high > low:
+                mean = float(bits[low:high].sum() / counts[low:high].sum())
+                about = {"name": name, "window": window, "seed": seed, "steps": steps}
+                append_row(Path(positions or ""), {**about, "from": low, "to": high, "test_bits": f"{mean:.4f}"})
 
 
 def _train(trainer: Trainer, levels: Tensor, window: int, steps: int, samples: int, lr: float, seed: int) -> float:
@@ -99,21 +111,27 @@ def _train(trainer: Trainer, levels: Tensor, window: int, steps: int, samples: i
 
 
 @torch.no_grad()
-def bits_per_sample(net: SoundNet, levels: Tensor, window: int) -> float:
-    """Mean over all samples of a recording, cut into windows; nothing is known before a window."""
+def bits_by_position(net: SoundNet, levels: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Cuts a recording into windows, before which nothing is known.
+
+    Returns:
+        (L,) float64 bits of the samples at each position of a window, and how many samples there are.
+    """
     net.eval()
-    bits, together = 0.0, max(1, 262144 // window)
+    bits, counts = torch.zeros(2, window, dtype=torch.float64, device=levels.device)
     whole = len(levels) // window * window
-    rows = [*levels[:whole].view(-1, window).split(together), levels[None, whole:]]
+    rows = [*levels[:whole].view(-1, window).split(max(1, 262144 // window)), levels[None, whole:]]
     for row in rows:
         if not row.numel():
             continue
-        targets = row.long()
+        targets, size = row.long(), row.shape[1]
         with torch.autocast(levels.device.type, torch.bfloat16, enabled=levels.is_cuda):
             logits = net(F.pad(targets[:, :-1], (1, 0), value=SILENCE))
-        bits += float(F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")) / math.log(2)
+        nats = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+        bits[:size] += nats.double().sum(0) / math.log(2)
+        counts[:size] += len(row)
     net.train()
-    return bits / len(levels)
+    return bits.cpu(), counts.cpu()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m benchmarks.sound_layers LEVELS.npz benchmarks/results/sound_layers.csv --steps 400
 
-As table 5 of the Mamba paper at a reduced scale: which layers stand in the outer stages, which in the centre.
+As tables 4 and 5 of the Mamba paper at a reduced scale: which layers stand in the outer stages, which in the centre.
+With --clips, as many are drawn of each net, the digits in turn, and scored by the project's own classifier.
 LEVELS.npz is what ``python -m benchmarks.pack_levels`` writes of the Free Spoken Digit Dataset. A row is written as
 soon as it is measured, and rows that are there already are not measured again.
 """
@@ -14,7 +15,11 @@ from pathlib import Path
 
 import torch
 
+from audio.codec import Codec
+from audio.evaluate import Judged, scores
+from audio.judge import load_judge
 from audio.net import SoundNet
+from audio.sampling import generate_levels
 from benchmarks.spoken_digits import DIGITS, LEVELS, Budget, Trainer, bits_per_sample, fit, read, sizes
 from core.cli import run
 from core.table import append_row
@@ -37,6 +42,8 @@ def main(
     steps: int = 400,
     samples: int = 49152,
     lr: float = 2e-3,
+    noise: float = 0.0,
+    clips: int = 0,
     graphs: bool = True,
     device: str = "cuda",
 ) -> None:
@@ -51,6 +58,8 @@ def main(
         steps: Of each training.
         samples: Of one step.
         lr: Peak learning rate.
+        noise: Largest deviation of the noise on the inputs, in levels.
+        clips: Clips that are drawn of each net and scored; 0 for none.
         graphs: Keep the step in CUDA graphs.
         device: Where to run.
     """
@@ -66,18 +75,37 @@ def main(
             begin = time.perf_counter()
             torch.manual_seed(seed)
             net = SoundNet(sizes(json.dumps({**json.loads(config), **LAYERS[name]})), LEVELS, DIGITS).to(device)
-            trainer = Trainer(net, lr, 0.1, 0.0, 0.5, graphs)
+            trainer = Trainer(net, lr, 0.1, noise, 0.5, graphs)
             figures = {}
             for figures in fit(trainer, train, Budget(steps), lr, samples, seed):
                 print(name, seed, json.dumps(figures), flush=True)
             row = {
                 "name": name, "seed": seed, "steps": steps, "samples": samples,
                 "params": sum(p.numel() for p in net.parameters()), "test_bits": f"{bits_per_sample(net, test):.4f}",
-                "train_bits": figures.get("train_bits", ""), "seconds": f"{time.perf_counter() - begin:.1f}",
+                "train_bits": figures.get("train_bits", ""), "noise": noise,
+                "seconds": f"{time.perf_counter() - begin:.1f}",
                 "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
+                **(judged(net, clips, seed) if clips else {}),
             }  # fmt: skip
             append_row(path, row)
             print(json.dumps(row), flush=True)
+
+
+def judged(net: SoundNet, clips: int, seed: int) -> dict[str, object]:
+    """Draws clips of 0.6 s and scores them against the recordings that the classifier was trained on."""
+    judge, codec = load_judge(), Codec(normalize="peak")
+    judge.net.to(net.embedding.weight.device)
+    assert judge.reference is not None
+    starts = [codec.start + LEVELS * (i % DIGITS) for i in range(clips)]
+    net.eval()
+    drawn = generate_levels(net, starts, clips, 4800, generator=torch.Generator().manual_seed(seed))
+    net.train()
+    features, shares = judge([codec.decode(clip) for clip in drawn])
+    right = float((shares.argmax(1) == torch.arange(clips) % DIGITS).float().mean())
+    found = Judged([], [], features, shares, None)
+    return {"clips": clips, "as_asked": f"{right:.3f}"} | {
+        name: f"{value:.3f}" for name, value in scores(found, judge.reference).items()
+    }
 
 
 if __name__ == "__main__":

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import kernels  # noqa: F401  registers torch.ops.triscan
+from core.forget import forget, forgetting
 from core.mixers.contract import Mixer
+from core.parallel.group import in_parts
+from kernels.selective_scan.exactness import between_pieces
+
+FORGET_FROM = 1 << 27  # bytes of a branch from which on what is cheap to compute again is not kept
+PIECE = 1 << 17  # tokens that a checkpointed block computes again at a time, where its mixer carries a state
 
 
 def start_stream(x: Tensor, in_fp32: bool) -> Tensor:
@@ -22,6 +28,13 @@ def start_stream(x: Tensor, in_fp32: bool) -> Tensor:
 
 
 torch.fx.wrap("start_stream")  # a tracer has no dtypes to compare
+
+
+def is_large(x: Tensor) -> bool:
+    """Whether activations of this size are worth computing again; not while a tracer or a compiler looks."""
+    if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+        return False
+    return x.numel() * x.element_size() >= FORGET_FROM
 
 
 class AddNorm(nn.Module):
@@ -168,16 +181,51 @@ class Block(nn.Module):
             This block's branch and the residual stream, which does not hold it yet.
         """
         if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self._cuts(x, seq_idx, cu_seqlens):
+                return self._in_pieces(x, residual)
             out = checkpoint(self._forward, x, residual, seq_idx, cu_seqlens, use_reentrant=False)
             return cast(tuple[Tensor, Tensor], out)
+        if is_large(x):
+            with forgetting():
+                return self._forward(x, residual, seq_idx, cu_seqlens)
         return self._forward(x, residual, seq_idx, cu_seqlens)
 
     def _forward(
         self, x: Tensor, residual: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         x, stream = self.norm(x, residual)
+        if residual is not None and is_large(x):
+            self._forget(x, stream)
         x = self.mixer(x, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
         return self.apply_mlp(x, stream)
+
+    def _forget(self, y: Tensor, stream: Tensor) -> None:
+        """Leave it to the backward pass to normalise again, from the sum, which is kept for the norm's gradient."""
+        dtype, total = y.dtype, stream.detach()
+        if total.dtype in (torch.float32, torch.float64):  # with all digits of the sum
+            forget(y, lambda: self.norm(total)[0].to(dtype))
+
+    def _cuts(self, x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> bool:
+        """Whether to checkpoint piece by piece: then one piece's activations are alive at a time, not a block's."""
+        whole = seq_idx is None and cu_seqlens is None and not in_parts() and not torch.compiler.is_compiling()
+        carries = getattr(self.mixer, "carries_state", False) and not getattr(self.mixer, "reverse", False)
+        return whole and carries and isinstance(x, Tensor) and x.shape[1] > PIECE
+
+    def _in_pieces(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        state = self.mixer.init_state(len(x), x.device)
+        xs = x.split(PIECE, dim=1)
+        residuals = [None] * len(xs) if residual is None else residual.split(PIECE, dim=1)
+        branches, streams = [], []
+        for piece, before in zip(xs, residuals, strict=True):
+            out = checkpoint(self._piece, piece, before, state, use_reentrant=False)
+            branch, stream, state = cast(tuple[Tensor, Tensor, Any], out)
+            branches.append(branch)
+            streams.append(stream)
+        return torch.cat(branches, dim=1), torch.cat(streams, dim=1)
+
+    def _piece(self, x: Tensor, residual: Tensor | None, state: Any) -> tuple[Tensor, Tensor, Any]:
+        with between_pieces():
+            return self.forward_state(x, residual, state)
 
     def forward_state(
         self, x: Tensor, residual: Tensor | None, state: Any, lengths: Tensor | None = None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from core.errors import UserError
 from kernels import backend, nvrtc
 
 PACKAGES = ("torch", "triton", "numba", "timm", "lightning", "jsonargparse", "numpy")
@@ -54,6 +55,28 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def find_device(device: str) -> torch.device:
+    """The device of a command's ``--device``; ``auto`` is the GPU if there is one.
+
+    Raises:
+        UserError: If there is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"--device is {device!r}, wanted auto, cpu or cuda") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device is {device}, but there is no CUDA device here; give --device cpu")
+    return found
+
+
+def device_name(device: torch.device) -> str:
+    """What a device is called."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def gpus() -> list[str]:

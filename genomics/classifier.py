@@ -16,6 +16,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from core.errors import UserError
 from core.training.module import OptimizerOptions, ScheduleOptions, TrainingModule
 from core.training.report import Report
+from genomics.generative import Goal, build_classifier
 from genomics.models import GenomeClassifier, Pooling, load_backbone
 from genomics.species import SpeciesData
 
@@ -34,7 +35,7 @@ which every assembly has its own share: the reads hold neither.
 
 
 class SpeciesClassifier(TrainingModule):
-    """Which species is a read from? Cross-entropy on simulated reads (see ``genomics.reads``).
+    """Which species is a read from? Trained on simulated reads (see ``genomics.reads``).
 
     Args:
         num_classes: Number of species.
@@ -43,7 +44,11 @@ class SpeciesClassifier(TrainingModule):
         d_state: State size of each channel.
         d_conv: Width of the causal convolution.
         expand: Inner width over ``d_model``.
-        pooling: What stands for a read: the maximum or mean over its positions, or the last one.
+        goal: What is learnt: the species, from pooled positions (discriminative), or each species' reads, base by base,
+            the answer being the species under which a read is likeliest (generative, see ``genomics.generative``).
+        pooling: Of discriminative models, what stands for a read: the maximum or mean over its positions, or the last
+            one.
+        language: Of discriminative models, weight of a second loss, nats of the next base. It is in ``train/loss``.
         average_strands: Score both strands when evaluating, and average.
         pretrained: Checkpoint of ``genomics.pretrain`` of the same sizes whose backbone to start from.
         gradient_checkpointing: Compute blocks again in the backward pass instead of keeping their activations.
@@ -66,7 +71,9 @@ class SpeciesClassifier(TrainingModule):
         d_state: int = 4,
         d_conv: int = 12,
         expand: int = 2,
+        goal: Goal = "discriminative",
         pooling: Pooling = "max",
+        language: float = 0.0,
         average_strands: bool = True,
         pretrained: str | None = None,
         gradient_checkpointing: bool = False,
@@ -77,7 +84,9 @@ class SpeciesClassifier(TrainingModule):
         super().__init__(optimizer, schedule, compile)
         sizes = {"d_model": d_model, "n_layer": n_layer, "d_state": d_state, "d_conv": d_conv, "expand": expand}
         try:
-            self.net = GenomeClassifier(num_classes, pooling, average_strands, **sizes)
+            self.net: GenomeClassifier = build_classifier(
+                goal, num_classes, pooling, average_strands, language, **sizes
+            )
         except UserError:
             raise
         except ValueError as error:
@@ -90,9 +99,13 @@ class SpeciesClassifier(TrainingModule):
         self.confusion = nn.ModuleDict({stage: MulticlassConfusionMatrix(num_classes) for stage in stages})
 
     def loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Mean cross-entropy of reads (B, L) with their species (B,)."""
+        """The net's loss of reads (B, L) and their species (B,): of the species, or of a base."""
         ids, species, _ = batch
-        return F.cross_entropy(self.net(ids), species)
+        return self.net.loss(ids, species)
+
+    def compiled_part(self) -> nn.Module:
+        """Return the backbone: the loss does without the net's own forward."""
+        return self.net.backbone
 
     @torch.no_grad()
     def evaluate(self, batch: tuple[Tensor, Tensor, Tensor], stage: str) -> None:

@@ -21,10 +21,12 @@ from core.published import load_lm
 from genomics import caduceus, hyenadna_published
 from genomics.caduceus import Caduceus
 from genomics.fasta import Fasta
+from genomics.generative import build_classifier
 from genomics.hyenadna import HyenaDNA
 from genomics.intervals import Interval
 from genomics.models import GenomeClassifier, build_lm, read_checkpoint
 from genomics.vocabulary import BOS, MASK, A, T
+from kernels.selective_scan.exactness import between_pieces
 
 LIGHTNING_WEIGHTS = "weights.ckpt"  # how HyenaDNA's first releases come
 PIECE = 65536  # bases that go through a model at a time
@@ -80,6 +82,11 @@ class Loaded:
         """Hidden states (B, L, D) of ids (B, L); of Caduceus-PS (B, L, 2 D)."""
         return self.net.hidden(ids) if isinstance(self.net, Caduceus) else self.backbone()(ids)
 
+    def carry_on(self, ids: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        """Hidden states (B, L, D) of the next piece of a sequence, and the state after it."""
+        with between_pieces():
+            return self.backbone().forward_state(ids, state)
+
     def init_state(self) -> tuple[Any, ...]:
         """The state before the first token, of one sequence."""
         return tuple(layer.mixer.init_state(1) for layer in self.backbone().layers)
@@ -120,7 +127,8 @@ def _from_checkpoint(path: Path) -> Loaded:
     if "num_classes" in options:
         known = ("d_model", "n_layer", "d_state", "d_conv", "expand")
         sizes = {key: options[key] for key in known if key in options}
-        model = GenomeClassifier(options["num_classes"], options["pooling"], options["average_strands"], **sizes)
+        goal = options.get("goal", "discriminative")
+        model = build_classifier(goal, options["num_classes"], options["pooling"], options["average_strands"], **sizes)
         load_into(model, _only(state, model), str(path))
         return Loaded(model, None, model, tuple(options.get("class_names") or ()))
     accepted = inspect.signature(build_lm).parameters
@@ -203,7 +211,7 @@ def hidden_pieces(model: Loaded, fasta: Fasta, place: Interval, piece: int | Non
         if state is None:
             hidden = model.hidden(ids)
         else:
-            hidden, state = model.backbone().forward_state(ids, state)
+            hidden, state = model.carry_on(ids, state)
         yield hidden[0, int(first) :]
 
 
@@ -243,7 +251,7 @@ def log_probability_pieces(
         if state is None:
             hidden = model.hidden(ids)
         else:
-            hidden, state = model.backbone().forward_state(ids, state)
+            hidden, state = model.carry_on(ids, state)
         before = hidden if last is None else torch.cat([last, hidden], dim=1)
         last = hidden[:, -1:]
         scores = head(before[:, :-1]).float().log_softmax(-1)[0]

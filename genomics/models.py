@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.checkpoints import load_into, read_weights
@@ -15,7 +16,7 @@ from core.errors import UserError
 from core.lm import MambaConfig, MambaLM
 from genomics.caduceus import Caduceus, CaduceusConfig
 from genomics.hyenadna import HyenaDNA, HyenaDNAConfig
-from genomics.vocabulary import COMPLEMENT, PAD, TOKENS
+from genomics.vocabulary import COMPLEMENT, PAD, TOKENS, A, T
 
 Pooling = Literal["max", "mean", "last"]
 MixerName = Literal["mamba", "mamba2", "mamba3", "hyena", "attention"]
@@ -140,18 +141,31 @@ class GenomeClassifier(nn.Module):
         average_strands: Score both strands of each sequence and average the logits, so that a sequence and its
             reverse complement get the same scores (Schiff et al. 2024, Caduceus, section 4.2, post-hoc conjoining).
             In training a strand is scored as it comes.
+        language: Weight of a second loss, nats of the next base, which trains the backbone on every position; 0 leaves
+            it and its head out.
         sizes: Arguments of ``GenomeLM``.
 
     Raises:
         ValueError: For sizes that do not fit.
     """
 
-    def __init__(self, num_classes: int, pooling: Pooling = "max", average_strands: bool = True, **sizes: Any) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        pooling: Pooling = "max",
+        average_strands: bool = True,
+        language: float = 0.0,
+        **sizes: Any,
+    ) -> None:
         super().__init__()
+        self.num_classes = num_classes
         self.pooling: Pooling = pooling
         self.average_strands = average_strands
         self.backbone = GenomeLM(**sizes).backbone
         self.head = nn.Linear(sizes["d_model"], num_classes)
+        self.language = language
+        if language:
+            self.next_base = nn.Linear(sizes["d_model"], T - A + 1)
         self.register_buffer("complement", torch.from_numpy(COMPLEMENT).long(), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -176,8 +190,33 @@ class GenomeClassifier(nn.Module):
         flipped = torch.where(index < real, real - 1 - index, index)
         return self.complement[ids.gather(1, flipped)]  # type: ignore[index]
 
+    def loss(self, ids: Tensor, classes: Tensor) -> Tensor:
+        """Mean cross-entropy of sequences (B, L) with their classes (B,), and what ``language`` adds."""
+        hidden = self.backbone(ids)
+        loss = F.cross_entropy(self.score_states(hidden, ids), classes)
+        if not self.language:
+            return loss
+        wanted = torch.where((ids >= A) & (ids <= T), ids - A, -1)[:, 1:]
+        logits = self.next_base(hidden[:, :-1]).float()
+        nats = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-1, reduction="sum")
+        return loss + self.language * nats / (wanted >= 0).sum().clamp(min=1)
+
+    def score_states(self, hidden: Tensor, ids: Tensor, before: Tensor | None = None) -> Tensor:
+        """Score sequences whose hidden states are known.
+
+        Args:
+            hidden: (B, L, D).
+            ids: (B, L), right-padded with [PAD].
+            before: (B, 1, D) hidden state before them, of pieces of a sequence; a head over pooled states has no use
+                for it.
+
+        Returns:
+            Logits (B, K).
+        """
+        return self.head(pool(hidden, ids != PAD, self.pooling))
+
     def _score(self, ids: Tensor) -> Tensor:
-        return self.head(pool(self.backbone(ids), ids != PAD, self.pooling))
+        return self.score_states(self.backbone(ids), ids)
 
 
 def pool(hidden: Tensor, real: Tensor, pooling: Pooling) -> Tensor:

@@ -15,9 +15,8 @@ from core.cli import run
 from core.errors import UserError
 from core.training.report import Report
 from genomics.fasta import Fasta
-from genomics.inference import Loaded, hidden_pieces, load_model, log_probability_pieces, surprisal
+from genomics.inference import Loaded, hidden_pieces, load_model, log_probability_pieces, surprisal, to_tensor
 from genomics.intervals import Interval
-from genomics.models import pool
 from genomics.output import Results, intervals, progress, write_bedgraph, write_bigwig
 from genomics.vocabulary import A, T
 
@@ -123,20 +122,20 @@ def class_probabilities(
     """Yield start, end and class probabilities (K,) of each bin: its hidden states, pooled, through the head."""
     classifier = model.classifier
     assert classifier is not None
-    start = place.start
+    start, before = place.start, None
     for hidden in hidden_pieces(model, fasta, place, piece):
-        for states in hidden.split(bin):
-            real = torch.ones(1, len(states), dtype=torch.bool, device=states.device)
-            logits = classifier.head(pool(states[None], real, classifier.pooling))[0]
-            yield start, start + len(states), logits.float().softmax(0)
-            start += len(states)
+        ids = to_tensor(fasta.read(place.record, start, start + len(hidden)), model.device)
+        for states, bases in zip(hidden[None].split(bin, dim=1), ids[None].split(bin, dim=1), strict=True):
+            logits = classifier.score_states(states, bases, before)[0]
+            yield start, start + bases.shape[1], logits.float().softmax(0)
+            start, before = start + bases.shape[1], states[:, -1:]
 
 
 def _write_classes(
     path: Path, model: Loaded, fasta: Fasta, places: list[Interval], bin: int, piece: int
 ) -> dict[str, float]:
     assert model.classifier is not None
-    names = model.class_names or tuple(f"class{i}" for i in range(model.classifier.head.out_features))
+    names = model.class_names or tuple(f"class{i}" for i in range(model.classifier.num_classes))
     bases = dict.fromkeys(names, 0)
     with path.open("w", encoding="utf-8") as file:
         for place in progress(places, "reading"):

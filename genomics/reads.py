@@ -197,6 +197,10 @@ class Reads(Dataset):
         known: What the third item says: the loci are those of the training.
         seed: Of individuals and fixed reads.
         fixed: Fix training reads too.
+
+    Attributes:
+        in_use: (1,) int64 in shared memory: how many loci reads come from, the first of them in an order that the seed
+            gives. All of them, until somebody writes there (``genomics.warmup.PanelWarmup``), for loader processes too.
     """
 
     def __init__(
@@ -215,6 +219,8 @@ class Reads(Dataset):
         self.loci, self.part, self.count, self.individuals = loci, part, count, individuals
         self.read_length, self.mutation_rate, self.error_rate = read_length, mutation_rate, error_rate
         self.known, self.seed, self.fixed = known, seed, fixed or part != "train"
+        self.in_use = torch.tensor([len(loci)]).share_memory_()
+        self.order = np.random.default_rng([seed, len(loci)]).permutation(len(loci))
 
     def __len__(self) -> int:
         return self.count
@@ -224,7 +230,10 @@ class Reads(Dataset):
         species = index % len(self.loci.bases)
         draw = [self.seed, PARTS[self.part], int(self.known), index] if self.fixed else int(torch.randint(2**62, ()))
         rng = np.random.default_rng(draw)
-        haplotype = self.haplotype(species, int(rng.integers(self.individuals)), int(rng.integers(len(self.loci))))
+        individual, locus = int(rng.integers(self.individuals)), int(rng.integers(int(self.in_use)))
+        if int(self.in_use) < len(self.loci):
+            locus = int(self.order[locus])
+        haplotype = self.haplotype(species, individual, locus)
         start = int(rng.integers(len(haplotype) - self.read_length + 1))
         read = mutate(haplotype[start : start + self.read_length], self.error_rate, rng)
         if rng.random() < 0.5:

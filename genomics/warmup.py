@@ -1,4 +1,4 @@
-"""Training on short windows first: a callback that doubles the windows' length as epochs pass."""
+"""Training on what is easier first: callbacks that start with short windows, or with few loci."""
 
 from typing import Any, Literal
 
@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 
 from core.errors import UserError
 from genomics.datasets import GenomeData
+from genomics.reads import Reads
 from genomics.species import SpeciesData
 
 
@@ -53,3 +54,78 @@ class LengthWarmup(Callback):
             raise UserError("LengthWarmup with constant batch: epochs differ in steps; give --trainer.max_steps")
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         data.stage_of = lambda: self.stage(trainer.current_epoch, data.window, data.batch_size)
+
+
+class PanelWarmup(Callback):
+    """Trains on ``start`` loci of the panel first, and takes in more whenever the loss has fallen.
+
+    ``--trainer.callbacks+=genomics.warmup.PanelWarmup``. A classifier of many loci begins with a plateau: the few bases
+    that tell a locus's species apart are found by chance, each by itself, and every locus is noise to the others. Of
+    few loci it finds them soon, and then has features that mean a species, which the next loci need only be tied to
+    (curriculum learning, Bengio et al. 2009). Whenever the mean of ``steps`` training losses, smoothed, is below
+    ``below``, ``growth`` times as many loci are in use. Validation and test have all of them.
+
+    Args:
+        start: Loci at first.
+        growth: Factor of their number.
+        below: Training loss at which to take in more: nats a read, of generative models nats a base.
+        steps: Steps between looks at the loss, which wait for the GPU.
+
+    Raises:
+        UserError: If a value does not fit.
+    """
+
+    def __init__(self, start: int = 16, growth: float = 1.5, below: float = 0.4, steps: int = 10) -> None:
+        if start < 1 or growth <= 1 or steps < 1:
+            raise UserError(
+                f"PanelWarmup: start is {start}, growth {growth} and steps {steps}; wanted at least 1, more than 1 and "
+                "at least 1"
+            )
+        self.start, self.growth, self.below, self.steps = start, growth, below, steps
+        self.smooth = float("inf")
+        self.count: int | None = None  # loci in use
+        self._losses: list[Any] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {"count": self.count, "smooth": self.smooth}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what a resumed run goes on from."""
+        self.count, self.smooth = state_dict["count"], state_dict["smooth"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse data without loci."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and (not isinstance(data, SpeciesData) or data.loci is None):
+            raise UserError("PanelWarmup works with the panels of genomics.classify (--data.source panel)")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tell the epoch's reads how many loci are in use."""
+        reads = _reads(trainer)
+        self.count = min(self.start if self.count is None else self.count, len(reads.loci))
+        reads.in_use.fill_(self.count)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the loss every so many steps."""
+        reads, loss = _reads(trainer), outputs["loss"] if isinstance(outputs, dict) else outputs
+        assert self.count is not None
+        if self.count == len(reads.loci):
+            return
+        self._losses.append(loss.detach())
+        if len(self._losses) < self.steps:
+            return
+        mean, self._losses = float(sum(self._losses)) / self.steps, []
+        self.smooth = mean if self.smooth == float("inf") else (self.smooth + mean) / 2
+        if self.smooth < self.below:
+            self.count = min(max(self.count + 1, int(self.count * self.growth)), len(reads.loci))
+            reads.in_use.fill_(self.count)
+        pl_module.log("train/loci", float(self.count))
+
+
+def _reads(trainer: Trainer) -> Reads:
+    loader: Any = trainer.train_dataloader
+    assert isinstance(loader.dataset, Reads)
+    return loader.dataset

@@ -73,6 +73,7 @@ class SmallImages(ImageData):
         self.padding, self.horizontal_flip, self.erasing = padding, horizontal_flip, erasing
         self.mean, self.std = tuple(mean), tuple(std)
         self.parts: dict[str, Part] = {}
+        self._scale: Tensor | None = None  # mean and std where the batches are
 
     @property
     def class_names(self) -> list[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -116,8 +117,9 @@ class SmallImages(ImageData):
         if self.trainer is not None and self.trainer.training:
             images = shift_and_flip(images, self.padding, self.horizontal_flip)
         x = images.float() / 255
-        mean, std = (x.new_tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
-        x = (x - mean) / std
+        if self._scale is None or self._scale.device != x.device:  # once: each copy makes the host wait for the GPU
+            self._scale = torch.tensor([self.mean, self.std], device=x.device).view(2, -1, 1, 1)
+        x = (x - self._scale[0]) / self._scale[1]
         if self.trainer is not None and self.trainer.training and self.erasing:
             x = erase(x, self.erasing)
         if self.img_size is not None and self.img_size != x.shape[-1]:

@@ -6,7 +6,7 @@ Legend: B batch, L length, D model width, E inner width (expand * D), N state, R
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core import hippo
+from core.forget import forget, may_forget
 from core.parallel import sequence
 
 
@@ -63,6 +64,8 @@ class Mamba(nn.Module):
     Raises:
         ValueError: For sizes that do not fit, or an unknown dt_init.
     """
+
+    carries_state: ClassVar[bool] = True  # a block may run it piece by piece with gradients: see ``core.block``
 
     def __init__(
         self,
@@ -131,8 +134,11 @@ class Mamba(nn.Module):
         Returns:
             (B, L, D) in x's dtype.
         """
-        x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, _ = self._conv(x, None, cu_seqlens, seq_idx, False)
+        before, z = self.in_proj(x).chunk(2, dim=-1)
+        x, _ = self._conv(before, None, cu_seqlens, seq_idx, False)
+        if may_forget():  # one pass over what in_proj left, which is kept
+            before = before.detach()
+            forget(x, lambda: self._conv(before, None, cu_seqlens, seq_idx, False)[0])
         y, _ = self._scan(x, z, None, cu_seqlens, seq_idx, False)
         return self.out_proj(y)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -31,23 +30,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With code 2 after a user's mistake, 130 after Ctrl-C.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
     with exit_codes():
         from core.synthetics import command
 
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(command.overview("core.synthetics"))
-            return
-        parsed = command.parse("core.synthetics", arguments, command.RunOptions)
-        run(parsed, shlex.join(["python", "-m", "core.synthetics", *arguments]))
+        arguments = sys.argv[1:] if argv is None else argv
+        command.start("core.synthetics", arguments, command.RunOptions, run)
 
 
-def run(parsed: Parsed, line: str) -> None:
+def run(parsed: Parsed) -> None:
     """Runs one run and leaves its folder, whose path is printed last.
 
     Args:
         parsed: Recipe, settings and options.
-        line: The command line, for the record.
 
     Raises:
         UserError: For what does not fit, and if the run fails.
@@ -65,7 +59,7 @@ def run(parsed: Parsed, line: str) -> None:
     )
     folder.start()
     (folder.path / "config.yaml").write_text(yaml.safe_dump(asdict(settings), sort_keys=False), encoding="utf-8")
-    folder.mark({"status": "running", "command": line})
+    folder.mark({"status": "running", "command": parsed.line})
     status, result = "interrupted", result or work.result
     try:
         with command.progress(settings.steps) as lines:
@@ -74,14 +68,14 @@ def run(parsed: Parsed, line: str) -> None:
                 result = ended or result
         status = "failed" if result.stopped == "failed" else "finished"
     finally:
-        leave(folder.path, parsed, work, result, line, status)
-        folder.mark({"status": status, "command": line, "seconds": round(result.seconds, 1)})
+        leave(folder.path, parsed, work, result, status)
+        folder.mark({"status": status, "command": parsed.line, "seconds": round(result.seconds, 1)})
     if status == "failed":
         raise UserError(f"the run failed: {result.error}; {folder.path} holds what there is")
     print(folder.path)
 
 
-def leave(folder: Path, parsed: Parsed, work: Run, result: Result, line: str, status: str) -> None:
+def leave(folder: Path, parsed: Parsed, work: Run, result: Result, status: str) -> None:
     """Prints a run's figures, and writes them with its history and its page."""
     from core.synthetics import command, figures, rows
     from core.training.report import Report, curves, write_atomically
@@ -108,7 +102,7 @@ def leave(folder: Path, parsed: Parsed, work: Run, result: Result, line: str, st
     if status != "finished":
         report.text("State", f"This run was {status}: the figures are those up to that point.")
     report.facts(
-        "Run", {**asdict(work.settings), "layer": parsed.recipe.entry(work.settings), **facts, "command": line}
+        "Run", {**asdict(work.settings), "layer": parsed.recipe.entry(work.settings), **facts, "command": parsed.line}
     )
     report.table("Tests", rows.summary([row]), "Accuracy in per cent by length; training ended by: " + result.stopped)
     for title, figure in (("Training", curves(result.history)), ("Lengths", figures.lengths_figure([row]))):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -72,11 +73,36 @@ class Parsed:
         recipe: The study.
         changed: The settings in which the user differs from the recipe.
         options: An instance of the command's options.
+        line: The command line, for the record.
     """
 
     recipe: Recipe
     changed: dict[str, Any]
     options: Any
+    line: str
+
+
+def start(
+    program: str,
+    arguments: Sequence[str],
+    options: type[RunOptions] | type[TableOptions],
+    work: Callable[[Parsed], None],
+) -> None:
+    """Runs a command, or shows which recipes there are.
+
+    Args:
+        program: The command's module.
+        arguments: A recipe's name and options.
+        options: Those beside the settings.
+        work: What the command does.
+
+    Raises:
+        UserError: For a user's mistake.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(overview(program))
+        return
+    work(parse(program, arguments, options))
 
 
 def overview(program: str) -> str:
@@ -111,7 +137,8 @@ def parse(program: str, arguments: Sequence[str], options: type[RunOptions] | ty
     parser.set_defaults(defaults)
     values = cli.parse(parser, arguments[1:]).as_dict()
     changed = {name: values[name] for name in defaults if values[name] != defaults[name]}
-    return Parsed(found, changed, options(**{entry.name: values[entry.name] for entry in fields(options)}))
+    given = options(**{entry.name: values[entry.name] for entry in fields(options)})
+    return Parsed(found, changed, given, shlex.join(["python", "-m", program, *arguments]))
 
 
 def device(name: str | None) -> torch.device:

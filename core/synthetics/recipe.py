@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -38,11 +38,14 @@ class Settings:
         advance_at: Accuracy of a check, on the stage's own task, that ends a stage before its time; null is none.
         steps: Optimizer steps.
         batch_size: Sequences of a step.
-        lr: Peak learning rate of AdamW (0.9, 0.98).
+        lr: Peak learning rate of AdamW.
+        beta2: AdamW's memory of squared gradients; that of gradients is 0.9. Where a task is learnt to the last digit
+            and gradients are all but zero, a short one blows the next surprise up into a large step.
         warmup: Steps of the linear warm-up.
         cosine: Whether the rate falls to zero over the run by half a cosine, else it is constant.
         weight_decay: Not applied to vectors and to parameters that carry ``_no_weight_decay``.
         clip: Largest norm of the gradient.
+        precision: float32, or bfloat16 where autocast allows it.
         check_every: Steps between checks on held-out sequences.
         stop_at: Accuracy of a check that ends the training; null trains all steps.
         test_lengths: Lengths of the tests; empty is the task's own.
@@ -62,10 +65,12 @@ class Settings:
     steps: int = 10_000
     batch_size: int = 64
     lr: float = 1e-3
+    beta2: float = 0.98
     warmup: int = 500
     cosine: bool = True
     weight_decay: float = 0.0
     clip: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"
     check_every: int = 500
     stop_at: float | None = None
     test_lengths: list[int] = field(default_factory=list)
@@ -149,8 +154,13 @@ class Recipe:
         return {**entry, **settings.mixer}
 
     def identity(self, settings: Settings) -> str:
-        """A hash of everything that a run's result follows from."""
-        facts = [self.task, self.entry(settings), asdict(settings)]
+        """A hash of everything that a run's result follows from.
+
+        Settings at their defaults are left out, so that runs keep their identity when a setting is added.
+        """
+        start = asdict(Settings())
+        chosen = {name: value for name, value in asdict(settings).items() if value != start[name]}
+        facts = [self.task, self.entry(settings), chosen]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -192,6 +202,8 @@ def check(settings: Settings) -> Settings:
     for name in ("lr", "clip"):
         if not getattr(settings, name) > 0:
             raise UserError(f"--{name} is {getattr(settings, name)}; wanted a positive number")
+    if not 0 <= settings.beta2 < 1:
+        raise UserError(f"--beta2 is {settings.beta2}; wanted a number from 0 up to, not including, 1")
     for name in ("advance_at", "stop_at"):
         value = getattr(settings, name)
         if value is not None and not 0 < value <= 1:

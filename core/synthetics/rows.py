@@ -27,7 +27,6 @@ def row(recipe: Recipe, settings: Settings, result: Result, facts: Mapping[str, 
     """
     lengths = settings.test_lengths or [recipe.make_task(settings).length]
     accuracy = {f"{ACCURACY}{n}": f"{result.accuracy[n]:.5f}" if n in result.accuracy else "" for n in lengths}
-    loss = result.history[-1]["train/loss"] if result.history else math.nan
     return {
         "id": recipe.identity(settings),
         "model": settings.model,
@@ -39,7 +38,7 @@ def row(recipe: Recipe, settings: Settings, result: Result, facts: Mapping[str, 
         "parameters": str(result.parameters),
         "steps": str(result.steps),
         "stopped": result.stopped,
-        "loss": f"{loss:.5f}",
+        "loss": f"{result.loss:.5f}",
         **accuracy,
         "seconds": f"{result.seconds:.0f}",
         **facts,

@@ -29,23 +29,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With code 2 after a user's mistake, 130 after Ctrl-C.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
     with exit_codes():
         from core.synthetics import command
 
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(command.overview("core.synthetics.table"))
-            return
-        parsed = command.parse("core.synthetics.table", arguments, command.TableOptions)
-        options: TableOptions = parsed.options
-        wanted = parsed.recipe.rows(
-            parsed.changed, options.models or [], options.seeds or [parsed.recipe.settings.seed]
-        )
-        file = Path(options.file or f"runs/synthetics/{parsed.recipe.name}/table.csv")
-        failed = [] if options.show else fill(parsed.recipe, wanted, file, options)
-        write_page(parsed, wanted, file)
-        if failed:
-            raise UserError(f"{len(failed)} of the runs failed: {'; '.join(failed)}; the others are in {file}")
+        arguments = sys.argv[1:] if argv is None else argv
+        command.start("core.synthetics.table", arguments, command.TableOptions, run)
+
+
+def run(parsed: Parsed) -> None:
+    """Fills a table, prints it and writes its page.
+
+    Args:
+        parsed: Recipe, settings and options.
+
+    Raises:
+        UserError: For what does not fit, and after all if some of the runs failed.
+    """
+    options: TableOptions = parsed.options
+    wanted = parsed.recipe.rows(parsed.changed, options.models or [], options.seeds or [parsed.recipe.settings.seed])
+    file = Path(options.file or f"runs/synthetics/{parsed.recipe.name}/table.csv")
+    failed = [] if options.show else fill(parsed.recipe, wanted, file, options)
+    write_page(parsed, wanted, file)
+    if failed:
+        raise UserError(f"{len(failed)} of the runs failed: {'; '.join(failed)}; the others are in {file}")
 
 
 def fill(recipe: Recipe, wanted: Sequence[Settings], file: Path, options: TableOptions) -> list[str]:

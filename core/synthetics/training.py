@@ -40,6 +40,7 @@ class Result:
         accuracy: Share of right answers by length of the test; a length that the model cannot take is missing.
         history: Records of the checks: step, loss of training and accuracy.
         steps: Optimizer steps made.
+        loss: Of training, the mean since the last check before the end; NaN after no step.
         stopped: ``steps``, ``solved``, ``time``, ``diverged`` or ``failed``: what ended the training.
         seconds: From the start of the training to the end of the tests; with other runs beside it, theirs count too.
         parameters: Of the model.
@@ -48,6 +49,7 @@ class Result:
     accuracy: dict[int, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     steps: int = 0
+    loss: float = math.nan
     stopped: str = "steps"
     seconds: float = 0.0
     parameters: int = 0
@@ -85,7 +87,7 @@ class Run:
         for group in groups:
             group["lr"] = torch.zeros((), device=device)
         cuda = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True, capturable=cuda)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, settings.beta2), fused=True, capturable=cuda)
         self.stream = torch.cuda.Stream(device) if cuda else None
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(device))
@@ -103,6 +105,7 @@ class Run:
             if self.result.stopped != "steps":
                 break
         self.graph = None  # and its memory
+        self.result.loss = self._mean_loss()
         if self.result.stopped != "diverged":
             for length in self.lengths:
                 sequences = max(1, min(self.settings.test_sequences, self.settings.test_tokens // length))
@@ -148,13 +151,17 @@ class Run:
     def _check(self, stage: Task) -> Generator[bool, None, float]:
         """Adds a record to the history, and returns its accuracy."""
         accuracy = yield from self._evaluate(CHECKS, stage.length, CHECK_SEQUENCES, stage)
-        done, every = self.result.steps, self.settings.check_every
-        with self._stream():
-            loss = self.losses[max(0, done - every) : done].mean().item()
-        self.result.history.append({"step": done, "train/loss": loss, "val/accuracy": accuracy})
+        loss = self._mean_loss()
+        self.result.history.append({"step": self.result.steps, "train/loss": loss, "val/accuracy": accuracy})
         if not math.isfinite(loss):
             self.result.stopped = "diverged"
         return accuracy
+
+    def _mean_loss(self) -> float:
+        """Of the steps since the last check."""
+        done, every = self.result.steps, self.settings.check_every
+        with self._stream():
+            return self.losses[(done - 1) // every * every : done].mean().item() if done else math.nan
 
     def _one_step(self, stage: Task, number: int) -> None:
         """Makes a step of a stage: plainly on a CPU and at first, then by its graph."""
@@ -172,7 +179,8 @@ class Run:
         settings = self.settings
         batch = stage.batch(settings.seed, TRAINING, self.step, settings.batch_size)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model.loss(batch)
+        with self._precision():
+            loss = self.model.loss(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         share = self._rate()
@@ -205,13 +213,18 @@ class Run:
             right = torch.zeros((), dtype=torch.int64, device=self.device)
         for number in range(math.ceil(sequences / rows)):
             size = min(rows, sequences - number * rows)
-            with self._stream(), torch.no_grad():
+            with self._stream(), self._precision(), torch.no_grad():
                 step = torch.full((), number, dtype=torch.int64, device=self.device)
                 batch = task.batch(self.settings.seed, split, step, size, length)
                 right += self.model.count_right(batch, PIECE if in_pieces else None)
             yield from self._wait()
         with self._stream():
             return right.item() / (sequences * batch.answers.shape[1])
+
+    def _precision(self) -> contextlib.AbstractContextManager[object]:
+        """Autocast if it is wanted; without its cache of cast weights, which a graph would not renew."""
+        wanted = self.settings.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted, cache_enabled=False)
 
     def _stream(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)

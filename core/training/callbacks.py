@@ -1,19 +1,21 @@
 """What happens around the steps of a run: averaged weights, exact resume, Ctrl-C."""
 
+import itertools
 import signal
 import threading
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback, Checkpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from core.training.rng import ResumableLoader, rng_state, set_rng_state
 
 
-class EMA(EMAWeightAveraging):
+class EMA(WeightAveraging):
     """Exponential moving average of the weights: validated, saved in ``state_dict``, and left in the net at the end.
 
     Args:
@@ -21,8 +23,34 @@ class EMA(EMAWeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        super().__init__(decay=decay, use_buffers=True)
+        super().__init__(use_buffers=True)
+        self.decay = decay
         self._swapped = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Make the average where the weights will be: they move there only after this hook."""
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take a step's weights in, all at once: the host neither waits for a GPU nor goes from tensor to tensor."""
+        if trainer.global_step <= self._latest_update_step:  # gradients are still being accumulated
+            return
+        average = self._average_model
+        assert average is not None
+        old, new = ([*itertools.chain(m.parameters(), m.buffers())] for m in (average.module, pl_module))
+        mixed = [t.is_floating_point() and self._latest_update_step > 0 for t in old]
+        if any(mixed):
+            pairs = [(a, b) for a, b, mix in zip(old, new, mixed, strict=True) if mix]
+            torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - self.decay)
+        for a, b, mix in zip(old, new, mixed, strict=True):
+            if not mix:
+                a.copy_(b)
+        average.n_averaged += 1
+        self._latest_update_step = trainer.global_step
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the averaged weights in."""

@@ -187,7 +187,7 @@ class TrainingModule(LightningModule):
         rate = max(group["lr"] for group in self.trainer.optimizers[0].param_groups)
         size = self.batch_items(batch)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=size, sync_dist=True)
-        self.log("train/lr", rate, prog_bar=True, batch_size=size)
+        self.log("train/lr", torch.tensor(rate), prog_bar=True, batch_size=size)  # a number would wait for the GPU
         return loss
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

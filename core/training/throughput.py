@@ -106,7 +106,8 @@ class Throughput(Callback):
         self._last = now
         if self._steps:
             for name, value in self._rates(trainer, pl_module).items():
-                pl_module.log(f"train/{name}", value, prog_bar=True, batch_size=items)
+                # A tensor on the CPU: a number would be copied to the GPU, for which the host waits.
+                pl_module.log(f"train/{name}", torch.tensor(value), prog_bar=True, batch_size=items)
 
     def _rates(self, trainer: Trainer, pl_module: TrainingModule) -> dict[str, float]:
         seconds = sum(step[0] for step in self._steps)

@@ -47,7 +47,8 @@ def diagonal_ssm(
         B: ``(H, M)`` complex discrete input weights.
         C: ``(H, M)`` complex output weights.
         initial_state: ``(B, H, M)`` complex; zeros by default.
-        backend: ``reference`` for the definition; all others of ``kernels.backend`` mean the same operators.
+        backend: ``reference`` for the definition; ``triton`` has kernels for the states between chunks; all others of
+            ``kernels.backend`` mean the same operators.
 
     Returns:
         y ``(B, L, H)`` in u's dtype, and the final state ``(B, H, M)`` complex.
@@ -79,8 +80,14 @@ def _check(u: Tensor, log_a: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
 
 def _run(u: Tensor, log_a: Tensor, B: Tensor, C: Tensor, state: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """The outputs in plain differentiable operators."""
-    module = reference if resolve("diagonal_ssm", backend, u.device) == "reference" else aten
-    return module.diagonal_ssm(u, log_a, B, C, state)
+    name = resolve("diagonal_ssm", backend, u.device)
+    if name == "reference":
+        return reference.diagonal_ssm(u, log_a, B, C, state)
+    if name == "triton" and u.dtype != torch.float64 and u.numel():
+        from kernels.diagonal_ssm import triton
+
+        return aten.diagonal_ssm(u, log_a, B, C, state, triton.between)
+    return aten.diagonal_ssm(u, log_a, B, C, state)
 
 
 @op

@@ -5,6 +5,7 @@ B batch, L length, H channels, M complex states, T chunk, J chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,8 +25,33 @@ def channel_blocks(u: Tensor) -> list[slice]:
     return [slice(first, min(first + size, channels)) for first in range(0, channels, size)]
 
 
-def diagonal_ssm(u: Tensor, log_a: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns y (B, L, H) in u's dtype and the final state (B, H, M)."""
+def between(added: Tensor, first: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+    """The states between chunks: x_0 = first, x_{j+1} = step x_j + added_j.
+
+    Args:
+        added: (H, B, J, 2 M) real and imaginary parts in turn.
+        first: (H, B, 2 M).
+        step: (H, M) complex.
+
+    Returns:
+        x_0 to x_{J-1} as ``added``, and x_J as ``first``.
+    """
+    joined = torch.cat([first[:, :, None], added], dim=2)
+    joined = torch.view_as_complex(joined.unflatten(3, (-1, 2)).contiguous())
+    states = torch.view_as_real(_Recurrence.apply(joined, step[:, None, None]))  # type: ignore[arg-type]
+    states = states.flatten(3)
+    return states[:, :, :-1], states[:, :, -1]
+
+
+def diagonal_ssm(
+    u: Tensor,
+    log_a: Tensor,
+    B: Tensor,
+    C: Tensor,
+    initial_state: Tensor | None,
+    between: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = between,
+) -> tuple[Tensor, Tensor]:
+    """Returns y (B, L, H) in u's dtype and the final state (B, H, M); ``between`` gives the states between chunks."""
     state = log_a.new_zeros(u.shape[0], *log_a.shape) if initial_state is None else initial_state
     state = torch.view_as_real(state.transpose(0, 1)).flatten(2)  # (H, B, 2 M): real and imaginary parts in turn
     outputs = []
@@ -38,21 +64,12 @@ def diagonal_ssm(u: Tensor, log_a: Tensor, B: Tensor, C: Tensor, initial_state: 
         step = power[:, :, size]
 
         def scan(added: Tensor, first: Tensor, step: Tensor = step) -> tuple[Tensor, Tensor]:
-            return _scan(added, first, step)
+            return between(added, first, step)
 
         y, state = run_chunks(u[:, start:stop], state, 2 * taps[:, 0].real, write, read, scan)
         outputs.append(y.to(u.dtype))
     y = torch.cat(outputs, dim=1) if outputs else u.new_empty(u.shape)
     return y, torch.view_as_complex(state.unflatten(2, (-1, 2)).contiguous()).transpose(0, 1)
-
-
-def _scan(added: Tensor, first: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-    """The state before each chunk (H, B, J, 2 M) and after the last (H, B, 2 M)."""
-    joined = torch.cat([first[:, :, None], added], dim=2)
-    joined = torch.view_as_complex(joined.unflatten(3, (-1, 2)).contiguous())
-    states = torch.view_as_real(_Recurrence.apply(joined, step[:, None, None]))  # type: ignore[arg-type]
-    states = states.flatten(3)
-    return states[:, :, :-1], states[:, :, -1]
 
 
 class _Recurrence(torch.autograd.Function):

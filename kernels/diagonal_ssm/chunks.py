@@ -48,7 +48,7 @@ def run_chunks(
     batch, length, channels = u.shape
     size = kernel.shape[1]
     rows = u.permute(2, 0, 1).to(kernel.dtype).reshape(channels, length * batch // size, size)
-    added = torch.bmm(rows, write).unflatten(1, (batch, -1))
+    added = torch.bmm(rows, write).unflatten(1, (batch, length // size))
     before, state = scan(added, state)
     y = torch.baddbmm(torch.bmm(rows, toeplitz(kernel)), before.flatten(1, 2), read)
     return y.view(channels, batch, length).permute(1, 2, 0), state

@@ -111,6 +111,59 @@ def walk(
 
 
 @njit(**PART)
+def is_shared(s: Sizes, rate: np.ndarray, low: np.ndarray) -> bool:
+    """Whether all states of each channel decay alike, as in state space duality: one exponential does for all."""
+    shared = s.state > 1
+    for n in range(1, s.state):
+        for d in range(rate.shape[2]):
+            shared = shared and rate[0, n, d] == rate[0, 0, d] and low[0, n, d] == low[0, 0, d]
+    return shared
+
+
+@njit(**INNER)
+def advance_shared(
+    s: Sizes,
+    c: Scratch,
+    steps: int,
+    rate: np.ndarray,
+    low: np.ndarray,
+    B: np.ndarray,
+    C: np.ndarray,
+    h: np.ndarray,
+    y: np.ndarray,
+) -> None:
+    """``advance_real`` where ``is_shared``; the decays of a chunk take the place of the slopes."""
+    apart()
+    width = y.shape[1]
+    for d in range(0, width, WIDTH):
+        for at in range(d, steps * width + d, width):
+            store(c.slope, at, 0, decay(load(c.dt, at, 0, 1), load(rate, d, 0, 1), load(low, d, 0, 1)))
+        for n in range(0, s.padded, GROUP):
+            walk_shared(s, c, steps, n, d, pointer(B), pointer(C), h, pointer(y), width)
+
+
+@njit(**FUSED)
+def walk_shared(
+    s: Sizes, c: Scratch, steps: int, n: int, d: int, B: Any, C: Any, states: np.ndarray, y: Any, width: int
+) -> None:
+    """``walk`` with the decays of ``advance_shared``."""
+    decays, u, rows_b, rows_c, restart = (
+        pointer(c.slope), pointer(c.x), pointer(c.B), pointer(c.C), pointer(c.restart),
+    )  # fmt: skip
+    tile = n * width + d
+    h = load(states, tile, width, GROUP)
+    for i in range(steps):
+        at = i * width + d
+        if restart[i] != 0:
+            h = replace(h, states.dtype.type(0))
+        b = spread(rows_b, i * s.padded + n, h) if s.varying_b else load(B, tile, width, h)
+        r = spread(rows_c, i * s.padded + n, h) if s.varying_c else load(C, tile, width, h)
+        h = load(decays, at, 0, 1) * h + load(u, at, 0, 1) * b
+        store(y, at, 0, load(y, at, 0, 1) + total(h * r))
+    store(states, tile, width, h)
+
+
+@njit(**PART)
 def put(s: Sizes, b: int, k: int, d0: int, width: int, steps: int, c: Scratch, rows: Any, y: Any) -> None:
     """Adds rows, gated, to their tokens of y ``(B, L, K or 1, D)``: gating each route is gating their sum."""
     routes = s.routes if s.keep else 1
@@ -151,6 +204,7 @@ def _make(sources: str, planes: int) -> Callable[..., None]:
             for k in range(s.routes):
                 load_tile(v.A, s, k, d0, d1, A)
                 split_rates(A, rate, low)
+                shared = is_shared(s, rate, low)
                 if not s.varying_b:
                     load_tile(v.B, s, k, d0, d1, B)
                 if not s.varying_c:
@@ -168,7 +222,9 @@ def _make(sources: str, planes: int) -> Callable[..., None]:
                         first = stop - 1 - done if s.reverse else start + done
                         gather(s, v, b, k, g, d0, d1, first, steps, bias, c, False)
                         prepare(c, steps, D, y_rows)
-                        if planes == 1:
+                        if planes == 1 and shared:
+                            advance_shared(s, c, steps, rate, low, B, C, h, y_rows)
+                        elif planes == 1:
                             advance_real(s, c, steps, rate, low, B, C, h, y_rows)
                         else:
                             advance_complex(s, c, steps, A, B, C, h, a, y_rows)

@@ -21,6 +21,7 @@ from kernels.selective_scan import cuda_few
 from kernels.selective_scan.cuda_launch import PLACES, TYPES, Launch, backward_macros, forward_macros
 from kernels.selective_scan.cuda_states import MOST, Part
 from kernels.selective_scan.cuda_sums import THREADS
+from kernels.selective_scan.exactness import exact
 from kernels.selective_scan.problem import Problem, make_problem
 
 # x, dt, A, B, C, D, z, dt_bias, initial_state as the caller has them.
@@ -74,7 +75,7 @@ class Straight:
 
     def __init__(self, p: Problem) -> None:
         self._flags = (p.dt_softplus, True, "sum", p.reverse)
-        self._forwards: dict[bool, Forward] = {}
+        self._forwards: dict[tuple[bool, bool], Forward] = {}
         self._backwards: dict[tuple[torch.dtype, bool], Backward] = {}
 
     def _problem(self, t: Inputs) -> Problem:
@@ -83,9 +84,10 @@ class Straight:
 
     def forward(self, t: Inputs, keep: bool, final: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """y, the final state ``(B, D, N)`` if asked for, and if ``keep`` the saved states, which the backward needs."""
-        found = self._forwards.get(final)
+        key = (final, exact(final))
+        found = self._forwards.get(key)
         if found is None:
-            found = self._forwards[final] = Forward(self._problem(t), final)
+            found = self._forwards[key] = Forward(self._problem(t), *key)
         with plans.on_device(t[0]):
             return found(t, keep)
 
@@ -119,14 +121,15 @@ class Forward:
     Args:
         p: A problem.
         final: Whether the final state is asked for.
+        exact: Whether it is to be as exact as float32 is.
     """
 
-    def __init__(self, p: Problem, final: bool) -> None:
+    def __init__(self, p: Problem, final: bool, exact: bool) -> None:
         launch = Launch(Part(p, 0, p.state, pairs=False))
         self.base, self.blocks, self.threads = launch.recipe.base, launch.blocks, launch.threads
         self.final = (p.batch, p.channels, p.state) if final else None
         self.saved = (p.slots, 1, p.state, p.channels)
-        macros, shared = forward_macros(launch.shape, final), 4 * launch.shape.forward_words
+        macros, shared = forward_macros(launch.shape, exact), 4 * launch.shape.forward_words
         self.kernel = launch.kernel(
             "forward", shared, **macros, TY=TYPES[p.x.dtype], HAS_INITIAL=p.initial_state is not None, ADD=False
         )

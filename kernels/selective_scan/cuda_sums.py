@@ -32,6 +32,7 @@ class Sums:
         parts: Sizes of what each sequence and segment has, by field: dA, and dB and dC if constant,
             ``(S, segments, K, D, N)``; dD and dbias without N. Each slice adds to them.
         sums: Sizes of their sums, by field, in the same order.
+        maps: Sizes and dtypes of dB and dC where tokens have their own. No tensors: all of this outlives the call.
         span: Chunks of a slice; the last one may have fewer.
         slots: Saved states of a slice.
         shares: Numbers in the parts of dB and dC, or 0.
@@ -44,7 +45,7 @@ class Sums:
         sizes |= {n: sizes["A"][:2] for n, t in (("D", p.D), ("bias", p.dt_bias)) if t is not None}
         self.parts = {f"d{n}": (*rows, *size) for n, size in sizes.items()}
         self.sums = {f"sum_{n}": size for n, size in sizes.items()}
-        self.maps = {f"d{n}": t for n, t in (("B", p.B), ("C", p.C)) if t.ndim == 5}
+        self.maps = {f"d{n}": (t.shape, t.dtype) for n, t in (("B", p.B), ("C", p.C)) if t.ndim == 5}
         self.chunks = -(-p.chunks // shape.segments)  # of a segment
         self.slices = self._slices(p, shape)
         self.span = -(-self.chunks // self.slices)
@@ -87,7 +88,7 @@ class Held:
 
         self.of = sums
         self.fields = {n: floats(*size) for n, size in (sums.parts | sums.sums).items()}
-        self.fields |= {n: fresh(p, t.shape, t.dtype) for n, t in sums.maps.items()}
+        self.fields |= {n: fresh(p, *like) for n, like in sums.maps.items()}
         if sums.shares:
             self.fields["partial"] = floats(sums.shares)
         self.g = floats(2, sums.kept) if sums.kept else None

@@ -16,6 +16,7 @@ from kernels.backend import resolve
 from kernels.checks import autocast_dtype, owned
 from kernels.plans import Plans
 from kernels.registration import op, plain, simple, unwatched
+from kernels.selective_scan.exactness import exact
 from kernels.selective_scan.outputs import like, unprojected
 from kernels.selective_scan.problem import Problem, make_problem, project
 
@@ -136,7 +137,7 @@ def _selective_scan(
         plan[key] = _straight(p, name)
     if name in KERNELS:
         kernel = _loaded(name)
-        y, state, saved = kernel.forward(p, return_final_state) if name == "cuda" else kernel.forward(p)
+        y, state, saved = kernel.forward(p, exact(return_final_state)) if name == "cuda" else kernel.forward(p)
     else:
         # An op's outputs are tensors of their own: no views, no aliases of its inputs.
         y, state = (t.clone(memory_format=torch.contiguous_format) for t in _loaded(name).scan(p))

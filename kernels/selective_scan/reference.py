@@ -89,15 +89,10 @@ def finish(p: Problem, y: Tensor) -> Tensor:
     return y.to(p.x.dtype)
 
 
-def along(t: Tensor, route: Tensor | None, whole: bool = False) -> Tensor:
-    """Rows of ``t (B, L, K, ...)`` in the order of the routes: ``(B, P, K, ...)``, zeros at padding.
-
-    ``whole`` says that there is no padding.
-    """
+def along(t: Tensor, route: Tensor | None) -> Tensor:
+    """Rows of ``t (B, L, K, ...)`` in the order of the routes: ``(B, P, K, ...)``, zeros at padding."""
     if route is None:
         return t
-    if whole:
-        return t[:, route.long().t(), _columns(route)]
     rows = t[:, route.clamp(min=0).long().t(), _columns(route)]
     keep = (route >= 0).t().reshape(1, *rows.shape[1:3], *([1] * (t.ndim - 3)))
     return torch.where(keep, rows, 0)

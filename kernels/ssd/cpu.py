@@ -1,6 +1,7 @@
-"""``ssd`` on the CPU: the chunked matrix products of ``aten.py``, with a backward that keeps one state a chunk.
+"""``ssd`` on the CPU: the recurrence, step by step, and a backward of matrix products that keeps one state a chunk.
 
-With numba the forward's masked matrices take one pass (``cpu_block.py``).
+With numba the forward is the selective scan's compiled kernel, whose states stay in registers; it reads the tokens
+where they lie. Without numba it is the chunks of ``aten.py``.
 
 A chunk's gradients come from autograd of that chunk alone, from the last to the first, so that memory beyond the
 gradients is the states between the chunks (P N / Q numbers a token and head) and one chunk's intermediates.
@@ -12,7 +13,6 @@ sequences.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import torch
 import torch.nn.functional as F
@@ -21,32 +21,60 @@ from torch import Tensor
 from kernels import recompute
 from kernels.backend import has
 from kernels.ssd import Gradients
-from kernels.ssd.aten import CHUNK, at, chunk, chunks, scan
+from kernels.ssd.aten import at, chunk, chunks, scan
 from kernels.ssd.problem import Problem
-from kernels.ssd.quadratic import Block, block, full_precision
-from kernels.ssd.reference import gate, gather, sequences, start_state
+from kernels.ssd.quadratic import full_precision
+from kernels.ssd.reference import gate, gather, limited, sequences, start_state
 
 PARAMETERS = ("A", "D", "dt_bias")
-SPAN = 2 * CHUNK  # positions that the compiled forward takes at once: few calls, matrices that stay in the cache
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """Runs the scan: y ``(B, L, [K,] H, P)`` in x's dtype and the final state ``(S, K, H, P, N)``."""
     with torch.no_grad():
-        inside = _block()
-        whole = p.route is not None and bool((p.route >= 0).all())
-        y, state = scan(p, inside, CHUNK if inside is block else SPAN, whole)
+        y, state = _walk(p) if has("numba") and _walks(p) else scan(p)
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in (y, state))  # type: ignore[return-value]
 
 
-@functools.cache
-def _block() -> Block:
-    """What computes a chunk: numba's where it is installed."""
-    if has("numba"):
-        from kernels.ssd.cpu_block import block as compiled_block
+def _walks(p: Problem) -> bool:
+    """Whether ``_walk`` takes the problem: a limit of dt must not change what padding of a route decays by."""
+    return p.x.numel() * p.state > 0 and not (p.clamped and p.route is not None and bool((p.route < 0).any()))
 
-        return compiled_block
-    return block
+
+def _walk(p: Problem) -> tuple[Tensor, Tensor]:
+    """``forward`` as a selective scan of H P channels whose states decay alike."""
+    from kernels.selective_scan import cpu
+    from kernels.selective_scan.problem import Problem as Selective
+
+    size, dt, bias = p.head_dim, p.dt, p.dt_bias
+    if p.clamped:
+        dt, bias = limited(p, dt), None
+
+    def each(t: Tensor) -> Tensor:  # (..., H) for each channel of a head
+        return t.unsqueeze(-1).expand(*t.shape, size).flatten(-2)
+
+    y, state, _ = cpu.forward(
+        Selective(
+            x=p.x.flatten(3),
+            dt=each(dt),
+            A=each(p.A).unsqueeze(-1).expand(-1, -1, p.state),
+            B=p.B,
+            C=p.C,
+            D=None if p.D is None else each(p.D) if p.D.ndim == 2 else p.D.flatten(1),
+            z=None if p.z is None else p.z.flatten(2),
+            dt_bias=None if bias is None else each(bias),
+            route=p.route,
+            initial_state=None if p.initial_state is None else p.initial_state.flatten(2, 3),
+            cu_seqlens=p.cu_seqlens,
+            code=p.code,
+            dt_softplus=p.dt_softplus and not p.clamped,
+            route_params=True,
+            merge=p.merge,
+            reverse=p.reverse,
+            plan=p.plan.setdefault("walk", {}),
+        )
+    )
+    return y.unflatten(-1, (p.heads, size)), state.unflatten(2, (p.heads, size))
 
 
 def backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +22,6 @@ from torch import Tensor
 from kernels.checks import check_float, check_shape
 from kernels.ssd.problem import Problem
 from kernels.ssd.reference import finish, gather, packed, prepare, skip, start_state
-
-Block = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def semiseparable_matrix(
@@ -146,12 +143,12 @@ def scan(p: Problem) -> tuple[Tensor, Tensor]:
 
 
 def in_order(
-    p: Problem, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, h: Tensor, restart: Tensor | None, inside: Block = block
+    p: Problem, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, h: Tensor, restart: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``inside`` for positions that are visited from the last to the first where the problem says so."""
+    """``block`` for positions that are visited from the last to the first where the problem says so."""
     if not p.reverse:
-        return inside(x, dt, p.A.to(p.dtype), B, C, h, restart)
+        return block(x, dt, p.A.to(p.dtype), B, C, h, restart)
     flipped = (t.flip(1) for t in (x, dt))
     x, dt = flipped
-    y, h = inside(x, dt, p.A.to(p.dtype), B.flip(1), C.flip(1), h, None if restart is None else restart.flip(2))
+    y, h = block(x, dt, p.A.to(p.dtype), B.flip(1), C.flip(1), h, None if restart is None else restart.flip(2))
     return y.flip(1), h

@@ -45,13 +45,10 @@ def start_state(p: Problem) -> Tensor:
     return p.x.new_zeros((p.sequences, p.routes, p.heads, p.head_dim, p.state), dtype=p.dtype)
 
 
-def gather(p: Problem, whole: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x ``(B, T, K, H, P)``, dt ``(B, T, K, H)``, B and C ``(B, T, K, G, N)`` as they are, read along the routes.
-
-    ``whole`` says that the routes have no padding.
-    """
-    x = along(p.x.expand(-1, -1, p.routes, -1, -1), p.route, whole)
-    return x, along(p.dt, p.route, whole), along(p.B, p.route, whole), along(p.C, p.route, whole)
+def gather(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x ``(B, T, K, H, P)``, dt ``(B, T, K, H)``, B and C ``(B, T, K, G, N)`` as they are, read along the routes."""
+    x = along(p.x.expand(-1, -1, p.routes, -1, -1), p.route)
+    return x, along(p.dt, p.route), along(p.B, p.route), along(p.C, p.route)
 
 
 def prepare(p: Problem, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -62,13 +59,18 @@ def prepare(p: Problem, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> tuple[Te
         keep = (p.code != 2).transpose(1, 2)[..., None]
         dt = torch.where(keep, dt, 0)
         x, B, C = (torch.where(keep[..., None], t, 0) for t in (x, B, C))
+    dt = limited(p, dt)
+    return x, dt if keep is None else torch.where(keep, dt, 0), B, C
+
+
+def limited(p: Problem, dt: Tensor) -> Tensor:
+    """dt ``(..., K, H)`` after bias, softplus and limits, in the dtype of the scan."""
+    dt = dt.to(p.dtype)
     if p.dt_bias is not None:
         dt = dt + p.dt_bias.to(p.dtype)
     if p.dt_softplus:
         dt = F.softplus(dt)
-    if p.clamped:
-        dt = dt.clamp(*p.dt_limit)
-    return x, dt if keep is None else torch.where(keep, dt, 0), B, C
+    return dt.clamp(*p.dt_limit) if p.clamped else dt
 
 
 def skip(p: Problem, y: Tensor, x: Tensor) -> Tensor:

@@ -50,6 +50,17 @@ def test_inputs_are_the_targets_one_later_and_padding_is_masked(tmp_path: Path) 
             assert int((targets != PADDING).sum(1).max()) == targets.shape[1]  # no column of padding alone
 
 
+def test_training_windows_are_padded_to_one_shape_if_asked(tmp_path: Path) -> None:
+    data = AudioData(str(folder(tmp_path, [30, 250, 90, 10, 80])), window=100, batch_size=2, pad="window")
+    data.setup("fit")
+    assert {batch.inputs.shape[1] for batch in data.train_dataloader()} == {100}
+    trained = sum(int((batch.targets != PADDING).sum()) for batch in data.train_dataloader())
+    assert trained == sum(len(clip) for clip in data.parts["train"].clips)
+    longest = [max(len(clip) for clip in data.parts[part].clips) for part in ("val", "test")]
+    loaders = (data.val_dataloader(), data.test_dataloader())
+    assert [next(iter(loader)).inputs.shape[1] for loader in loaders] == [min(100, n) for n in longest]
+
+
 def test_a_clip_is_normalised_as_a_whole(tmp_path: Path) -> None:
     for i in range(3):
         soundfile.write(tmp_path / f"{i}.wav", np.linspace(0, 0.3, 200), 16000, subtype="PCM_24")

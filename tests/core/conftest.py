@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import ``toy_training``."""
+"""Lets the tests of this folder import ``toy_training`` and ``synthetic_study``."""
 
 import sys
 from pathlib import Path

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
 from fill import fill_input
+from torch.autograd.graph import saved_tensors_hooks
 
 from core.block import AddNorm, Block, GatedMLP
+from core.forget import Forgotten
 from core.mixers import Mamba
 
 
@@ -93,6 +97,45 @@ def test_gradient_checkpointing():
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.equal(ours, theirs)
     assert kept[thrifty] < kept[plain] / 4
+
+
+def gradients_of(module: Block, hooks: bool = False) -> list[torch.Tensor]:
+    """Gradients of a step, perhaps with hooks that see all that is saved."""
+    x, residual = fill_input("x", (2, 9, 6)).double().requires_grad_(), fill_input("r", (2, 9, 6)).double()
+    with saved_tensors_hooks(lambda t: t, lambda t: t) if hooks else nullcontext():
+        out, stream = module(x, residual)
+    (out.square().sum() + stream.square().sum()).backward()
+    return [x.grad, *(p.grad for p in module.parameters())]  # type: ignore[list-item]
+
+
+def test_checkpointing_piece_by_piece(monkeypatch: pytest.MonkeyPatch):
+    """The state carries gradients over the pieces' edges; the last piece is shorter."""
+    plain, thrifty = block(), block()
+    thrifty.gradient_checkpointing = True
+    monkeypatch.setattr("core.block.PIECE", 4)
+    monkeypatch.setattr("core.block.FORGET_FROM", 1)
+    calls = []
+    monkeypatch.setattr(Block, "forward_state", lambda *a, run=Block.forward_state: calls.append(1) or run(*a))
+    for ours, theirs in zip(gradients_of(thrifty), gradients_of(plain), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert len(calls) == 6  # three pieces, twice
+
+
+def test_large_activations_are_computed_again(monkeypatch: pytest.MonkeyPatch):
+    """What costs one pass over memory is not kept, to the same bits; not where other hooks want to see all."""
+    module, asked = block(mlp=False), []
+    wanted = gradients_of(module)
+    module.zero_grad()
+    monkeypatch.setattr("core.block.FORGET_FROM", 1)
+    monkeypatch.setattr(Forgotten, "value", lambda f, run=Forgotten.value: asked.append(f) or run(f))
+    for ours, theirs in zip(gradients_of(module), wanted, strict=True):
+        assert torch.equal(ours, theirs)
+    # The convolution's output for the scan and for x_proj, the normalised input for in_proj; nothing stays computed.
+    assert len(asked) == 3
+    assert len(set(asked)) == 2
+    assert all(f._value is None for f in asked)
+    gradients_of(module, hooks=True)
+    assert len(asked) == 3
 
 
 def test_forward_state_equals_forward():

@@ -2,15 +2,18 @@ import csv
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from toy_training import RECIPE, Points, Toy, train
 
 from core.errors import UserError
+from core.training.callbacks import EMA
 from core.training.module import OptimizerOptions, ScheduleOptions, create_optimizer
 from core.training.rng import ResumableLoader, rng_state, set_rng_state
 from core.training.throughput import peak_flops
@@ -107,6 +110,25 @@ def test_on_resume_the_options_given_win() -> None:
     assert [rates[step] for step in range(STEPS, 2 * STEPS)] == pytest.approx([5e-4] * STEPS)
     decays = [g["weight_decay"] for g in checkpoint("a/checkpoints/last.ckpt")["optimizer_states"][0]["param_groups"]]
     assert sorted(decays) == [0.0, 0.3]
+
+
+def test_the_average_takes_in_each_optimizer_step() -> None:
+    module = LightningModule()
+    module.net = nn.BatchNorm1d(3)  # weights, moving averages and a counter, which is an integer
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cpu")), global_step=0)
+    ema, wanted = EMA(0.75), None
+    ema.setup(trainer, module, "fit")  # type: ignore[arg-type]
+    for step in (1, 2, 2, 3):  # the second 2 is a batch whose gradients wait for others
+        new = step > trainer.global_step
+        trainer.global_step = step
+        if new:
+            state = {k: v + step for k, v in module.net.state_dict().items()}
+            module.net.load_state_dict(state)
+            wanted = state if wanted is None else {k: 0.75 * v + 0.25 * state[k].double() for k, v in wanted.items()}
+            wanted["num_batches_tracked"] = state["num_batches_tracked"]
+        ema.on_train_batch_end(trainer, module, None, None, 0)  # type: ignore[arg-type]
+    for name, value in ema._average_model.module.net.state_dict().items():
+        torch.testing.assert_close(value.double(), wanted[name].double())
 
 
 def test_the_test_is_of_the_averaged_weights_of_the_best_checkpoint() -> None:

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from core.cli import CONFIGS, main
+from core.errors import UserError
 from genomics.data.cut import cut
+from genomics.predict import predict
+from genomics.warmup import PanelWarmup
 
 TINY = ["--trainer.log_every_n_steps", "1", "--trainer.enable_progress_bar", "false"]
 SMALL_LM = [
@@ -223,3 +226,25 @@ def test_pretraining_beats_every_markov_chain(tmp_path: Path) -> None:
     pretrain("pretrain", "--run_dir", str(tmp_path / "run"), *TINY)
     found = metrics(tmp_path / "run")
     assert found["test/perplexity"] < found["baseline/markov_best_perplexity"] - 0.05
+
+
+def test_generative_classifier_of_a_growing_panel(tmp_path: Path) -> None:
+    """The options together, and the checkpoint in genomics.predict: a bin's answer doesn't depend on the pieces."""
+    run, grow = tmp_path / "run", "--trainer.callbacks"
+    classify(
+        "smoke", "--run_dir", str(run), *TINY, "--model.goal", "generative", "--test_after_fit", "false",
+        f"{grow}+=genomics.warmup.PanelWarmup", f"{grow}.start=3", f"{grow}.below=99", f"{grow}.steps=1",
+    )  # fmt: skip
+    rows = [line.split(",") for line in (run / "logs" / "metrics.csv").read_text().splitlines()]
+    loci = [float(row[rows[0].index("train/loci")]) for row in rows[1:] if row[rows[0].index("train/loci")]]
+    assert loci == [4, 6, 9, 13]
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert next(s for name, s in saved["callbacks"].items() if "PanelWarmup" in name)["count"] == 13
+    fasta, found = random_fasta(tmp_path / "a.fa", 1, 96, 0), []
+    for piece in (32, 96):
+        predict(str(run), fasta, bin=32, piece=piece, out=str(tmp_path / f"out{piece}"))
+        found.append((tmp_path / f"out{piece}" / "predictions.bed").read_text())
+    assert found[0] == found[1]
+    assert len(found[0].splitlines()) == 3
+    with pytest.raises(UserError, match="PanelWarmup: start is 0"):
+        PanelWarmup(0)

@@ -8,6 +8,7 @@ import torch
 from core.checkpoints import save_weights
 from core.errors import UserError
 from core.lm import MambaLM
+from genomics.generative import GenerativeClassifier, build_classifier
 from genomics.models import GenomeClassifier, GenomeLM, build_lm, load_backbone, pool
 from genomics.vocabulary import PAD
 
@@ -122,3 +123,46 @@ def test_files_that_hold_no_fitting_backbone(tmp_path: Path) -> None:
     torch.save({"state_dict": wide}, tmp_path / "wide.ckpt")
     with pytest.raises(UserError, match=r"wrong shape.*\(16, 16\) instead of \(16, 8\)"):
         load_backbone(model, tmp_path / "wide.ckpt")
+
+
+def test_generative_scores_are_log_likelihoods() -> None:
+    """Against the sum written out, for rows of several lengths; N counts for nothing, and pieces add up."""
+    torch.manual_seed(0)
+    net = GenerativeClassifier(3, False, **SIZES).double().eval()
+    torch.nn.init.normal_(net.own)
+    ids = sequences(9, 6)
+    ids[0, 4] = 11  # N
+    hidden = net.backbone(ids)
+    wanted = torch.zeros(2, 3, dtype=torch.float64)
+    for b, t in ((b, t) for b in range(2) for t in range(1, 9) if 7 <= ids[b, t] <= 10):
+        for k in range(3):
+            logits = (net.head.weight + net.own[k]) @ hidden[b, t - 1] + net.head.bias
+            wanted[b, k] += logits.log_softmax(0)[ids[b, t] - 7]
+    torch.testing.assert_close(net(ids), wanted.float())
+    parts = net.score_states(hidden[:, :4], ids[:, :4]) + net.score_states(hidden[:, 4:], ids[:, 4:], hidden[:, 3:4])
+    torch.testing.assert_close(parts, wanted.float())
+    classes = torch.tensor([2, 0])
+    bases = (ids[:, 1:] >= 7).logical_and(ids[:, 1:] <= 10).sum()
+    nats = -(wanted[0, 2] + wanted[1, 0]) / bases
+    torch.testing.assert_close(net.loss(ids, classes).double(), nats, rtol=1e-6, atol=0)
+
+
+def test_generative_classifier_learns_from_few_sequences() -> None:
+    """Two classes that differ at one base of sixteen; and both strands have the same scores."""
+    torch.manual_seed(0)
+    net = build_classifier("generative", 2, d_model=16, n_layer=1, d_state=2, d_conv=4)
+    ids = torch.randint(7, 11, (1, 16), generator=torch.Generator().manual_seed(3)).repeat(2, 1)
+    ids[1, 9] = 7 + (ids[0, 9] - 6) % 4
+    both = torch.cat([ids, net.other_strand(ids)])
+    classes = torch.tensor([0, 1, 0, 1])
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    for _ in range(60):
+        optimizer.zero_grad()
+        net.loss(both, classes).backward()
+        optimizer.step()
+    net.eval()
+    scores = net(both)
+    assert scores.argmax(1).tolist() == classes.tolist()
+    torch.testing.assert_close(scores[:2], scores[2:])
+    with pytest.raises(ValueError, match="goal: got 'both', wanted 'discriminative' or 'generative'"):
+        build_classifier("both", 2, **SIZES)  # type: ignore[arg-type]

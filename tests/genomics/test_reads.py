@@ -226,3 +226,21 @@ def test_the_excerpt_is_clean_and_aligned() -> None:
 def test_options_that_do_not_fit(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         SpeciesData(**options)
+
+
+def test_reads_of_the_loci_in_use(tmp_path: Path) -> None:
+    """Few loci at first; all of them again are the reads that they always were."""
+    bases = np.random.default_rng(0).integers(A, T + 1, (2, 20, 40), dtype=np.uint8)
+    reads = Reads(Loci([()] * 20, bases), "train", 200, 1, 40, 0.0, 0.0, True, 0, fixed=True)
+
+    def seen() -> set[int]:
+        texts = [reads[i][0].numpy().astype(np.uint8) for i in range(200)]
+        both = [{t.tobytes(), reverse_complement(t).tobytes()} for t in texts]
+        return {p for p in range(20) for b in both if b & {bases[s, p].tobytes() for s in range(2)}}
+
+    before = reads.arrays()[0]
+    reads.in_use.fill_(3)
+    assert seen() == set(reads.order[:3].tolist())
+    reads.in_use.fill_(20)
+    assert seen() == set(range(20))
+    assert np.array_equal(reads.arrays()[0], before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import triton_device
 from torch import Tensor
 
 from kernels import diagonal_ssm
@@ -86,3 +87,30 @@ def test_refusals() -> None:
         diagonal_ssm(u.float(), log_a.to(torch.complex64), B, C)
     with pytest.raises(ValueError, match="u: got dtype"):
         diagonal_ssm(log_a[None], log_a, B, C)
+
+
+@pytest.mark.parametrize(("batch", "length", "states"), [(2, 40, 3), (1, 23, 9)])
+def test_kernels_for_the_states_between_chunks(
+    monkeypatch: pytest.MonkeyPatch, batch: int, length: int, states: int
+) -> None:
+    pytest.importorskip("triton")
+    from kernels.diagonal_ssm import triton
+
+    device = triton_device()
+    monkeypatch.setattr(aten, "CHUNK", 3)
+    monkeypatch.setattr(triton, "TILE", 4)
+    exact = [t.requires_grad_() for t in arguments(batch, length, 2, states)]
+    rounded = [t.detach().to(torch.complex64 if t.is_complex() else torch.float32) for t in exact]
+    given = [t.to(device).requires_grad_() for t in rounded]
+    grads = [torch.randn_like(t.detach()) for t in diagonal_ssm(*exact, backend="reference")]
+    want = run(exact, grads, "reference")
+    got = run(
+        given, [g.to(given[0].device).to(t.dtype) for g, t in zip(grads, (given[0], given[4]), strict=True)], "triton"
+    )
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.cpu(), w.to(g.dtype), atol=2e-5 * float(w.abs().max()), rtol=2e-5)
+
+
+def run(given: list[Tensor], grads: list[Tensor], backend: str) -> list[Tensor]:
+    out = diagonal_ssm(*given, backend=backend)
+    return [*(t.detach() for t in out), *torch.autograd.grad(out, given, grads)]

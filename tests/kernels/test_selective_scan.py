@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from accuracy import relative_rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scan_cases import CASES, Case, compare, run
@@ -351,6 +352,26 @@ def test_a_state_that_only_decays_ends_at_zero() -> None:
         x, x + 0.1, A, B, B, initial_state=ones, dt_softplus=False, return_final_state=True, backend="cpu"
     )
     assert torch.equal(state, torch.zeros_like(ones))
+
+
+@pytest.mark.parametrize("state", [4, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_states_that_decay_alike(state: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("numba")
+    case = Case(N=state, D=20, K=3, positions=65, L=70)
+    inputs = case.inputs(dtype)
+    inputs["A"] = inputs["A"][..., :1].expand(-1, -1, state)
+    inputs["A"] = torch.where(torch.arange(3)[:, None, None] == 1, case.inputs(dtype, 1)["A"], inputs["A"])  # not all
+    route = torch.stack([torch.randperm(70, generator=torch.Generator().manual_seed(k))[:65] for k in range(3)])
+    found = {
+        backend: selective_scan(
+            **{n: t.double() if backend == "reference" else t for n, t in inputs.items()},
+            route=route, return_final_state=True, backend=backend,
+        )
+        for backend in ("cpu", "reference")
+    }  # fmt: skip
+    for got, wanted in zip(*found.values(), strict=True):
+        assert relative_rms(got, wanted) < (1e-6 if dtype == torch.float32 else 1e-14)
 
 
 def test_large_gate_and_step_match_torch() -> None:

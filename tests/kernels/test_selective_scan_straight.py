@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from scan_options import FULL, inputs, run
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from kernels import nvrtc, selective_scan
 from kernels.plans import Plans
@@ -74,6 +76,24 @@ def test_launches_what_the_long_way_does(
             free = {"final", "dinitial", "y"}  # the long way always has memory for the states
             differ = {n for n, v in short[5].items() if v != long[5][n]} - free
             assert not differ, f"{short[0]}: {differ}"
+
+
+@pytest.mark.parametrize("takes", [True, False])
+@pytest.mark.parametrize("options", ["", FULL, "constB constC init D"])
+def test_keeps_no_tensor_of_a_call(
+    options: str, takes: bool, launched: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept for a signature outlives the call that it was made for: memory must not."""
+    fresh(monkeypatch, 2)
+    if not takes:
+        monkeypatch.setattr(cuda_straight, "supports", lambda p: False)
+    leaves = {n: t.float() for n, t in inputs(B=2, L=3 * CHUNK, D=40, N=16, options=options).items()}
+    memory = [StorageWeakRef(t.untyped_storage()) for t in leaves.values()]
+    run(leaves, "auto", torch.float32, "cpu")
+    assert launched
+    del leaves
+    gc.collect()
+    assert all(m.expired() for m in memory)
 
 
 def test_lazy_and_watched_tensors_take_the_long_way(launched: Launched, monkeypatch: pytest.MonkeyPatch) -> None:

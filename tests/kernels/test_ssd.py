@@ -17,7 +17,7 @@ from ssd_cases import CASES, ROUNDED, ROWS, Case, compare, run
 from torch import Tensor
 
 from kernels import compat, selective_scan, ssd
-from kernels.ssd import quadratic, semiseparable_matrix
+from kernels.ssd import semiseparable_matrix
 from kernels.ssd.aten import CHUNK
 
 BACKENDS = ["cpu", "torch"]
@@ -339,18 +339,3 @@ def test_memory_is_bounded() -> None:
     assert quadratic.elements >= 2 * 2048 * 2048
     assert chunked.elements <= 2 * 2048 * 16
     assert relative_rms(ssd(**inputs), ssd(**inputs, mode="recurrent")) < 1e-6
-
-
-@pytest.mark.parametrize("length", [17, 64, 210])
-def test_the_compiled_inside_is_the_plain_one(length):
-    pytest.importorskip("numba")
-    from kernels.ssd.cpu_block import block
-
-    torch.manual_seed(0)
-    x, dt = torch.randn(2, length, 3, 4, 5), torch.rand(2, length, 3, 4)
-    B, C = torch.randn(2, 2, length, 3, 2, 6)
-    A, h, restart = -4 * torch.rand(3, 4), torch.randn(2, 3, 4, 5, 6), torch.rand(2, 3, length) < 0.1
-    for starts in (None, restart):
-        truth = quadratic.block(*(t.double() for t in (x, dt, A, B, C, h)), starts)
-        for got, wanted in zip(block(x, dt, A, B, C, h, starts), truth, strict=True):
-            assert relative_rms(got, wanted) < 1e-6

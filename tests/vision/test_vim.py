@@ -110,6 +110,22 @@ def test_overlapping_patches():
     assert model.forward_intermediates(torch.rand(1, 3, 40, 32), intermediates_only=True)[0].shape == (1, 32, 9, 7)
 
 
+def test_the_stem_of_convolutions_takes_any_size():
+    model = small(stem="conv", stride=2, global_pool="avg", routes=("raster", "columns"))
+    assert model.grid_size == [16, 16]
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
+    image = torch.randn(1, 3, 23, 40)
+    tokens = model.forward_features(image)
+    assert tokens.shape == (1, 12 * 20 + 1, 32)
+    image[..., 30:] += 1  # a token sees its neighbourhood alone
+    moved = (
+        (model.patch_embed(image) - model.patch_embed(image - (torch.arange(40) >= 30).float())).abs().amax((0, 1, 3))
+    )
+    assert [i for i in range(20) if moved[i] > 0] == [*range(14, 20)]
+    with pytest.raises(ValueError, match="stem: got 'none'"):
+        small(stem="none")
+
+
 def test_bfloat16_is_as_good_as_its_precision():
     model = small()
     image = torch.rand(4, 3, 32, 32)

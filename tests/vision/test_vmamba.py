@@ -200,5 +200,12 @@ def test_wrong_arguments_are_refused(kwargs, message):
         micro(**kwargs)
 
 
+def test_the_stem_for_small_images_keeps_their_size():
+    model = VMamba(stem="small", depths=(1, 1), dims=16, num_classes=3)
+    assert [level["reduction"] for level in model.feature_info] == [1, 2]
+    _, maps = model.forward_intermediates(torch.randn(1, 3, 9, 12))
+    assert [m.shape for m in maps] == [(1, 16, 9, 12), (1, 32, 5, 6)]
+
+
 def test_routes_are_cross_scan():
     assert micro().layers[0].blocks[0].op.routes == ",".join(CROSS)

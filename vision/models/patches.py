@@ -13,6 +13,7 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 __all__ = [
+    "ConvStem",
     "PatchEmbed",
     "Patches",
     "check_image",
@@ -158,6 +159,42 @@ class PatchEmbed(nn.Module):
         if self.stride == self.patch_size:
             return project_patches(x, self.proj.weight, self.proj.bias, self.patch_size)
         return self.proj(x).permute(0, 2, 3, 1)
+
+
+class ConvStem(nn.Module):
+    """Two 3 x 3 convolutions instead of patches (Xiao et al. 2021): (B, C, height, width) -> (B, H, W, D).
+
+    The first keeps the size, the second has the stride; a norm and GELU lie between them. Images of any size go.
+
+    Args:
+        img_size: Height and width of the images that ``grid_size`` is of.
+        stride: From one token to the next, in pixels.
+        in_chans: C.
+        embed_dim: D; the first convolution has half as many channels.
+        device: Where the parameters live.
+        dtype: Their dtype.
+    """
+
+    def __init__(
+        self,
+        img_size: tuple[int, int],
+        stride: int,
+        in_chans: int,
+        embed_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.img_size, self.stride = img_size, stride
+        self.grid_size = tuple(-(-size // stride) for size in img_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim // 2, 3, 1, 1, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(embed_dim // 2, device=device, dtype=dtype)
+        self.proj2 = nn.Conv2d(embed_dim // 2, embed_dim, 3, stride, 1, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        x = F.gelu(self.norm(x)).permute(0, 3, 1, 2)
+        return self.proj2(x).permute(0, 2, 3, 1)
 
 
 def pad_to_patches(x: Tensor, patch: int) -> Tensor:

@@ -114,6 +114,7 @@ class StagedBackbone(nn.Module):
         num_classes: Outputs of the classifier; 0 leaves it out.
         global_pool: ``avg``, or an empty string for the map itself.
         drop_rate: Dropout before the classifier.
+        reduction: Pixels of the image to one of the first stage, each way.
         device: Where the parameters live.
         dtype: Their dtype.
 
@@ -130,6 +131,7 @@ class StagedBackbone(nn.Module):
         num_classes: int,
         global_pool: str,
         drop_rate: float,
+        reduction: int = 4,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -140,7 +142,7 @@ class StagedBackbone(nn.Module):
         self.patch_embed, self.layers = patch_embed, nn.ModuleList(layers)
         self.norm: nn.Module = LayerNorm(dims[-1], device=device, dtype=dtype)
         self.feature_info = [
-            {"module": f"layers.{i}", "num_chs": dim, "reduction": 4 * 2**i} for i, dim in enumerate(dims)
+            {"module": f"layers.{i}", "num_chs": dim, "reduction": reduction * 2**i} for i, dim in enumerate(dims)
         ]
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dims[-1], num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from core.block import AddNorm
 from vision.models.loading import fit_to_model, unwrap
 from vision.models.mixer import RouteMixer
-from vision.models.patches import PatchEmbed, fit_positions
+from vision.models.patches import ConvStem, PatchEmbed, fit_positions
 from vision.models.plain import PlainBackbone
 from vision.routes import check_routes
 
@@ -51,6 +51,7 @@ class Vim(PlainBackbone):
         img_size: Height and width of the images that the position embeddings are laid out for, in pixels.
         patch_size: Side of a patch in pixels.
         stride: From one patch to the next, in pixels; None is ``patch_size``.
+        stem: ``patch``, one convolution; ``conv``, two of 3 x 3, the second with the stride, for small images.
         in_chans: Channels of an image.
         num_classes: Outputs of the classifier; 0 leaves it out.
         global_pool: ``token`` takes the class token, ``avg`` the mean of the patches, an empty string all tokens.
@@ -67,7 +68,7 @@ class Vim(PlainBackbone):
         dtype: Their dtype.
 
     Raises:
-        ValueError: For sizes that patches do not tile, unknown routes or another pooling.
+        ValueError: For sizes that patches do not tile, unknown routes or stems, or another pooling.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Vim(PlainBackbone):
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,
         stride: int | None = None,
+        stem: Literal["patch", "conv"] = "patch",
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: Literal["token", "avg", ""] = "token",
@@ -91,8 +93,14 @@ class Vim(PlainBackbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        stride = stride or patch_size
-        patches = PatchEmbed(to_2tuple(img_size), patch_size, stride, in_chans, embed_dim, not dynamic_img_size, **dd)
+        stride, size = stride or patch_size, to_2tuple(img_size)
+        if stem not in ("patch", "conv"):
+            raise ValueError(f"stem: got {stem!r}, wanted 'patch' or 'conv'")
+        patches: PatchEmbed | ConvStem = (
+            PatchEmbed(size, patch_size, stride, in_chans, embed_dim, not dynamic_img_size, **dd)
+            if stem == "patch"
+            else ConvStem(size, stride, in_chans, embed_dim, **dd)
+        )
         check_routes(routes, *patches.grid_size)
         layers = [
             VimBlock(AddNorm(embed_dim, **dd), RouteMixer(embed_dim, routes, d_state, d_conv, expand, **dd), rate)

@@ -43,7 +43,8 @@ class VMamba(StagedBackbone):
         gated: Whether the mixers have a gate.
         conv_bias: Whether their convolutions have a bias.
         stem: ``patch``, one 4 x 4 convolution and merging of 2 x 2 pixels between the stages; ``conv``, two 3 x 3
-            convolutions and one between the stages.
+            convolutions and one between the stages; ``small``, as ``conv``, but the stem keeps the image's size, for
+            images of few pixels.
         routes: Names of the scan routes, from ``vision.routes``; each has parameters of its own.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; earlier ones have less, linearly.
@@ -67,7 +68,7 @@ class VMamba(StagedBackbone):
         mixer: Literal["s6", "ssd"] = "s6",
         gated: bool = False,
         conv_bias: bool = False,
-        stem: Literal["patch", "conv"] = "conv",
+        stem: Literal["patch", "conv", "small"] = "conv",
         routes: Sequence[str] = CROSS,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -77,8 +78,9 @@ class VMamba(StagedBackbone):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if mixer not in ("s6", "ssd"):
             raise ValueError(f"mixer: got {mixer!r}, wanted 's6' or 'ssd'")
-        if stem not in ("patch", "conv"):
-            raise ValueError(f"stem: got {stem!r}, wanted 'patch' or 'conv'")
+        if stem not in ("patch", "conv", "small"):
+            raise ValueError(f"stem: got {stem!r}, wanted 'patch', 'conv' or 'small'")
+        stride = 1 if stem == "small" else 2
         widths = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
         op = SS2D if mixer == "s6" else SSD2D
 
@@ -88,12 +90,12 @@ class VMamba(StagedBackbone):
 
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         super().__init__(
-            patch_stem(in_chans, widths[0], **dd) if stem == "patch" else _conv_stem(in_chans, widths[0], **dd),
+            patch_stem(in_chans, widths[0], **dd) if stem == "patch" else _conv_stem(in_chans, widths[0], stride, **dd),
             [
                 Stage([block(dim, rate) for rate in stage], _downsample(stem, dim, after, **dd) if after else None)
                 for dim, after, stage in zip(widths, [*widths[1:], 0], rates, strict=True)
             ],
-            widths, in_chans, num_classes, global_pool, drop_rate, **dd,
+            widths, in_chans, num_classes, global_pool, drop_rate, 1 if stem == "small" else 4, **dd,
         )  # fmt: skip
 
 
@@ -102,16 +104,16 @@ def patch_stem(in_chans: int, dim: int, **dd: Any) -> nn.Module:
     return nn.Sequential(OrderedDict([("0", Conv2d(in_chans, dim, 4, 4, **dd)), ("2", LayerNorm(dim, **dd))]))
 
 
-def _conv_stem(in_chans: int, dim: int, **dd: Any) -> nn.Module:
-    """Two 3 x 3 convolutions, each with a norm, GELU between them; to a quarter of the size, rounded up."""
+def _conv_stem(in_chans: int, dim: int, stride: int, **dd: Any) -> nn.Module:
+    """Two 3 x 3 convolutions of that stride, each with a norm, GELU between them; sizes are rounded up."""
     half = dim // 2
     return nn.Sequential(
         OrderedDict(
             [
-                ("0", Conv2d(in_chans, half, 3, 2, 1, **dd)),
+                ("0", Conv2d(in_chans, half, 3, stride, 1, **dd)),
                 ("2", LayerNorm(half, **dd)),
                 ("4", nn.GELU()),
-                ("5", Conv2d(half, dim, 3, 2, 1, **dd)),
+                ("5", Conv2d(half, dim, 3, stride, 1, **dd)),
                 ("7", LayerNorm(dim, **dd)),
             ]
         )

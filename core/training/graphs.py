@@ -1,0 +1,58 @@
+"""A net's training step as CUDA graphs: for small nets the host's calls take longer than what the GPU does."""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from core.errors import UserError
+from core.parallel.group import active
+
+
+def capture(net: nn.Module, *inputs: Tensor) -> None:
+    """Makes the training forward of ``net`` and its backward CUDA graphs, for inputs of these shapes.
+
+    Inputs of other shapes, and evaluation, run as before. Autocast is taken over as it is here. Gradients are written
+    to one place: they have to be used, or added up elsewhere, before the next backward.
+
+    Args:
+        net: The net, called with tensors by position.
+        inputs: A batch's.
+    """
+    plain, shapes = net.forward, [x.shape for x in inputs]
+    names, parameters = zip(*net.named_parameters(), strict=True)
+
+    def call(*given: Tensor) -> Any:
+        values = dict(zip(names, given[len(inputs) :], strict=True))
+        return functional_call(net, values, given[: len(inputs)])
+
+    # Parameters under other names: their own may still be in an earlier step's graph, tied to the stream it ran on.
+    aliases = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
+    on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
+        replay: Any = torch.cuda.make_graphed_callables(call, (*(x.detach().clone() for x in inputs), *aliases))
+
+    def forward(*given: Tensor) -> Any:
+        if net.training and torch.is_grad_enabled() and [x.shape for x in given] == shapes:
+            return replay(*given, *parameters)
+        return plain(*given)
+
+    net.forward = forward
+
+
+def check_graphs(module: LightningModule) -> None:
+    """Refuses trainings whose step cannot be a graph.
+
+    Raises:
+        UserError: If gradients are accumulated, or sequences shared by processes.
+    """
+    steps = module.trainer.accumulate_grad_batches
+    if steps > 1:
+        raise UserError(
+            f"--model.graph: got --trainer.accumulate_grad_batches {steps}, wanted 1: a graph writes gradients to one "
+            "place, batch after batch; or give --model.graph false"
+        )
+    if active() is not None:
+        raise UserError("--model.graph is on and sequences are shared by processes, wanted --model.graph false")

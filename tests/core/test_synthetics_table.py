@@ -1,0 +1,148 @@
+"""Tables and commands of the synthetic tasks."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from synthetic_study import TINY, study
+
+from core.errors import UserError
+from core.synthetics import __main__ as one_run
+from core.synthetics import command, recipe, rows, table, training
+from core.table import append_row
+
+
+def test_rows_of_a_table() -> None:
+    groups = [{"model": ["mamba", "long"], "d_model": [8, 16]}, {"model": "rope", "mixer": {"num_heads": 1}}]
+    found = study(table=groups).rows({"steps": 9}, [], [0, 1])
+    assert [(s.model, s.d_model, s.seed) for s in found[:4]] == [
+        ("mamba", 8, 0), ("mamba", 8, 1), ("mamba", 16, 0), ("mamba", 16, 1),
+    ]  # fmt: skip
+    assert len(found) == 10
+    assert {s.steps for s in found} == {9}
+    assert {s.lr for s in found if s.model == "long"} == {5e-4}
+    assert found[-1].mixer == {"num_heads": 1}
+    assert len({study().identity(s) for s in found}) == 10
+
+
+def test_table_is_filled_once(tmp_path: Path) -> None:
+    file, runs_of = tmp_path / "table.csv", study()
+    wanted = runs_of.rows({}, [], [0, 1])
+    options = command.TableOptions(parallel=3, device="cpu")
+    assert table.fill(runs_of, wanted[:3], file, options) == []
+    before = file.read_text()
+    assert table.fill(runs_of, wanted, file, options) == []
+    assert file.read_text().startswith(before)
+    found = rows.read_rows(file)
+    assert [row["id"] for row in found].count(found[0]["id"]) == 1
+    assert {row["id"] for row in found} == {runs_of.identity(settings) for settings in wanted}
+    lines = rows.summary(found)
+    assert [line["model"] for line in lines] == ["mamba", "rope"]
+    with pytest.raises(UserError, match="the tests have other lengths"):
+        table.fill(runs_of, [replace(wanted[0], test_lengths=[8])], file, options)
+    assert lines[0]["seeds"] == "0, 1"
+
+
+def test_time_and_failure_leave_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, runs_of = tmp_path / "table.csv", study()
+    wanted = runs_of.rows({}, [], [0])
+    table.fill(runs_of, wanted, file, command.TableOptions(minutes=0.0, device="cpu"))
+    assert not file.exists()
+
+    def fail(self: training.Run, stage: Any) -> None:
+        raise torch.OutOfMemoryError("no memory\nat all")
+
+    monkeypatch.setattr(training.Run, "_update", fail)
+    failed = table.fill(runs_of, wanted, file, command.TableOptions(device="cpu"))
+    assert len(failed) == 2
+    assert failed[0].endswith("no memory")
+    assert not file.exists()
+
+
+def test_unfinished_rows_are_run_again(tmp_path: Path) -> None:
+    file, runs_of = tmp_path / "table.csv", study()
+    wanted = runs_of.rows({}, ["mamba"], [0])
+    cut = training.Result(steps=1, stopped="time", accuracy={10: 0.25})
+    append_row(file, rows.row(runs_of, wanted[0], cut, {"device": "-", "torch": "-", "date": "-"}))
+    table.fill(runs_of, wanted, file, command.TableOptions(device="cpu"))
+    assert [row["stopped"] for row in rows.read_rows(file)] == ["steps"]
+    assert len(file.read_text().splitlines()) == 3  # the cut one stands there still; the last one counts
+
+
+def test_percentages_are_not_rounded_up() -> None:
+    assert rows._percent(["0.99999"]) == "99.99"
+    assert rows._percent(["1.0"]) == "100.0"
+    assert rows._percent(["0.5", "0.6"]) == "55.0 (50.0 to 60.0)"
+    assert rows._percent([""]) == "-"
+
+
+def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny = [f"--{key}={value}" for key, value in TINY.items()]
+    tiny += ["--task={length: 8}", "--test_lengths=[8, 32]", "--device=cpu"]
+    one_run.main(["induction_heads", "--model=mamba", *tiny])
+    folder = Path(capsys.readouterr().out.splitlines()[-1])
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.yaml", "history.csv", "metrics.json", "report.html", "run.json"}
+    assert "mamba" in (folder / "report.html").read_text()
+    table.main(["induction_heads", "--models=[mamba, mamba2]", "--seeds=[3]", "--parallel=2", *tiny])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("| model | parameters | 2^3 | 2^5 |")
+    assert Path(out[-1]).name == "table.html"
+    with Path(out[-1]).with_suffix(".csv").open() as file:
+        assert [row["model"] for row in csv.DictReader(file)] == ["mamba", "mamba2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["induction_head"], "unknown recipe 'induction_head' (did you mean induction_heads?)"),
+        (["--model", "mamba"], "the first argument is the recipe"),
+        (["mqar", "--model", "mamba3x"], "--model is 'mamba3x'"),
+        (["mqar", "--step", "3"], "did you mean --steps"),
+        (["mqar", "--steps", "0"], "--steps is 0; wanted at least 1"),
+        (["mqar", "--steps", "many"], "--steps"),
+        (["mqar", "--task", "{lenght: 4}"], "--task: "),
+        (["mqar", "--task", "{length: 4, pairs: 5}"], "--task: length: got 4"),
+        (["mqar", "--mixer", "{d_stat: 4}"], "--model mamba"),
+        (["mqar", "--test_lengths", "[3]"], "--test_lengths: "),
+        (["mqar", "--device", "tpu9"], "--device tpu9"),
+        (["mqar", "--stop_at", "2"], "--stop_at is 2"),
+        (["mqar", "--beta2", "1"], "--beta2 is 1.0"),
+        (["mqar", "--precision", "float16"], "--precision is 'float16'"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        one_run.main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/synthetics"
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.csv")), ids=lambda file: file.stem)
+def test_documented_tables_are_those_of_the_recipes(file: Path) -> None:
+    """Each committed row is of a run that its recipe still describes, and the page shows what the command prints."""
+    found, kept = recipe.read(file.stem), rows.read_rows(file)
+    seeds = sorted({int(row["seed"]) for row in kept})
+    ids = [found.identity(settings) for settings in found.rows({}, [], seeds)]
+    assert {row["id"] for row in kept} <= set(ids)
+    lines = rows.summary(sorted(kept, key=lambda row: ids.index(row["id"])))
+    assert rows.markdown(lines) in (RESULTS.parents[2] / "docs/synthetics.md").read_text()
