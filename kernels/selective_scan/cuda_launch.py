@@ -116,7 +116,8 @@ def macros_of(part: Part, dy: Tensor | None, shape: Shape) -> dict[str, str | in
     return {
         "ENDS": 0, "T": shape.part, "TY": "float", "HAS_INITIAL": 0, "EXACT": 0, "ADD": 0, **real,
         "FORWARD": dy is None, "PAIRS": part.pairs, "RESTARTS": p.code is not None,
-        "S": shape.states, "CH": shape.each, "LN": shape.lanes, "NW": shape.warps, "EXTRA": shape.extra, "BLOCKS": shape.resident,
+        "S": shape.states, "CH": shape.each, "LN": shape.lanes,
+        "NW": shape.warps, "EXTRA": shape.extra, "BLOCKS": shape.resident,
         "V": vector(widest, (p.channels // p.groups, shape.width, p.channels), rows),
         "VN": vector(4, (p.state, shape.states), [t for t in (p.B, p.C) if t.ndim == 5]),
         "TZ": "float" if p.z is None else TYPES[p.z.dtype], "HAS_D": p.D is not None, "HAS_Z": p.z is not None,

@@ -19,8 +19,8 @@ from kernels.selective_scan import cuda_launch, cuda_shape, op
 from kernels.selective_scan.problem import CHUNK
 
 MACROS = {
-    "S": 4, "LN": 4, "NW": 4, "EXTRA": 4, "V": 4, "VN": 4, "BLOCKS": 3, "TX": "bf16", "TDT": "f16", "TB": "bf16",
-    "TC": "float", "TZ": "float", "TY": "bf16", "TDY": "bf16", "TDX": "bf16", "TDZ": "float", "HAS_D": 1,
+    "S": 4, "CH": 2, "LN": 4, "NW": 4, "EXTRA": 4, "V": 4, "VN": 4, "BLOCKS": 2, "TX": "bf16", "TDT": "f16",
+    "TB": "bf16", "TC": "float", "TZ": "float", "TY": "bf16", "TDY": "bf16", "TDX": "bf16", "TDZ": "float", "HAS_D": 1,
     "HAS_Z": 1, "HAS_BIAS": 1, "HAS_INITIAL": 1, "CONST_B": 0, "CONST_C": 0, "SOFTPLUS": 1,
     "TABLE": 1, "PACKED": 1, "AT_TOKEN": 0, "PRECISE": 0, "ENDS": 0, "EXACT": 0, "T": 8, "CUT": 0, "WHOLE_N": 0,
     "TDDT": "f16", "RESTARTS": 1, "PAIRS": 0, "ADD": 1, "FORWARD": 1,
@@ -190,6 +190,26 @@ def test_segments_forget_no_more_than_they_may(slow: bool, reverse: bool, monkey
 @pytest.mark.parametrize(("batch", "length", "channels"), [(2, 1500, 96), (1, 5000, 34)])
 def test_realistic_sizes(batch: int, length: int, channels: int, dtype: torch.dtype) -> None:
     check(inputs(B=batch, L=length, D=channels, N=16, options=FULL), "cuda", "cuda", dtype)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("batch", "length"), [(2, 2048), (1, 8000)])
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+def test_final_state_of_a_long_memory(spread: float, batch: int, length: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    tensors = inputs(B=batch, L=length, D=96, N=16, options="D z bias")
+    tensors["dt"] = torch.randn(batch, length, 96, generator=g).double() * spread
+    tensors["dt_bias"] = torch.linspace(-6.9, -2.2, 96).double()  # steps of 0.001 to 0.1, with no spread all alike
+    tensors["A"] = -torch.arange(1.0, 17).expand(96, 16).double() * (1 + 0.1 * torch.rand(96, 16, generator=g).double())
+    low = {n: t.cuda().to(dtype if n in ("x", "dt", "B", "C", "z") else torch.float32) for n, t in tensors.items()}
+
+    def final(backend: str, **given: torch.Tensor) -> torch.Tensor:
+        return selective_scan(**given, return_final_state=True, backend=backend)[1]
+
+    truth = final("reference", **{n: t.double() for n, t in low.items()})
+    assert_as_accurate("state", final("cuda", **low), final("reference", **low), truth)
 
 
 @gpu
