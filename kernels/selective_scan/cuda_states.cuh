@@ -43,7 +43,10 @@ template <class F> __device__ __forceinline__ void add_step(F& total, float dt, 
 
 // The GPU's exponential is off by up to two units in the last place, the same way for like steps, and a long memory adds
 // that up. Where the final state is wanted in full, the scan takes it still, and once a tile mends what it did to the state.
-constexpr bool MENDED = EXACT && !PRECISE && !PAIRS;
+#ifndef MEND32
+#define MEND32 0
+#endif
+constexpr bool MENDED = FORWARD && !PAIRS && (PRECISE ? MEND32 : EXACT);
 
 // A of this thread's states, as decay takes it. With PAIRS, every second one is an angle's rate: rate in the units of the
 // others, rest in radians.
