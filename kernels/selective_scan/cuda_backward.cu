@@ -258,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #pragma unroll
             for (int m = 0; m < CH; m++) {
                 float dt = s_chan[t][own_chan[m]], dy = s_dy[t][p.of(m).ch], e[S];
-                rates[m].decays(e, dt, keep);
+                rates[m].decays<false>(e, dt, keep);
 #pragma unroll
                 for (int i = 0; i < S; i++) g[m][i] = fmaf(dy, CONST_C ? const_C[m][i] : C[i], g[m][i]);
                 back(g[m], e, g[m]);
@@ -272,6 +272,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
             for (int m = 0; m < CH; m++) store<S>(s_h[0][m][tid], h[m]);
 #pragma unroll 1
             for (int part = 0; part < parts - 1; part++) {
+                Span span[CH];
+#pragma unroll
+                for (int m = 0; m < CH && MENDED; m++) span[m].begin(h[m]);
 #pragma unroll
                 for (int j = 0; j < T; j++) {
                     const int t = part * T + j;
@@ -281,13 +284,17 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                         float2 c = *reinterpret_cast<const float2*>(&s_chan[t][own_chan[m]]);
                         float e[S], u[S];
                         rates[m].decays(e, c.x, RESTARTS ? s_keep[t] : 1.0f);
+                        if (MENDED) span[m].add(e, c.x, RESTARTS ? s_keep[t] : 1.0f);
 #pragma unroll
                         for (int i = 0; i < S; i++) u[i] = c.y * (CONST_B ? const_B[m][i] : B[i]);
                         step(h[m], e, u);
                     }
                 }
 #pragma unroll
-                for (int m = 0; m < CH; m++) store<S>(s_h[part + 1][m][tid], h[m]);
+                for (int m = 0; m < CH; m++) {
+                    if (MENDED) span[m].mend(h[m], rates[m]);
+                    store<S>(s_h[part + 1][m][tid], h[m]);
+                }
             }
         }
         // 3. Part by part from the last: the states again, and back over them.
@@ -314,6 +321,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 float hs[T + 1][CH][S], es[T][CH][S];
 #pragma unroll
                 for (int m = 0; m < CH; m++) fetch<S>(hs[0][m], s_h[part][m][tid]);
+                Span span[CH];  // of the way back
+#pragma unroll
+                for (int m = 0; m < CH && MENDED; m++) span[m].begin(g[m]);
 #pragma unroll
                 for (int j = 0; j < T; j++) {
                     if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
@@ -322,6 +332,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                         float2 c = *reinterpret_cast<const float2*>(&s_chan[t0 + j][own_chan[m]]);
                         float u[S];
                         rates[m].decays(es[j][m], c.x, RESTARTS ? s_keep[t0 + j] : 1.0f);
+                        if (MENDED) span[m].add(es[j][m], c.x, RESTARTS ? s_keep[t0 + j] : 1.0f);
 #pragma unroll
                         for (int i = 0; i < S; i++) u[i] = c.y * (CONST_B ? const_B[m][i] : B[i]), hs[j + 1][m][i] = hs[j][m][i];
                         step(hs[j + 1][m], es[j][m], u);
@@ -380,6 +391,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                             }
                     }
                 }
+#pragma unroll
+                for (int m = 0; m < CH && MENDED; m++) span[m].mend(g[m], rates[m]);
                 if (SUMS) {
                     if (LOCAL && turn > 0) wait_for(s_read, turn - 1);
 #pragma unroll

@@ -46,7 +46,7 @@ template <class F> __device__ __forceinline__ void add_step(F& total, float dt, 
 #ifndef MEND32
 #define MEND32 0
 #endif
-constexpr bool MENDED = FORWARD && !PAIRS && (PRECISE ? MEND32 : EXACT);
+constexpr bool MENDED = !PAIRS && (PRECISE ? MEND32 : EXACT);
 
 // A of this thread's states, as decay takes it. With PAIRS, every second one is an angle's rate: rate in the units of the
 // others, rest in radians.
@@ -75,10 +75,10 @@ struct Rates {
         }
     }
     // What a step multiplies the states by.
-    __device__ __forceinline__ void decays(float (&e)[S], float dt, float keep) const {
+    template <bool FAST = MENDED> __device__ __forceinline__ void decays(float (&e)[S], float dt, float keep) const {
 #pragma unroll
         for (int i = 0; i < S; i += 1 + PAIRS) {
-            float size = MENDED ? ex2(dt * rate[i]) : decay(dt, rate[i], rest[i]);
+            float size = FAST ? ex2(PRECISE ? fmaf(dt, rest[i], dt * rate[i]) : dt * rate[i]) : decay(dt, rate[i], rest[i]);
             if (RESTARTS) size *= keep;
 #if PAIRS
             float2 way = turned(dt, rest[i + 1]);
