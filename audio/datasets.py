@@ -31,6 +31,7 @@ class Batch(NamedTuple):
         Tensor  # (B, L) int64 levels: the start level, then the window but for its last sample; c Q added in class c
     )
     targets: Tensor  # (B, L) int64 levels: the window; PADDING behind its end
+    samples: int  # of the windows, padding left out; counted here, as no training step should wait for the device
 
 
 class Windows(Dataset):
@@ -195,4 +196,5 @@ class AudioData(LightningDataModule):
         inputs = torch.roll(targets, 1, dims=1).masked_fill(targets == PADDING, self.codec.start)
         inputs[:, 0] = self.codec.start
         classes = torch.tensor([number for _, number in windows])
-        return Batch(inputs + self.codec.levels * classes[:, None], targets)
+        samples = sum(len(window) for window, _ in windows)
+        return Batch(inputs + self.codec.levels * classes[:, None], targets, samples)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.progress import Progress
@@ -82,65 +83,81 @@ def generate(
     start = None
     if prompt is not None:
         start = trained.codec.encode(to_mono(read_clip(Path(prompt).expanduser()), trained.sample_rate))
-    length = max(1, round(seconds * trained.sample_rate))
+    wanted = Wanted(trained, starts, max(1, round(seconds * trained.sample_rate)), sampling, start, seed)
     if stdout:
-        _stream(trained, starts[0], length, sampling, start, seed)
+        _stream(wanted)
         return
     folder = numbered(RUNS) if out is None else _named(Path(out), overwrite)
     command = " ".join(["python -m audio.generate", *([checkpoint] if checkpoint else [])])
+    options = {
+        "checkpoint": checkpoint or "spoken digits, which come with the project",
+        "codec": str(trained.codec), "rate": f"{trained.sample_rate} Hz",
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "prompt": prompt or "none",
+        "device": env.device_name(where),
+    }  # fmt: skip
     try:
         folder.mark({"status": "running", "command": command})
-        found, taken = _draw(trained, starts, length, sampling, start, seed)
-        metrics = _figures(taken, drawn, length, trained.sample_rate)
-        bits = -found.log_likelihood / (length * math.log(2))
-        kept = _kept(bits, num, reject_high)
-        levels = found.levels[kept]
-        if start is not None:
-            levels = torch.cat([start.long().expand(num, -1), levels], dim=1)
-        metrics |= {"clips": num, "drawn": drawn}
-        metrics["bits_per_sample"] = float(bits[kept].mean())
-        options = {
-            "checkpoint": checkpoint or "spoken digits, which come with the project",
-            "codec": str(trained.codec), "rate": f"{trained.sample_rate} Hz",
-            "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "prompt": prompt or "none",
-            "device": env.device_name(where),
-        }  # fmt: skip
-        heard = [_heading(trained, starts[i], float(bits[i])) for i in kept]
-        _write(folder, trained, heard, levels, metrics, options)
+        metrics = _generate(folder, wanted, num, reject_high, options)
         folder.mark({"status": "finished", "command": command})
         folder.start()
     finally:
         folder.discard()
     print(
-        f"{drawn} clips of {metrics['seconds']:.2f} s in {taken:.1f} s: real-time factor "
+        f"{drawn} clips of {metrics['seconds']:.2f} s in {metrics['wall_seconds']:.1f} s: real-time factor "
         f"{metrics['real_time_factor']:.2f} for all of them, {metrics['stream_real_time_factor']:.2f} for each"
     )
     print(folder.path)
 
 
-def _stream(trained: Trained, start: int, length: int, sampling: Sampling, prompt: Tensor | None, seed: int) -> None:
+class Wanted(NamedTuple):
+    """What is drawn, and by what."""
+
+    trained: Trained
+    starts: list[int]  # of each clip
+    length: int  # samples of each
+    sampling: Sampling
+    prompt: Tensor | None  # (P,) levels that every clip begins with
+    seed: int
+
+
+def _generate(
+    folder: RunFolder, wanted: Wanted, num: int, reject_high: float, options: dict[str, object]
+) -> dict[str, float]:
+    """Draws the clips, writes those that are kept, and returns the figures."""
+    trained, length, drawn = wanted.trained, wanted.length, len(wanted.starts)
+    found, taken = _draw(wanted)
+    bits = -found.log_likelihood / (length * math.log(2))
+    kept = _kept(bits, num, reject_high)
+    levels = found.levels[kept]
+    if wanted.prompt is not None:
+        levels = torch.cat([wanted.prompt.long().expand(num, -1), levels], dim=1)
+    metrics = _figures(taken, drawn, length, trained.sample_rate)
+    metrics |= {"clips": num, "drawn": drawn, "bits_per_sample": float(bits[kept].mean())}
+    heard = [_heading(trained, wanted.starts[i], float(bits[i])) for i in kept]
+    _write(folder, trained, heard, levels, metrics, options)
+    return metrics
+
+
+def _stream(wanted: Wanted) -> None:
     """Writes a clip to standard output while it is drawn."""
-    generator = torch.Generator().manual_seed(seed)
-    chunks = stream(trained.net, start, 1, sampling, length=length, chunk=STREAMED, prompt=prompt, generator=generator)
+    trained = wanted.trained
+    chunks = stream(
+        trained.net, wanted.starts[0], 1, wanted.sampling, length=wanted.length, chunk=STREAMED, prompt=wanted.prompt,
+        generator=torch.Generator().manual_seed(wanted.seed),
+    )  # fmt: skip
     waves = (trained.codec.decode(chunk.levels[0]) for chunk in chunks)
-    write_stream(sys.stdout.buffer, waves, length, trained.sample_rate)
+    write_stream(sys.stdout.buffer, waves, wanted.length, trained.sample_rate)
 
 
-def _draw(
-    trained: Trained,
-    starts: list[int],
-    length: int,
-    sampling: Sampling,
-    prompt: Tensor | None,
-    seed: int,
-) -> tuple[Drawn, float]:
+def _draw(wanted: Wanted) -> tuple[Drawn, float]:
     """Draws the clips; returns their levels, without the prompt, and the seconds it took."""
-    draw_levels(trained.net, starts[0], 1, 1, sampling)  # compiles what was never run here
+    trained, starts = wanted.trained, wanted.starts
+    draw_levels(trained.net, starts[0], 1, 1, wanted.sampling)  # compiles what was never run here
     begin = time.perf_counter()
-    with _progress(length, trained.sample_rate) as progress:
+    with _progress(wanted.length, trained.sample_rate) as progress:
         drawn = draw_levels(
-            trained.net, starts, len(starts), length, sampling, prompt=prompt,
-            generator=torch.Generator().manual_seed(seed), progress=progress,
+            trained.net, starts, len(starts), wanted.length, wanted.sampling, prompt=wanted.prompt,
+            generator=torch.Generator().manual_seed(wanted.seed), progress=progress,
         )  # fmt: skip
     return drawn, time.perf_counter() - begin
 

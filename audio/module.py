@@ -119,7 +119,7 @@ class SoundModel(TrainingModule):
 
     def batch_tokens(self, batch: Batch) -> int:
         """Number of samples, padding left out."""
-        return int((batch.targets != PADDING).sum())
+        return batch.samples
 
     def on_test_epoch_end(self) -> None:
         """Log the bits per sample of simple models on the same windows."""

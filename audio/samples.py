@@ -6,7 +6,6 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from audio.files import write_wav
@@ -50,15 +49,19 @@ class SampleClips(Callback):
         """Go on from the step of the last clips."""
         self.last = state_dict["last"]
 
-    @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate, write and log."""
+        """Generate, write and log, on rank 0."""
         step = trainer.global_step
         if trainer.sanity_checking or step - self.last < self.every_steps:
             return
         assert isinstance(pl_module, SoundModel)
         self.last = step
+        own, whole = pl_module.net, pl_module.gather_net()  # in which every process takes part
+        if not trainer.is_global_zero:
+            return
+        pl_module.net = whole
         clips = self.draw(pl_module)
+        pl_module.net = own
         rate = pl_module.sample_rate
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)

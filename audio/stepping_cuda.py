@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import functools
 import math
+from array import array
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +32,6 @@ POINTERS = (
     "weights",
     "matrices",
     "state",
-    "spare",
     "logits",
     "levels",
     "offset",
@@ -37,15 +39,16 @@ POINTERS = (
     "how",
     "likelihood",
 )
-INTEGERS = (
-    "stage_count", "block_count", "state_size", "count", "length", "seen", "draw", "top_k", "levels_count", "widest",
-    "inner", "low", "part", "skip_count", "skips", "centre_skip", "embedding", "last_norm", "head",
-)  # fmt: skip
+INTEGERS = ("count", "length", "seen", "draw", "top_k", "embedding", "last_norm", "head")
 COLUMN_NAMES = (
-    "KIND", "DIM", "INNER", "STATE", "WIDTH", "RANK", "W_NORM", "W_IN", "W_CONV", "W_X", "W_DT", "W_A", "W_SKIP",
-    "W_OUT", "S_CONV", "S_SSM", "COLUMNS", "MIXER", "DIAGONAL", "POOL", "WIDE", "FIRST_DOWN", "FIRST_UP", "BLOCKS",
-    "UP_BLOCKS", "W_DOWN", "W_UP", "S_WAITING", "S_CURRENT", "STAGE_COLUMNS",
+    "W_NORM", "W_IN", "W_CONV", "W_X", "W_DT", "W_A", "W_SKIP", "W_OUT", "S_CONV", "S_SSM", "POOL", "WIDE",
+    "FIRST_DOWN", "FIRST_UP", "BLOCKS", "UP_BLOCKS", "W_DOWN", "W_UP", "S_WAITING", "S_CURRENT", "STAGE_COLUMNS",
 )  # fmt: skip
+LAYERS = {
+    packing.MIXER: ("mamba", (packing.DIM, packing.INNER, packing.STATE, packing.WIDTH, packing.RANK)),
+    packing.DIAGONAL: ("s4d", (packing.DIM, packing.INNER, packing.STATE)),
+    packing.FEED_FORWARD: ("feed_forward", (packing.DIM, packing.INNER)),
+}
 THREADS = 512
 SHARED_LIMIT = 227 << 10  # bytes of shared memory that a block of threads may have on sm_90
 CLIPS = (1, 2, 4, 8)  # of one block of threads
@@ -65,10 +68,14 @@ def source() -> str:
     return f"struct Args {{ {' '.join(fields)} }};\n" + (Path(__file__).parent / "stepping.cu").read_text()
 
 
-def macros(clips: int, half: bool) -> tuple[str, ...]:
-    """What the kernel is compiled with, for so many clips of a block."""
+def macros(sizes: Sizes, clips: int, half: bool) -> tuple[str, ...]:
+    """What the kernel is compiled with for a net, and for so many clips of a block."""
     columns = tuple(f"{name} {getattr(packing, name)}" for name in COLUMN_NAMES)
-    return (f"NS {clips}", f"THREADS {THREADS}", f"HALF {int(half)}", "INFINITY __int_as_float(0x7f800000)", *columns)
+    columns += (f"SHAPE {packing.COLUMNS}", f"COLUMNS {packing.COLUMNS + 1}")
+    return (
+        f"NS {clips}", f"THREADS {THREADS}", f"HALF {int(half)}", "INFINITY __int_as_float(0x7f800000)", *columns,
+        *(f"{name.upper()} {value}" for name, value in sizes._asdict().items()),
+    )  # fmt: skip
 
 
 class CudaStepper:
@@ -99,12 +106,16 @@ class CudaStepper:
         packed = Packed(net, state)
         half = net.embedding.weight.dtype == torch.bfloat16
         count = len(packed.state)
-        self._tensors = {
-            name: torch.from_numpy(values).to(device)
-            for name, values in (("blocks", packed.blocks), ("stages", packed.stages), ("weights", packed.weights))
-        }
+        sizes, blocks = sizes_of(packed, net)
+        self._clips = clips or _clips(count, device, sizes)
+        shared = shared_bytes(self._clips, sizes)
+        if shared > SHARED_LIMIT:
+            raise ValueError(f"net: its activations need {shared:,} bytes of shared memory, wanted <= {SHARED_LIMIT:,}")
+        arrays = {"blocks": blocks, "stages": packed.stages, "weights": packed.weights}
+        self._tensors = {name: torch.from_numpy(values).to(device) for name, values in arrays.items()}
         self._tensors["matrices"] = self._tensors["weights"].bfloat16() if half else self._tensors["weights"]
-        self._tensors["state"] = torch.from_numpy(packed.state).to(device)
+        spare = np.zeros((-count % self._clips, packed.state.shape[1]), np.float32)
+        self._tensors["state"] = torch.from_numpy(np.concatenate([packed.state, spare])).to(device)
         self._tensors["logits"] = torch.zeros(count, net.levels, device=device)
         if logits is not None:
             self._tensors["logits"].copy_(logits)
@@ -113,13 +124,9 @@ class CudaStepper:
             self._tensors["offset"].copy_(classes * net.levels)
         self.log_likelihood = torch.zeros(count, dtype=torch.float64, device=device)
         self._tensors["likelihood"] = self.log_likelihood
-        self._integers = _sizes(packed, net)
-        self._clips = clips or _clips(count, device, self._integers)
-        shared = shared_bytes(self._clips, self._integers)
-        if shared > SHARED_LIMIT:
-            raise ValueError(f"net: its activations need {shared:,} bytes of shared memory, wanted <= {SHARED_LIMIT:,}")
-        self._tensors["spare"] = torch.zeros(self._clips, packed.state.shape[1], device=device)
-        self._kernel = nvrtc.kernel(source(), "advance", macros(self._clips, half), shared)
+        ends = dict(zip(("embedding", "last_norm", "head"), packed.ends.tolist(), strict=True))
+        self._integers = {"seen": _seen(packed), **ends}
+        self._kernel = nvrtc.kernel(source(), "advance", macros(sizes, self._clips, half), shared)
 
     def step(self, levels: Tensor) -> Tensor:
         """Advances every clip by one level (B,) int64; returns logits (B, Q) float32."""
@@ -147,46 +154,83 @@ class CudaStepper:
         tensors = {**self._tensors, "levels": levels, "uniform": uniform, "how": how.to(levels.device)}
         pointers = [0 if tensors[n] is None else tensors[n].data_ptr() for n in POINTERS]  # type: ignore[union-attr]
         count, length = levels.shape
-        given = {"length": length, "draw": int(uniform is not None), "top_k": sampling.top_k}
+        given = {"count": count, "length": length, "draw": int(uniform is not None), "top_k": sampling.top_k}
         integers = [{**self._integers, **given}[n] for n in INTEGERS]
-        self._kernel(-(-count // self._clips), THREADS, [*pointers, *integers])
+        self._kernel(-(-count // self._clips), THREADS, array("q", [*pointers, *integers]))
         self._integers["seen"] += length
         self._last = tensors  # until the launch is over
 
 
-def _sizes(packed: Packed, net: SoundNet) -> dict[str, int]:
-    """The struct's integers that a net and a state decide."""
+class Sizes(NamedTuple):
+    """What the kernel knows of a net when it is compiled: macros, in upper case."""
+
+    widest: int  # numbers of x
+    inner_wide: int
+    low_wide: int
+    part_wide: int
+    skips_kept: int
+    levels: int
+    width_out: int
+    state_size: int
+    block_count: int
+    stage_count: int
+    unet: int
+    block_cases: str  # of the layers' shapes, which the last column of the table of blocks counts
+    down_cases: str
+    up_cases: str
+
+
+def sizes_of(packed: Packed, net: SoundNet) -> tuple[Sizes, np.ndarray]:
+    """The sizes of a net, and its table of blocks with a column for their shapes."""
     blocks, stages = packed.blocks, packed.stages
-    stack = (stages[:, packing.POOL] * stages[:, packing.WIDE]).max()
-    inner = max(2 * blocks[:, packing.INNER].max(), stack)
-    skip = int(stages[:, packing.BLOCKS].sum() + len(stages)) if net.config.unet else len(stages)
+    wide, pool = stages[:, packing.WIDE], stages[:, packing.POOL]
+    shapes, which = np.unique(blocks[:, : packing.W_NORM], axis=0, return_inverse=True)
+    cases = []
+    for i, shape in enumerate(shapes.tolist()):
+        name, columns = LAYERS[shape[packing.KIND]]
+        cases.append(f"case {i}: {name}<{', '.join(str(shape[c]) for c in columns)}>(n, row); break;")
+    stage = range(len(stages) - 1)
+    down = [f"case {d}: pool_down<{pool[d] * wide[d]}, {wide[d + 1]}>(n, stage[W_DOWN]); break;" for d in stage]
+    up = [f"case {d}: pool_up<{wide[d + 1]}, {pool[d] * wide[d]}>(n, stage[W_UP]); break;" for d in stage]
+    sizes = Sizes(
+        widest=_even(wide.max()),
+        inner_wide=_even(max(2 * blocks[:, packing.INNER].max(), (pool * wide).max())),
+        low_wide=_even((blocks[:, packing.RANK] + 2 * blocks[:, packing.STATE]).max()),
+        part_wide=max(4 * THREADS, int(blocks[:, packing.INNER].max())),
+        skips_kept=int(stages[:, packing.BLOCKS].sum() + len(stages)) if net.config.unet else len(stages),
+        levels=net.levels,
+        width_out=int(wide[0]),
+        state_size=packed.state.shape[1],
+        block_count=len(blocks),
+        stage_count=len(stages),
+        unet=int(net.config.unet),
+        block_cases=" ".join(cases),
+        down_cases=" ".join(down),
+        up_cases=" ".join(up),
+    )
+    return sizes, np.ascontiguousarray(np.column_stack([blocks, which.reshape(-1)]))
+
+
+def _seen(packed: Packed) -> int:
+    """Samples that a state has seen, as far as they matter: within a period of the poolings."""
     seen, stride = 0, 1
-    for stage, phase in zip(stages[:-1], packed.phase[0], strict=False):
+    for stage, phase in zip(packed.stages[:-1], packed.phase[0], strict=False):
         seen, stride = seen + stride * int(phase), stride * int(stage[packing.POOL])
-    return {
-        "stage_count": len(stages), "block_count": len(blocks), "state_size": packed.state.shape[1],
-        "count": len(packed.state), "seen": seen, "levels_count": net.levels,
-        "widest": _even(stages[:, packing.WIDE].max()),
-        "inner": _even(inner), "low": _even((blocks[:, packing.RANK] + 2 * blocks[:, packing.STATE]).max()),
-        "part": max(4 * THREADS, int(blocks[:, packing.INNER].max())), "skip_count": skip,
-        "skips": int(net.config.unet), "centre_skip": 1, "embedding": int(packed.ends[0]),
-        "last_norm": int(packed.ends[1]), "head": int(packed.ends[2]),
-    }  # fmt: skip
+    return seen
 
 
 def _even(size: int) -> int:
     return -(-int(size) // 4) * 4
 
 
-def shared_bytes(clips: int, sizes: dict[str, int]) -> int:
+def shared_bytes(clips: int, sizes: Sizes) -> int:
     """Shared memory of a block of threads."""
-    widest, levels = sizes["widest"], sizes["levels_count"]
-    numbers = 2 * widest + 2 * sizes["inner"] + sizes["low"] + 3 * levels + sizes["part"] + sizes["skip_count"] * widest
-    tables = sizes["block_count"] * packing.COLUMNS + sizes["stage_count"] * packing.STAGE_COLUMNS
-    return 4 * (clips * numbers + tables) + 16
+    numbers = 2 * sizes.widest + 2 * sizes.inner_wide + sizes.low_wide + 3 * sizes.levels + sizes.part_wide
+    tables = sizes.block_count * (packing.COLUMNS + 1) + sizes.stage_count * packing.STAGE_COLUMNS
+    return 4 * (clips * (numbers + sizes.skips_kept * sizes.widest) + tables)
 
 
-def _clips(count: int, device: torch.device, sizes: dict[str, int]) -> int:
+def _clips(count: int, device: torch.device, sizes: Sizes) -> int:
     """Clips of a block of threads: as few as half the multiprocessors can take, within shared memory."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     fitting = [n for n in CLIPS if shared_bytes(n, sizes) <= SHARED_LIMIT] or [1]

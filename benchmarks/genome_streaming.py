@@ -45,8 +45,8 @@ def peak(function: Callable[[], None], device: str) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def measure(model: Loaded, fasta: Fasta, bases: int, piece: int, dtype: torch.dtype) -> Row:
-    """The row of one dtype and piece; prints its rate."""
+def measure(model: Loaded, fasta: Fasta, bases: int, piece: int, dtype: torch.dtype, products: str) -> Row:
+    """The row of one dtype, piece and kind of products; prints its rate."""
     device = model.device.type
     read(model, fasta, min(2 * piece, bases), piece)  # compiles
     short = peak(lambda: read(model, fasta, bases // 4, piece), device)
@@ -54,7 +54,7 @@ def measure(model: Loaded, fasta: Fasta, bases: int, piece: int, dtype: torch.dt
     whole = peak(lambda: read(model, fasta, bases, piece), device)
     seconds = time.perf_counter() - start
     made = row(
-        "genome_streaming", f"target/{bases // 1000}kb_pieces_of_{piece}", "triscan", "forward", dtype,
+        "genome_streaming", f"target/{bases // 1000}kb_pieces_of_{piece}{products}", "triscan", "forward", dtype,
         Timing(*[1000 * seconds] * 3, whole), 0.0, device,
     )  # fmt: skip
     print(
@@ -78,10 +78,12 @@ def main() -> None:
         letters = np.frombuffer(b"ACGT", np.uint8)[np.random.default_rng(0).integers(4, size=bases)]
         path.write_bytes(b">contig\n" + letters.tobytes() + b"\n")
         fasta = Fasta(path)
-        for dtype in (torch.float32, torch.bfloat16):
+        kinds = [(torch.float32, ""), (torch.bfloat16, "")]
+        for dtype, products in kinds if arguments.device == "cpu" else [(torch.float32, "_tf32"), *kinds[::-1]]:
+            torch.set_float32_matmul_precision("high" if products else "highest")
             model = Loaded(build_lm(d_model=128, n_layer=12).to(arguments.device, dtype).eval())
             for piece in (model.piece,) if arguments.device == "cpu" else GPU_PIECES:
-                rows.append(measure(model, fasta, bases, piece, dtype))
+                rows.append(measure(model, fasta, bases, piece, dtype, products))
                 write("genome_streaming" + ("_cpu" if arguments.device == "cpu" else ""), rows)
 
 

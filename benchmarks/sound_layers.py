@@ -12,6 +12,7 @@ import csv
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,7 +92,7 @@ def main(
             print(json.dumps(row), flush=True)
 
 
-def judged(net: SoundNet, clips: int, seed: int) -> dict[str, object]:
+def judged(net: SoundNet, clips: int, seed: int) -> dict[str, Any]:
     """Draws clips of 0.6 s and scores them against the recordings that the classifier was trained on."""
     judge, codec = load_judge(), Codec(normalize="peak")
     judge.net.to(net.embedding.weight.device)

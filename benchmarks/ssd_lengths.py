@@ -74,9 +74,11 @@ def main() -> None:
         plot(RESULTS / "ssd_lengths.csv", Path(__file__).parents[1] / "docs" / "ssd_lengths.png")
         return
     require_gpu("ssd_lengths")
-    found = [r for op, state in LINES for r in timed(op, state)]
-    if options.write:
-        print(write("ssd_lengths", found))
+    found: list[Row] = []
+    for op, state in LINES:
+        found += timed(op, state)
+        if options.write:  # a run that is cut short keeps its lines
+            print(write("ssd_lengths", found))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from benchmarks.common import Row, Timing, require_gpu, row, write
 
 MODES = ("inference", "training")
 HOW = ("eager", "graph", "compile", "reduce")
+PROFILED = 3  # steps
 
 
 @dataclass(frozen=True)
@@ -100,17 +101,17 @@ def timed(step: Callable[[], object], runs: int = 15) -> Timing:
 
 
 def print_profile(step: Callable[[], object], rows: int = 22) -> None:
-    """The kernels of three steps that take most of the GPU's time."""
+    """The kernels of ``PROFILED`` steps that take most of the GPU's time."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(3):
+        for _ in range(PROFILED):
             step()
         torch.cuda.synchronize()
     events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
     total = sum(e.self_device_time_total for e in events)
-    print(f"    GPU {total / 3000:.2f} ms a step, {sum(e.count for e in events) // 3} kernels")
+    print(f"    GPU {total / PROFILED / 1e3:.2f} ms a step, {sum(e.count for e in events) // PROFILED} kernels")
     for e in events[:rows]:
-        print(f"    {e.self_device_time_total / 3000:8.3f} ms {e.count // 3:5d} x  {e.key[:150]}")
+        print(f"    {e.self_device_time_total / PROFILED / 1e3:8.3f} ms {e.count // PROFILED:5d} x  {e.key[:150]}")
 
 
 def graphed(step: Callable[[], object]) -> Callable[[], object]:

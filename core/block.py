@@ -81,8 +81,14 @@ class AddNorm(nn.Module):
         Returns:
             norm(x + residual) in x's dtype, and x + residual, the stream from here on.
         """
+        return self.normalise(x, residual, self.weight, self.bias)
+
+    def normalise(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """``forward`` with a weight and bias that are given."""
         y, total, _, _ = torch.ops.triscan.norm(
-            x, self.weight, self.bias, residual, None, self.kind, self.eps, 0, True, self.residual_in_fp32, "auto"
+            x, weight, bias, residual, None, self.kind, self.eps, 0, True, self.residual_in_fp32, "auto"
         )
         return y, (start_stream(x, self.residual_in_fp32) if residual is None else total)
 

@@ -17,8 +17,8 @@ from torchmetrics.aggregation import MeanMetric
 from core.errors import UserError
 from core.generate import generate
 from core.lm import MambaConfig, MambaLM
-from core.loss import linear_cross_entropy
 from core.parallel.group import active, mean_share
+from core.parallel.tensor import head_loss
 from core.published import save_lm
 from core.sampling import Sampling
 from core.text import TextData
@@ -54,6 +54,7 @@ class TextModel(TrainingModule):
     headline = "test/bits_per_byte"
     item_name = "windows"
     cuts_sequences = True
+    shares_layers = True
 
     def __init__(
         self,
@@ -91,8 +92,7 @@ class TextModel(TrainingModule):
         assert isinstance(net, MambaLM)
         if (group := active()) is not None:
             inputs, wanted = group.shard(inputs), group.shard(wanted)
-        hidden, weight = net.backbone(inputs), net.lm_head.weight
-        total = linear_cross_entropy(hidden, weight, wanted, ignore_index=PADDING, reduction="sum")
+        total = head_loss(net, net.backbone(inputs), wanted, PADDING)
         return mean_share(total, (wanted != PADDING).sum(), everywhere=self.training)
 
     def compiled_part(self) -> nn.Module:
@@ -117,8 +117,9 @@ class TextModel(TrainingModule):
         """Log loss, perplexity and bits per byte; leave the model that was tested."""
         self._log_losses("test")
         fast = getattr(self.trainer, "fast_dev_run", False)  # which leaves no run folder
+        net = self.gather_net()
         if self.trainer.is_global_zero and not fast:
-            self._save(self.net, Path(self.trainer.default_root_dir) / "model")
+            self._save(net, Path(self.trainer.default_root_dir) / "model")
 
     def _log_losses(self, stage: str) -> None:
         metric = self.losses[f"{stage}_"]

@@ -48,6 +48,8 @@ class SpeciesClassifier(TrainingModule):
             the answer being the species under which a read is likeliest (generative, see ``genomics.generative``).
         pooling: Of discriminative models, what stands for a read: the maximum or mean over its positions, or the last
             one.
+        kmer: Bases of the k-mers that the model reads beside single bases, each with a vector of its own; 0 is none.
+        kmer_width: Width of these vectors, of which there are 4^kmer.
         language: Of discriminative models, weight of a second loss, nats of the next base. It is in ``train/loss``.
         average_strands: Score both strands when evaluating, and average.
         pretrained: Checkpoint of ``genomics.pretrain`` of the same sizes whose backbone to start from.
@@ -73,6 +75,8 @@ class SpeciesClassifier(TrainingModule):
         expand: int = 2,
         goal: Goal = "discriminative",
         pooling: Pooling = "max",
+        kmer: int = 0,
+        kmer_width: int = 64,
         language: float = 0.0,
         average_strands: bool = True,
         pretrained: str | None = None,
@@ -85,7 +89,7 @@ class SpeciesClassifier(TrainingModule):
         sizes = {"d_model": d_model, "n_layer": n_layer, "d_state": d_state, "d_conv": d_conv, "expand": expand}
         try:
             self.net: GenomeClassifier = build_classifier(
-                goal, num_classes, pooling, average_strands, language, **sizes
+                goal, num_classes, pooling, average_strands, language, kmer, kmer_width, **sizes
             )
         except UserError:
             raise

@@ -41,7 +41,7 @@ def embed(
         piece: Bases that go through the model at a time; null is 8,192 where a processor carries a state on,
             else 65,536.
         device: cpu, cuda, or auto.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16, or tf32: float32 whose products an NVIDIA GPU rounds to 11 bits.
         out: Folder for the results; null is the next one under runs/genomics/embed.
     """
     if format == "parquet" and pooling == "none":

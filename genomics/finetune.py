@@ -7,13 +7,13 @@ import copy
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.cli import run
 from core.errors import UserError
 from core.training.report import Report
 from genomics.baselines import kmer_accuracies
+from genomics.generative import Goal, build_classifier
 from genomics.labelled import Labelled, families, folds, read_labelled
 from genomics.models import GenomeClassifier, Pooling, load_backbone
 from genomics.output import Results, progress
@@ -27,6 +27,7 @@ def finetune(
     n_layer: int = 2,
     d_state: int = 4,
     d_conv: int = 12,
+    goal: Goal = "discriminative",
     pooling: Pooling = "max",
     cross_validation: int = 5,
     homology: bool = True,
@@ -50,7 +51,9 @@ def finetune(
         n_layer: Number of blocks.
         d_state: State size of each channel.
         d_conv: Width of the causal convolution.
-        pooling: What stands for a sequence: max, mean or last.
+        goal: discriminative learns the class, generative the sequences of each class, of which the likeliest is the
+            answer.
+        pooling: Of discriminative models, what stands for a sequence: max, mean or last.
         cross_validation: Folds; with a test part the folds are left out of training one by one, and the test stays.
         homology: Keep sequences that share 31 bases, on either strand, in one fold.
         epochs: Passes over the training part.
@@ -77,7 +80,7 @@ def finetune(
         for fold in progress(range(cross_validation), "folds"):
             torch.manual_seed(seed + fold)
             kept, held = (train.take(np.flatnonzero(side).tolist()) for side in (fold_of != fold, fold_of == fold))
-            model = GenomeClassifier(len(names), pooling, True, **sizes)
+            model = build_classifier(goal, len(names), pooling, True, **sizes)
             if pretrained is not None:
                 load_backbone(model, pretrained)
             _train(model.to(place), kept, names, epochs, lr, batch_size, seed + fold)
@@ -133,7 +136,7 @@ def _train(
             rows = _pad([data.sequences[j] for j in places], device)
             flip = torch.from_numpy(rng.random(len(rows)) < 0.5).to(device)
             rows = torch.where(flip[:, None], model.other_strand(rows), rows)
-            loss = F.cross_entropy(model(rows), torch.from_numpy(targets[places]).to(device))
+            loss = model.loss(rows, torch.from_numpy(targets[places]).to(device))
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -81,7 +81,7 @@ def generate(
         top_p: Draw from the likeliest bases that together reach this probability; 1 is all.
         seed: The same seed gives the same sequences on the same machine.
         device: cpu, cuda, or auto.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16, or tf32: float32 whose products an NVIDIA GPU rounds to 11 bits.
         out: Folder for the results; null is the next one under runs/genomics/generate.
     """
     if length < 1 or count < 1:

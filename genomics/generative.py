@@ -33,14 +33,18 @@ class GenerativeClassifier(GenomeClassifier):
     Args:
         num_classes: K.
         average_strands: As of ``GenomeClassifier``.
+        kmer: The same.
+        kmer_width: The same.
         sizes: Arguments of ``GenomeLM``.
 
     Raises:
         ValueError: For sizes that do not fit.
     """
 
-    def __init__(self, num_classes: int, average_strands: bool = True, **sizes: Any) -> None:
-        super().__init__(num_classes, "last", average_strands, 0.0, **sizes)
+    def __init__(
+        self, num_classes: int, average_strands: bool = True, kmer: int = 0, kmer_width: int = 64, **sizes: Any
+    ) -> None:
+        super().__init__(num_classes, "last", average_strands, 0.0, kmer, kmer_width, **sizes)
         self.head = nn.Linear(sizes["d_model"], BASES)  # W and b, of all classes
         self.own = nn.Parameter(torch.zeros(num_classes, BASES, sizes["d_model"]))  # U
 
@@ -92,6 +96,8 @@ def build_classifier(
     pooling: Pooling = "max",
     average_strands: bool = True,
     language: float = 0.0,
+    kmer: int = 0,
+    kmer_width: int = 64,
     **sizes: Any,
 ) -> GenomeClassifier:
     """Build a classifier by what it learns.
@@ -102,13 +108,15 @@ def build_classifier(
         pooling: Of discriminative ones.
         average_strands: See ``GenomeClassifier``.
         language: The same, of discriminative ones.
+        kmer: The same.
+        kmer_width: The same.
         sizes: Arguments of ``GenomeLM``.
 
     Raises:
         ValueError: For sizes that do not fit, or another goal.
     """
     if goal == "generative":
-        return GenerativeClassifier(num_classes, average_strands, **sizes)
+        return GenerativeClassifier(num_classes, average_strands, kmer, kmer_width, **sizes)
     if goal != "discriminative":
         raise ValueError(f"goal: got {goal!r}, wanted 'discriminative' or 'generative'")
-    return GenomeClassifier(num_classes, pooling, average_strands, language, **sizes)
+    return GenomeClassifier(num_classes, pooling, average_strands, language, kmer, kmer_width, **sizes)

@@ -24,6 +24,7 @@ from genomics.fasta import Fasta
 from genomics.generative import build_classifier
 from genomics.hyenadna import HyenaDNA
 from genomics.intervals import Interval
+from genomics.kmers import init_state
 from genomics.models import GenomeClassifier, build_lm, read_checkpoint
 from genomics.vocabulary import BOS, MASK, A, T
 from kernels.selective_scan.exactness import between_pieces
@@ -89,7 +90,7 @@ class Loaded:
 
     def init_state(self) -> tuple[Any, ...]:
         """The state before the first token, of one sequence."""
-        return tuple(layer.mixer.init_state(1) for layer in self.backbone().layers)
+        return init_state(self.backbone(), 1)
 
 
 def load_model(model: str, device: str = "auto", dtype: str = "float32") -> Loaded:
@@ -100,7 +101,8 @@ def load_model(model: str, device: str = "auto", dtype: str = "float32") -> Load
             ``config.json`` and weights of HyenaDNA (either layout), Caduceus or a Mamba language model; or the name of
             such a model on the Hugging Face hub.
         device: ``auto`` is the GPU where there is one.
-        dtype: float32 or bfloat16, of the weights.
+        dtype: float32 or bfloat16, of the weights; tf32 is float32, and matrix products of this process on NVIDIA GPUs
+            round their factors to 11 bits.
 
     Raises:
         UserError: If there is none, or its files do not fit.
@@ -112,10 +114,12 @@ def load_model(model: str, device: str = "auto", dtype: str = "float32") -> Load
     loaded = _from_checkpoint(path) if path.is_file() else _from_folder(path if path.is_dir() else download(model))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype is {dtype!r}; wanted float32 or bfloat16")
+    if dtype not in ("float32", "bfloat16", "tf32"):
+        raise UserError(f"--dtype is {dtype!r}; wanted float32, bfloat16 or tf32")
+    if dtype == "tf32":
+        torch.set_float32_matmul_precision("high")
     try:
-        loaded.net.to(device, getattr(torch, dtype)).eval()
+        loaded.net.to(device, torch.bfloat16 if dtype == "bfloat16" else torch.float32).eval()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from None
     return loaded
@@ -125,7 +129,7 @@ def _from_checkpoint(path: Path) -> Loaded:
     state, options = read_checkpoint(path)
     options = {key.removeprefix("model."): value for key, value in options.items()}
     if "num_classes" in options:
-        known = ("d_model", "n_layer", "d_state", "d_conv", "expand")
+        known = ("d_model", "n_layer", "d_state", "d_conv", "expand", "language", "kmer", "kmer_width")
         sizes = {key: options[key] for key in known if key in options}
         goal = options.get("goal", "discriminative")
         model = build_classifier(goal, options["num_classes"], options["pooling"], options["average_strands"], **sizes)

@@ -124,7 +124,7 @@ class LanguageModel(TrainingModule):
     def on_fit_start(self) -> None:
         """Print how much memory a step will need."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, GenomeData) and self.trainer.is_global_zero:
+        if isinstance(data, GenomeData) and self.trainer.is_global_zero and not self.shares_weights:
             tokens = data.batch_size * data.window // getattr(self.trainer.strategy, "sequence", 1)
             print(describe_memory(self.net, tokens, self.recompute, self.offload, str(self.trainer.precision)))
 

@@ -16,6 +16,7 @@ from core.errors import UserError
 from core.lm import MambaConfig, MambaLM
 from genomics.caduceus import Caduceus, CaduceusConfig
 from genomics.hyenadna import HyenaDNA, HyenaDNAConfig
+from genomics.kmers import KmerBackbone
 from genomics.vocabulary import COMPLEMENT, PAD, TOKENS, A, T
 
 Pooling = Literal["max", "mean", "last"]
@@ -143,6 +144,8 @@ class GenomeClassifier(nn.Module):
             In training a strand is scored as it comes.
         language: Weight of a second loss, nats of the next base, which trains the backbone on every position; 0 leaves
             it and its head out.
+        kmer: Bases of the k-mers that the backbone reads beside single bases (``genomics.kmers``); 0 is none.
+        kmer_width: Width of their vectors.
         sizes: Arguments of ``GenomeLM``.
 
     Raises:
@@ -155,13 +158,16 @@ class GenomeClassifier(nn.Module):
         pooling: Pooling = "max",
         average_strands: bool = True,
         language: float = 0.0,
+        kmer: int = 0,
+        kmer_width: int = 64,
         **sizes: Any,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.pooling: Pooling = pooling
         self.average_strands = average_strands
-        self.backbone = GenomeLM(**sizes).backbone
+        plain = GenomeLM(**sizes).backbone
+        self.backbone = KmerBackbone(plain, kmer, kmer_width) if kmer else plain
         self.head = nn.Linear(sizes["d_model"], num_classes)
         self.language = language
         if language:
@@ -252,6 +258,9 @@ def load_backbone(model: GenomeClassifier, path: str | Path) -> None:
     backbone = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if not backbone:
         raise UserError(f"{path} holds no backbone of a language model; give a checkpoint of genomics.pretrain")
+    if isinstance(model.backbone, KmerBackbone):  # language models read bases alone
+        own = model.backbone.state_dict()
+        backbone = {name: own[name] for name in own if name.startswith(("kmers.", "from_kmers."))} | backbone
     load_into(model.backbone, backbone, str(path))
 
 

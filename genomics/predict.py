@@ -50,7 +50,7 @@ def predict(
             processor carries a state on, else 65,536.
         format: bedgraph, or bigwig (needs pyBigWig), for surprisal and entropy.
         device: cpu, cuda, or auto.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16, or tf32: float32 whose products an NVIDIA GPU rounds to 11 bits.
         out: Folder for the results; null is the next one under runs/genomics/predict.
     """
     if bin < 1:

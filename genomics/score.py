@@ -59,7 +59,7 @@ def score(
         both_strands: Average over the window and its reverse complement.
         batch_size: Windows that go through the model at a time.
         device: cpu, cuda, or auto.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16, or tf32: float32 whose products an NVIDIA GPU rounds to 11 bits.
         out: Folder for the results; null is the next one under runs/genomics/score.
     """
     if (vcf is None) == (ism is None):

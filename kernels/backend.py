@@ -37,14 +37,14 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def launches_early(device: torch.device) -> bool:
-    """Whether this is an NVIDIA GPU that launches kernels early (sm_90 and later)."""
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is an NVIDIA GPU that copies boxes of tensors and launches kernels early (sm_90 and later)."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def dependent_launch(t: torch.Tensor) -> dict[str, bool]:
     """Options of a Triton kernel with a ``PDL`` switch: programmatic dependent launch where the GPU of ``t`` has it."""
-    return {"PDL": True, "launch_pdl": True} if launches_early(t.device) and not interpreting() else {"PDL": False}
+    return {"PDL": True, "launch_pdl": True} if is_hopper(t.device) and not interpreting() else {"PDL": False}
 
 
 def choose(backend: str, device: torch.device, cuda: bool = False) -> tuple[str, str]:

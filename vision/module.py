@@ -20,6 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 import vision.models
 from core.errors import UserError
+from core.training.graphs import capture, check_graphs
 from core.training.module import OptimizerOptions, ScheduleOptions, TrainingModule
 from core.training.report import Report
 from vision.data import ImageData
@@ -66,8 +67,8 @@ class Classifier(TrainingModule):
         schedule: The learning rate over the run.
         compile: Compile the model.
         graph: Replay the model's forward and backward as CUDA graphs, which leaves out the host's time: several times
-            as fast for small models. Batches must be of one size, and read without workers that pin memory. Without
-            a GPU it has no effect.
+            as fast for small models. Batches of another size than the first run as they are; workers that pin memory
+            get in the way. Without a GPU it has no effect.
 
     Raises:
         UserError: For unknown models and arguments, and weights of another model.
@@ -116,11 +117,7 @@ class Classifier(TrainingModule):
         """Mean cross-entropy of images (B, C, H, W) or videos and labels (B,), mixed first if so configured."""
         images, labels = batch
         if self.graph_requested and images.is_cuda and self._steps_seen > 1:  # the first step's FLOPs are counted
-            if (steps := self.trainer.accumulate_grad_batches) > 1:
-                raise UserError(
-                    f"--model.graph: got --trainer.accumulate_grad_batches {steps}, wanted 1: a graph writes gradients "
-                    "to one place, batch after batch"
-                )
+            check_graphs(self)
             self.graph_requested = False
             capture(self.net, images)
         if self.mixup is None:
@@ -184,16 +181,6 @@ class Classifier(TrainingModule):
                     "" if label == guess else f", is {names[label]}"
                 )
                 kept.append((self._data.to_pixels(images[i]), text, label == guess))
-
-
-def capture(net: nn.Module, images: Tensor) -> None:
-    """Makes the training forward of ``net`` and its backward CUDA graphs, for batches like ``images``.
-
-    Evaluation runs as before. Autocast is taken over as it is here.
-    """
-    on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
-        torch.cuda.make_graphed_callables(net, (images.detach().clone(),))
 
 
 def _metrics(num_classes: int) -> nn.ModuleDict:

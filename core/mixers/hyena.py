@@ -16,6 +16,7 @@ from core.mixers.hyena_filter import HyenaFilter, circular_convolution, long_con
 from core.mixers.mamba import last_inputs
 from core.mixers.packed import run_packed
 from core.parallel.group import refuse
+from kernels.long_convolution import gated_convolution, takes
 
 ACTIVATIONS = {"id": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 # Arguments of the published operator that have one value here, and why no other.
@@ -176,7 +177,12 @@ class Hyena(nn.Module):
             return run_packed(self, x, seq_idx, cu_seqlens)
         self._check_length(x.shape[1])
         u, _ = self._short(self.in_proj(x), None, False)
-        return self._mix(u, None, self.filter_fn.filter(x.shape[1]))[0]
+        taps = self.filter_fn.filter(x.shape[1])
+        idle = not self.training or self.dropout.p == 0
+        if self.order == 2 and not self.bidirectional and idle and takes(u, taps):
+            bias = self.filter_fn.bias if self.filter_fn.use_bias else None
+            return self.out_proj(self.activation(gated_convolution(u, taps, bias)))
+        return self._mix(u, None, taps)[0]
 
     def forward_state(self, x: Tensor, state: HyenaState, lengths: Tensor | None = None) -> tuple[Tensor, HyenaState]:
         """Continues sequences from ``state``; with L = 1 this is a decoding step, at a cost that grows with T.

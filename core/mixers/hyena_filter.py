@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.long_convolution import fft_length
+
 
 class Sine(nn.Module):
     """sin(freq x) with a frequency a channel (1, H)."""
@@ -136,11 +138,6 @@ def _register(module: nn.Module, name: str, table: Tensor, rate: float) -> None:
     parameter._optim = {"weight_decay": 0.0, "lr": rate}  # type: ignore[attr-defined]
     parameter._no_weight_decay = True  # type: ignore[attr-defined]
     module.register_parameter(name, parameter)
-
-
-def fft_length(least: int) -> int:
-    """The smallest m 2^k of at least ``least``, m being 1, 3, 5, 9 or 15: lengths whose transforms are fast."""
-    return min(m << max(math.ceil(math.log2(least / m)), 0) for m in (1, 3, 5, 9, 15))
 
 
 class _LongConvolution(torch.autograd.Function):

@@ -100,6 +100,7 @@ class Mamba2(nn.Module):
         self.d_inner = int(expand * d_model)
         self.d_ssm = self.d_inner if d_ssm is None else d_ssm
         self.D_has_hdim, self.reverse = D_has_hdim, reverse
+        self.fuses = True  # whether one op may run everything behind the input projection
         self.dt_min, self.dt_max = float(dt_limit[0]), float(dt_limit[1])
         _check_sizes(self, expand, A_init_range)
 
@@ -158,7 +159,7 @@ class Mamba2(nn.Module):
             rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
             initial = self.init_states.expand(rows, -1, -1, -1)
         # An adapter or a quantised layer is more than a weight; a part of a sequence needs its neighbours in between.
-        if not isinstance(self.out_proj, nn.Linear) or in_parts():
+        if not self.fuses or not isinstance(self.out_proj, nn.Linear) or in_parts():
             mlp, z, xbc, dt = self._project(x)
             xbc, _ = self._conv(xbc, None, cu_seqlens, seq_idx, False)
             y, _ = self._scan(xbc, z, dt, initial, cu_seqlens, seq_idx, False)

@@ -1,64 +1,198 @@
-"""Sequences cut across processes, for Lightning's trainer."""
+"""How a run spreads over devices, for Lightning's trainer: data, sequences and layers shared out, and FSDP2."""
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
+from lightning import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
 
 from core.errors import UserError
+from core.parallel import shards
+from core.parallel.cuts import load_pieces, whole_state
 from core.parallel.group import SequenceGroup, sequence_parallel, set_data_ranks
+from core.parallel.tensor import group_of, tensor_parallel
 
 
-class SequenceDDP(DDPStrategy):
-    """Every process has all weights; ``sequence`` of them share each sequence.
+class _Mesh:
+    """What both strategies share: the mesh of the processes, and steps in which sequences are cut.
 
-    The mesh of the processes has the dimensions ``data`` and ``sequence``; consecutive processes share a sequence.
-
-    Args:
-        sequence: Processes that share a sequence, a divisor of their number.
+    Its dimensions are ``data``, ``sequence`` and ``tensor``; consecutive processes share a sequence, or layers.
     """
 
-    def __init__(self, sequence: int = 1, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.sequence = sequence
-        self.mesh: DeviceMesh | None = None
-        self._group: SequenceGroup | None = None
+    sequence: int = 1
+    tensor: int = 1
+    mesh: DeviceMesh | None = None
+    _group: SequenceGroup | None = None
 
-    def setup_environment(self) -> None:
-        """Join the processes, then make the mesh."""
-        super().setup_environment()
-        self.join(self.world_size, self.root_device)
+    @property
+    def shares_weights(self) -> bool:
+        """Whether no process has all weights, so that all must take part where they are read."""
+        return False
 
     def join(self, world: int, device: torch.device) -> None:
         """Make the mesh, once the processes know each other."""
-        if world % self.sequence:
-            raise UserError(
-                f"--sequence_parallel is {self.sequence}, which does not divide the {world} processes; give a "
-                "divisor, or other --trainer.devices"
-            )
-        sizes = (world // self.sequence, self.sequence)
-        self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("data", "sequence"))
+        for option, count in (("sequence_parallel", self.sequence), ("tensor_parallel", self.tensor)):
+            if world % count:
+                raise UserError(
+                    f"--{option} is {count}, which does not divide the {world} processes; give a divisor, or other "
+                    "--trainer.devices"
+                )
+        sizes = (world // self.sequence // self.tensor, self.sequence, self.tensor)
+        self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("data", "sequence", "tensor"))
         set_data_ranks(self.mesh["data"].get_local_rank(), sizes[0])
         self._group = SequenceGroup(self.mesh["sequence"]) if self.sequence > 1 else None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a step on this process's part."""
         with sequence_parallel(self._group):
-            return super().training_step(*args, **kwargs)
+            return super().training_step(*args, **kwargs)  # type: ignore[misc]
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a step on this process's part."""
         with sequence_parallel(self._group):
-            return super().validation_step(*args, **kwargs)
+            return super().validation_step(*args, **kwargs)  # type: ignore[misc]
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a step on this process's part."""
         with sequence_parallel(self._group):
-            return super().test_step(*args, **kwargs)
+            return super().test_step(*args, **kwargs)  # type: ignore[misc]
 
     def backward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run the backward pass, in which blocks may be computed again."""
         with sequence_parallel(self._group):
-            return super().backward(*args, **kwargs)
+            return super().backward(*args, **kwargs)  # type: ignore[misc]
+
+
+class MeshDDP(_Mesh, DDPStrategy):
+    """Data parallelism; ``sequence`` processes share each sequence, or ``tensor`` of them the layers.
+
+    Args:
+        sequence: Processes that share a sequence, a divisor of their number.
+        tensor: Processes that share the layers of the module's net, likewise.
+    """
+
+    def __init__(self, sequence: int = 1, tensor: int = 1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.sequence, self.tensor = sequence, tensor
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether no process has all weights."""
+        return self.tensor > 1
+
+    def setup_environment(self) -> None:
+        """Join the processes, then make the mesh."""
+        super().setup_environment()
+        self.join(self.world_size, self.root_device)
+        if self.tensor > 1 and self.mesh is not None:
+            self._ddp_kwargs["process_group"] = self.mesh["data"].get_group()
+
+    def setup(self, trainer: Trainer) -> None:
+        """Prepare a stage; where nothing is trained, DDP would give every process the weights of the first."""
+        module: Any = self.lightning_module
+        own = "_ddp_params_and_buffers_to_ignore"
+        if self.tensor > 1 and trainer.state.fn != TrainerFn.FITTING:
+            setattr(module, own, [name for name, _ in module.named_parameters()])
+        super().setup(trainer)
+        if hasattr(module, own):
+            delattr(module, own)
+
+    def model_to_device(self) -> None:
+        """Move the model, and share its layers out."""
+        super().model_to_device()
+        module: Any = self.lightning_module
+        if self.tensor > 1 and self.mesh is not None and group_of(module.net) is None:
+            module.remember_net()
+            try:
+                tensor_parallel(module.net, self.mesh["tensor"])
+            except ValueError as error:
+                raise UserError(f"--tensor_parallel: {error}") from error
+
+    def whole_weights(self, net: nn.Module) -> dict[str, Any]:
+        """All weights of the net; every process must ask."""
+        return net.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The state for whole parameters; every process must ask."""
+        state = super().optimizer_state(optimizer)
+        return whole_state(optimizer, state) if self.tensor > 1 else state
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take over the states in a checkpoint."""
+        if self.tensor > 1:
+            states = zip(self.optimizers, checkpoint["optimizer_states"], strict=True)
+            checkpoint = {"optimizer_states": [load_pieces(optimizer, state) for optimizer, state in states]}
+        super().load_optimizer_state_dict(checkpoint)
+
+
+class FSDP2(_Mesh, ModelParallelStrategy):
+    """Every process keeps a share of weights, gradients and moments, and gathers a block's weights when it runs.
+
+    Checkpoints are the files that one process writes and reads. On CPUs the ops run on plain PyTorch operators.
+
+    Args:
+        sequence: Processes that share a sequence, a divisor of their number.
+    """
+
+    strategy_name = "fsdp2"
+
+    def __init__(self, sequence: int = 1, **kwargs: Any) -> None:
+        super().__init__(save_distributed_checkpoint=False, **kwargs)
+        self.sequence = sequence
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether no process has all weights."""
+        return True
+
+    def setup_environment(self) -> None:
+        """Join the processes, then make the mesh."""
+        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        super().setup_environment()
+        self.join(self.world_size, self.root_device)
+        if self.root_device.type == "cpu":  # NumPy's views, which the CPU's kernels take, keep memory from being freed
+            os.environ.setdefault("TRISCAN_BACKEND", "torch")
+        module: Any = self.lightning_module
+        module.configure_model = self._share  # which Lightning asks for, and calls once
+
+    def _share(self) -> None:
+        """Share the weights out."""
+        module: Any = self.lightning_module
+        if not module.shares_weights:
+            module.remember_net()
+            shards.shard_module(module, module.net, self.device_mesh["data_parallel"])
+
+    def model_to_device(self) -> None:
+        """Move the model, which makes new parameters of those that are shared out."""
+        super().model_to_device()
+        module: Any = self.lightning_module
+        shards.copy_marks(module.remembered_net, module.net)
+
+    def whole_weights(self, net: nn.Module) -> dict[str, Any]:
+        """All weights of the net on rank 0; every process must ask."""
+        return shards.whole_weights(net)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The whole state, numbered as a single process numbers it; on rank 0, elsewhere empty."""
+        assert self.model is not None
+        return shards.whole_moments(self.model, getattr(optimizer, "_optimizer", optimizer))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a file; weights and moments go to where they are kept."""
+        path = Path(self.broadcast(checkpoint_path))
+        checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+        assert self.model is not None
+        shards.load_weights(self.model, checkpoint["state_dict"])
+        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            shards.load_moments(self.model, optimizer, state)
+        return checkpoint
+
+
+StrategyRegistry.register("fsdp2", FSDP2, description="Fully sharded data parallel, the second of its kind")

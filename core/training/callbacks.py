@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -45,7 +45,7 @@ class EMA(WeightAveraging):
         mixed = [t.is_floating_point() and self._latest_update_step > 0 for t in old]
         if any(mixed):
             pairs = [(a, b) for a, b, mix in zip(old, new, mixed, strict=True) if mix]
-            torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - self.decay)
+            torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - self.decay)  # pyright: ignore
         for a, b, mix in zip(old, new, mixed, strict=True):
             if not mix:
                 a.copy_(b)
@@ -75,6 +75,28 @@ class EMA(WeightAveraging):
         """
         if trainer.state.fn == TrainerFn.FITTING:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's checkpoints, but ``last.ckpt`` is that of the last validation, not of the last of the best ones."""
+
+    __qualname__ = "ModelCheckpoint"  # under which a checkpoint keeps this callback's state
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what is due, and the last one in any case."""
+        super().on_validation_end(trainer, pl_module)
+        if not self._should_save_on_train_epoch_end(trainer):
+            self._keep_last(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what is due, and the last one in any case."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._should_save_on_train_epoch_end(trainer):
+            self._keep_last(trainer)
+
+    def _keep_last(self, trainer: Trainer) -> None:
+        if self.save_last and not self._should_skip_saving_checkpoint(trainer):  # true where it was saved just now
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 class ExactResume(Callback):
@@ -162,6 +184,8 @@ class Interrupt(Checkpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop, if asked to."""
+        if _shared(trainer):  # all processes save together, so that all must know
+            self._asked = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
         if self._asked:
             trainer._logger_connector.update_train_step_metrics()  # comes after this hook otherwise: the step's figures
             self._save(trainer)
@@ -196,15 +220,28 @@ class Interrupt(Checkpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save what was trained if the run was stopped from outside."""
         stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
-        if stopped and self.saved is None and trainer.state.fn == TrainerFn.FITTING and trainer.global_step > 0:
+        alone = _shared(trainer)  # in the middle of a step: the other processes know nothing of it
+        if (
+            stopped
+            and not alone
+            and self.saved is None
+            and trainer.state.fn == TrainerFn.FITTING
+            and trainer.global_step > 0
+        ):
             self._save(trainer)
         self._restore()
 
     def _save(self, trainer: Trainer) -> None:
-        if self.folder is None or not trainer.is_global_zero:
+        shared = _shared(trainer)
+        if not shared and (self.folder is None or not trainer.is_global_zero):
             return
         # Not trainer.save_checkpoint: it waits for the other processes, which know nothing of the signal.
         checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        path = self.folder / "last.ckpt"
+        path = self.folder / "last.ckpt" if self.folder is not None else Path("last.ckpt")  # of rank 0, which writes
         trainer.strategy.save_checkpoint(checkpoint, path)
         self.saved = path
+
+
+def _shared(trainer: Trainer) -> bool:
+    """Whether no process has all weights."""
+    return bool(getattr(trainer.strategy, "shares_weights", False))

@@ -21,6 +21,9 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from core.errors import UserError
+from core.parallel.cuts import gradient_norm
+from core.parallel.shards import empty_copy
+from core.parallel.tensor import group_of
 from core.training.report import Report
 
 
@@ -124,6 +127,9 @@ class TrainingModule(LightningModule):
     cuts_sequences: bool = False
     """Whether ``loss`` and ``evaluate`` take their part of a batch's sequences where processes share them."""
 
+    shares_layers: bool = False
+    """Whether ``loss`` and ``evaluate`` do with a net whose layers processes share out (``core.parallel.tensor``)."""
+
     net: nn.Module
 
     def __init__(
@@ -138,6 +144,7 @@ class TrainingModule(LightningModule):
         self.schedule_options = schedule
         self.compile_requested = compile
         self._steps_seen = 0
+        self._whole_net: list[nn.Module] = []  # in a list, so that it is no part of this module
         self._group_options: list[dict[str, Any]] = []
 
     # What a domain writes.
@@ -212,6 +219,44 @@ class TrainingModule(LightningModule):
         if self.compile_requested and self._steps_seen == 1:
             self.compiled_part().compile()
         self._steps_seen += 1
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether no process has all of the net, so that one alone cannot run or save it."""
+        return bool(self._whole_net)
+
+    def remember_net(self) -> None:
+        """Note what the net looks like, before its weights are shared out."""
+        self._whole_net[:] = [empty_copy(self.net)]
+
+    @property
+    def remembered_net(self) -> nn.Module:
+        """The net as it was, without weights."""
+        return self._whole_net[0]
+
+    def gather_net(self) -> nn.Module:
+        """Return the net with all its weights, or on rank 0 a copy of it on the CPU; every process must ask."""
+        if not self.shares_weights:
+            return self.net
+        net, strategy = self.remembered_net, self.trainer.strategy
+        weights = strategy.whole_weights(self.net)  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero:
+            net.load_state_dict(weights)
+        return net.train(self.net.training)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients; by the norm of whole ones, where processes have pieces of them."""
+        group = group_of(self.net)
+        if group is None or gradient_clip_val is None or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for g in optimizer.param_groups for p in g["params"]]
+        nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, gradient_norm(parameters, group.mesh))
 
     def configure_optimizers(self) -> Any:
         """Build optimizer and schedule from the options; the schedule is a function of the optimizer step alone."""

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,20 +12,20 @@ import torch
 from lightning import LightningDataModule, Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from core.cli import parse
 from core.errors import UserError
-from core.parallel.strategies import SequenceDDP
-from core.training.callbacks import EMA, ExactResume, Interrupt
+from core.parallel.strategies import FSDP2, MeshDDP  # registers fsdp2
+from core.parallel.watch import announce_launcher, follow_launcher, lost_peer
+from core.training.callbacks import EMA, Checkpoints, ExactResume, Interrupt
 from core.training.folder import RunFolder, find_checkpoint, named, numbered, run_of
 from core.training.module import TrainingModule
 from core.training.progress import progress_bar
 from core.training.record import Record
-from core.training.resume import History, check_checkpoint
+from core.training.resume import History, WholeFiles, check_checkpoint
 from core.training.throughput import Throughput
 
 RUNS = Path("runs")
@@ -93,7 +94,7 @@ class RecipeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what a run has beyond model, data and trainer."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/loss",
@@ -123,6 +124,12 @@ class RecipeCLI(LightningCLI):
             type=int,
             default=1,
             help="Processes that share each sequence, every one a part of it: for sequences too long for one device.",
+        )
+        parser.add_argument(
+            "--tensor_parallel",
+            type=int,
+            default=1,
+            help="Processes that share the layers of Mamba-2 models by heads: for models too large for one device.",
         )
         parser.add_argument(
             "--test_after_fit",
@@ -204,6 +211,8 @@ class RecipeCLI(LightningCLI):
             checkpoint.filename = "epoch{epoch}-step{step}"
         given = self._get(self.config_init, "trainer")["callbacks"] or []
         own = [*(given if isinstance(given, list) else [given]), *callbacks]
+        if self._get(self.config_init, "trainer")["plugins"] is None:
+            kwargs["plugins"] = [WholeFiles()]
         place = str(self.folder.path) if self.folder is not None else None
         try:
             return super().instantiate_trainer(callbacks=own, logger=loggers, default_root_dir=place, **kwargs)
@@ -212,16 +221,28 @@ class RecipeCLI(LightningCLI):
 
     def _choose_strategy(self) -> None:
         """Put our strategy in the place of its name."""
-        trainer, sequence = self._get(self.config_init, "trainer"), self._option("sequence_parallel")
-        name = trainer["strategy"]
-        if sequence == 1:
+        trainer = self._get(self.config_init, "trainer")
+        sequence, tensor, name = self._option("sequence_parallel"), self._option("tensor_parallel"), trainer["strategy"]
+        if (name == "fsdp2" or tensor > 1) and self._option("ema_decay") is not None:
+            raise UserError(
+                "--ema_decay keeps a second net on every device, which fsdp2 and --tensor_parallel avoid; give null"
+            )
+        if sequence == tensor == 1:
             return
-        if sequence < 1 or not self.model.cuts_sequences:
-            wanted = "at least 1" if sequence < 1 else f"1: {type(self.model).__name__} takes whole sequences"
-            raise UserError(f"--sequence_parallel is {sequence}; wanted {wanted}")
-        if name not in ("auto", "ddp"):
-            raise UserError(f"--trainer.strategy is {name}; with --sequence_parallel it must be ddp")
-        trainer["strategy"] = SequenceDDP(sequence)
+        for option, count, able, takes in (
+            ("sequence_parallel", sequence, self.model.cuts_sequences, "takes whole sequences"),
+            ("tensor_parallel", tensor, self.model.shares_layers, "has no layers to share out"),
+        ):
+            if count < 1 or (count > 1 and not able):
+                wanted = "at least 1" if count < 1 else f"1: {type(self.model).__name__} {takes}"
+                raise UserError(f"--{option} is {count}; wanted {wanted}")
+        if sequence > 1 and tensor > 1:
+            raise UserError("--sequence_parallel and --tensor_parallel are both given; take one of the two")
+        if name not in ("auto", "ddp", "fsdp2") or (name == "fsdp2" and tensor > 1):
+            wanted = "ddp" if tensor > 1 else "ddp or fsdp2"
+            option = "tensor_parallel" if tensor > 1 else "sequence_parallel"
+            raise UserError(f"--trainer.strategy is {name}; with --{option} it must be {wanted}")
+        trainer["strategy"] = FSDP2(sequence) if name == "fsdp2" else MeshDDP(sequence, tensor)
 
     def _claim_folder(self, run_dir: Path | None) -> RunFolder:
         run = run_of(self.checkpoint) if self.checkpoint is not None and self.subcommand == "fit" else None
@@ -280,6 +301,8 @@ class RecipeCLI(LightningCLI):
             SystemExit: With code 130, if the run was stopped from outside.
         """
         try:
+            announce_launcher()
+            follow_launcher()
             with warnings.catch_warnings():
                 if self.subcommand != "fit":  # nothing is saved, so it does not matter where the best one stands
                     warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
@@ -291,12 +314,26 @@ class RecipeCLI(LightningCLI):
             self._finish("interrupted" if stopped else "failed")
             if isinstance(error, MisconfigurationException):
                 raise UserError(str(error)) from error
+            if self.trainer.world_size > 1 and lost_peer(error):
+                raise SystemExit(self._say_lost(error)) from None
             if not stopped:
                 raise
             raise SystemExit(130) from None
         self._finish("finished")
 
+    def _say_lost(self, error: BaseException) -> int:
+        """Print that another process is gone, and how to go on; return the exit code."""
+        reason = str(error).strip().splitlines()[-1][:200]
+        print(
+            f"error: process {self.trainer.global_rank} of {self.trainer.world_size} lost another one, which has died "
+            f"or failed ({reason}); go on from the last checkpoint, if there is one: {self.command} --ckpt_path last",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        return 1
+
     def _finish(self, status: str) -> None:
+        if status == "finished" and self.model.shares_weights:
+            self.model.net = self.model.gather_net()  # the report may run it, on rank 0 alone
         if self.folder is None or self.record is None:
             return
         if not self.folder.started:

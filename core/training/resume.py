@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from core.errors import UserError
 from core.training.module import TrainingModule
@@ -36,6 +37,16 @@ class History(CSVLogger):
             self.experiment.metrics.extend(self._kept)
             self._kept = []
         super().log_metrics(metrics, step)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints that appear under their names when they are complete: a process may die while it writes one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write beside the file, then move it there."""
+        part = Path(path).with_name(f".{Path(path).name}.part")
+        super().save_checkpoint(checkpoint, part, storage_options)
+        part.replace(path)
 
 
 def check_checkpoint(path: Path, model: TrainingModule, resume: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from core.errors import UserError
-from core.parallel.data import ShardedSampler
+from core.parallel.data import ShardedBatches, ShardedSampler
 from core.parallel.group import data_ranks, joined
 
 
@@ -68,6 +68,8 @@ class ResumableLoader(DataLoader):
                 raise UserError(str(error)) from error
             shuffle = None
         super().__init__(dataset, batch_size, shuffle, sampler, drop_last=drop_last, **options)
+        if cut and isinstance(sampler, ShardedSampler):  # Lightning must see the sampler, which it would replace
+            self.__dict__["batch_sampler"] = ShardedBatches(sampler)
 
     @property
     def step(self) -> int:

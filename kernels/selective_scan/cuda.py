@@ -34,7 +34,7 @@ from kernels.selective_scan.outputs import MapGradients, finished_y, new_map, ne
 from kernels.selective_scan.problem import Problem
 
 if TYPE_CHECKING:
-    from kernels.selective_scan import Gradients
+    from kernels.selective_scan import Gradients, cuda_few
 
 NUMBERS = (*TYPES, torch.complex64)
 
@@ -78,7 +78,9 @@ def _forward(p: Problem, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
     saved = torch.empty((p.slots, p.routes, p.state, p.channels), dtype=p.state_dtype, device=p.x.device)
     if p.cu_seqlens is not None:
         saved.zero_()
-    y, parts = new_y(p), parts_of(p)
+    parts = parts_of(p)
+    merger = _merger(p, len(parts)) if p.merge else None
+    y = new_y(p) if merger is None else merger.map(p.x.dtype, merged=True)
     before = new_map(p, torch.float32) if len(parts) > 1 else None  # y of the parts so far
     finals = []
     for i, part in enumerate(parts):
@@ -86,7 +88,15 @@ def _forward(p: Problem, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
         if before is not None and i < len(parts) - 1:
             part, out = replace(part, p=replace(part.p, D=None, z=None)), before
         finals.append(_forward_part(part, exact, saved_from(saved, part), out, before if i > 0 else None))
-    return finished_y(p, y), joined(finals, p.is_complex), saved
+    return finished_y(p, y) if merger is None else merger.merged(y), joined(finals, p.is_complex), saved
+
+
+def _merger(p: Problem, parts: int) -> cuda_few.Launch | None:
+    """What adds up the maps of several routes in one pass, so that none has to be zeroed; None where torch does."""
+    from kernels.selective_scan import cuda_few
+
+    plain = parts == 1 and not p.is_complex and all(t.dtype in TYPES for t in (p.B, p.C))
+    return cuda_few.Launch(p) if p.routes > 1 and plain else None
 
 
 def _forward_part(part: Part, exact: bool, saved: Tensor, y: Tensor, before: Tensor | None) -> Tensor:
@@ -124,11 +134,12 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> G
     if dstate is not None and p.is_complex:
         dstate = real(dstate)
     parts, found, maps, starts = parts_of(p), [], None, []
+    merger = _merger(p, len(parts))
     for i, part in enumerate(parts):
         if i > 0:  # D belongs to one of them
             part = replace(part, p=replace(part.p, D=None))
         end = dstate if dstate is None else dstate[..., part.first : part.first + part.p.state]
-        more, held, start = _backward_part(part, dy, end, saved_from(saved, part), wide=len(parts) > 1)
+        more, held, start = _backward_part(part, dy, end, saved_from(saved, part), len(parts) > 1, merger)
         maps = more if maps is None else maps.plus(more)
         found.append(held)
         starts.append(start)
@@ -139,28 +150,45 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> G
 
     dC = doubled(states("C")) if p.is_complex else states("C")
     bias = sum(held.total("bias") for held in found) if p.dt_bias is not None else None
+    dx, dz = (maps.merged_x, maps.merged_z) if merger is None else _merged(merger, maps)
     return Gradients(
-        x=maps.merged_x,
+        x=dx,
         dt=maps.dt,
         A=joined([states("A")], p.is_complex),
         B=joined([states("B")], p.is_complex),
         C=joined([dC], p.is_complex),
         D=None if p.D is None else found[0].total("D"),
-        z=maps.merged_z,
+        z=dz,
         dt_bias=bias,  # type: ignore[arg-type]
         initial_state=None if p.initial_state is None else joined(starts, p.is_complex),
     )
 
 
+def _maps(p: Problem, merger: cuda_few.Launch) -> MapGradients:
+    """Memory for gradients, zeros only where ``_merged`` doesn't see to them."""
+    shared = p.x.shape[2] == 1
+    dz = None if p.z is None else merger.map(p.z.dtype, merged=True)
+    return MapGradients(p, merger.map(p.x.dtype, shared), merger.map(p.dt.dtype, shared and p.route_params), dz)
+
+
+def _merged(merger: cuda_few.Launch, maps: MapGradients) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and z, where ``merger`` made their maps; zeros in that of dt where a route leaves out."""
+    p = maps.p
+    dz = None if maps.z is None else merger.merged(maps.z)
+    if p.x.shape[2] > 1:
+        return maps.x, dz
+    return merger.merged(maps.x, maps.dt if p.route_params else None).unsqueeze(2), dz
+
+
 def _backward_part(
-    part: Part, dy: Tensor, dstate: Tensor | None, saved: Tensor, wide: bool
+    part: Part, dy: Tensor, dstate: Tensor | None, saved: Tensor, wide: bool, merger: cuda_few.Launch | None
 ) -> tuple[MapGradients, Held, Tensor]:
     """The gradients that come from some states, and that of the initial ones.
 
-    Gradients of maps are float32 if there are others to add (``wide``).
+    Gradients of maps are float32 if there are others to add (``wide``); ``merger`` makes those that it merges.
     """
     launch, p = Launch(part, dy), part.p
-    maps = MapGradients.new(p, torch.float32 if wide else None)
+    maps = MapGradients.new(p, torch.float32 if wide else None) if merger is None else _maps(p, merger)
     held, start = Held(p, launch.sums), launch.float32(p.sequences, p.routes, p.channels, p.state)
     macros = backward_macros(dy, maps.x, maps.dt, maps.z)
     fields: Fields = {

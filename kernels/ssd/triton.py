@@ -2,7 +2,8 @@
 
 A program takes a head (or BP of its P columns) and walks the chunks of a row with the state in registers: C B^T under
 the structured mask times x, plus C times the state, then the state's update. No state is written to memory, except
-where a row is cut into segments (``triton_states.py``): few heads, long sequences.
+where a row is cut into segments (``triton_states.py``): few heads, long sequences. Where the layout allows it
+(``triton_boxes.py``), tiles come and go by bulk copies (TMA) instead of by their elements' addresses.
 
 B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk, S
 sequences.
@@ -21,19 +22,22 @@ from kernels.selective_scan.outputs import fresh
 from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd.problem import Problem
 from kernels.ssd.triton_backward import backward
+from kernels.ssd.triton_boxes import rows_box
 from kernels.ssd.triton_plan import Plan
-from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tokens, weighted_mask
+from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tokens, skips, weighted_mask
 
 __all__ = ["backward", "forward"]
 
 
 @triton.jit
-def forward_kernel(x, z, B, C, D, steps, tokens, owner, initial, enter_from, final, y, xs, zs, Bs, Cs, t_b, t_k,
-                   d_h, d_p, segments, length, per_row, plane, K, H, G, L, T, first, sign, P, N, blocks,
+def forward_kernel(x, z, B, C, x_box, B_box, C_box, y_box, D, steps, tokens, owner, initial, enter_from, final, y, xs,
+                   zs, Bs, Cs, t_b, t_k,
+                   d_h, segments, length, per_row, plane, K, H, G, L, T, first, sign, P, N, blocks,
                    TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr,
                    EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, HAS_Z: tl.constexpr,
-                   HAS_D: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_ENTER: tl.constexpr, DOT: tl.constexpr,
-                   PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+                   HAS_D: tl.constexpr, WIDE_D: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_ENTER: tl.constexpr,
+                   TMA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
+                   BN: tl.constexpr):  # fmt: skip
     """y (B, L, K, H, P) and the final states. One program a segment, route, head and block of P."""
     pid = tl.program_id(0).to(tl.int64)
     block, head, k = pid % blocks, pid // blocks % H, pid // blocks // H % K
@@ -47,7 +51,7 @@ def forward_kernel(x, z, B, C, D, steps, tokens, owner, initial, enter_from, fin
     )  # the state (N, P), so that C h reads it as is
     real: tl.constexpr = steps.dtype.element_ty
     if HAS_D:
-        skip = tl.load(D + k * H * d_h + head * d_h + p * d_p, mask=in_p, other=0)
+        skip = skips(D + (k * H + head) * d_h, p, in_p, WIDE_D)
     matrix, heads = (k * H + head) * P * N, K * H * P * N
     group = head // (H // G)
     x_at, steps_at = x + b * xs[0] + k * xs[2] + head * xs[3], steps + ((b * K + k) * H + head) * per_row * Q
@@ -67,22 +71,29 @@ def forward_kernel(x, z, B, C, D, steps, tokens, owner, initial, enter_from, fin
         entry, origin, token, there, _ = read_tokens(tokens_at, c, T, first, sign, Q, TABLE, NEAR)
         step, high, low, segment, enter, _leave, weight, through = decays(steps_at + c * Q, plane, entry, Q, EXACT,
                                                                          FOLDED, RESTART)  # fmt: skip
-        xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, in_p, FULL)
-        Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, in_n, FULL).to(DOT)
-        Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, in_n, FULL).to(DOT)
+        if TMA:  # the tensors as matrices of tokens
+            line = (b * L + c * Q).to(tl.int32)
+            xv = x_box.load([line, (head * P + block * BP).to(tl.int32)])
+            Bv, Cv = B_box.load([line, (group * N).to(tl.int32)]), C_box.load([line, (group * N).to(tl.int32)])
+        else:
+            xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, in_p, FULL)
+            Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, in_n, FULL).to(DOT)
+            Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, in_n, FULL).to(DOT)
         scores = product(Cv, tl.trans(Bv), DOT, PRECISION)
         scores *= weighted_mask(step, high, low, segment, Q, EXACT, FOLDED, RESTART)
         out = product(Cv, h, DOT, PRECISION) * enter[:, None]
         out = product(scores, xv, DOT, PRECISION, out)
         xf = xv.to(real)
         if HAS_D:
-            out += skip[None, :] * xf
+            out += skip * xf
         if HAS_Z:
             z_at = z + b * zs[0] + head * zs[2]
             gate, sigmoid = gates(z_at, zs[1], zs[3], origin, token, there, p, in_p, FULL, real)
             out *= gate * sigmoid
         to = y + ((b * L + origin) * K * H + k * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
-        if FULL:
+        if TMA:
+            y_box.store([line, (head * P + block * BP).to(tl.int32)], out.to(y.dtype.element_ty))
+        elif FULL:
             tl.store(to, out)
         else:
             tl.store(to, out, mask=there[:, None] & in_p[None, :])
@@ -104,23 +115,23 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor]:
     merging = p.merge and p.routes > 1
     y = fresh(p, (p.batch, p.length, p.routes, p.heads, p.head_dim), p.dtype if merging else p.x.dtype)
     plan = Plan(p)
-    final = plan.states(p.sequences)  # that of an empty sequence is its initial state
-    if p.initial_state is None:
-        final.zero_()
-    else:
-        final.copy_(p.initial_state)
+    final = plan.states(p.sequences)
+    if p.cu_seqlens is not None or not plan.per_row:  # that of an empty sequence is its initial state
+        final.copy_(p.initial_state) if p.initial_state is not None else final.zero_()
     if plan.programs and plan.rows:
         segments = plan.segments
         enter = plan.entering(segments)[0]
         tensors = {
-            **plan.shared, "y": y, "final": final, "enter_from": enter, "D": plan.D, "initial": plan.initial,
+            **plan.shared, "y_box": rows_box(y, plan.chunk, plan.width) if plan.boxed else None, "y": y, "final": final,
+            "enter_from": enter, "D": plan.D, "initial": plan.initial,
         }  # fmt: skip
         plan.launch(
             forward_kernel, (plan.rows * segments.count * plan.programs,), tensors,
             lambda: plan.shared_numbers | {
-                "HAS_ENTER": enter is not None, "d_h": plan.d_strides[0], "d_p": plan.d_strides[1],
-                "HAS_D": p.D is not None, "HAS_INITIAL": plan.initial is not None, "segments": segments.count,
+                "HAS_ENTER": enter is not None, **plan.d_numbers,
+                "HAS_INITIAL": plan.initial is not None, "segments": segments.count,
                 "length": segments.length, "L": p.length, "num_warps": plan.warps, "num_stages": plan.stages,
+                "TMA": plan.boxed,
             },
         )  # fmt: skip
     if merging:

@@ -1,10 +1,9 @@
 """``ssd`` on GPUs, backward: the host side. ``triton_gradients.py`` has the formulas and the kernels.
 
 First ``states_kernel`` walks forwards for h and backwards for g and leaves those of every chunk; then all chunks run at
-once, each over the heads of a group, which share C B^T and the two products that give dB and dC. Two programs do that
-side by side, one for what ends at a position, one for what starts there: neither turns a matrix of pairs over in shared
-memory, and what one would have to hold does not fit into the registers. Last, ``ddt_kernel`` turns what they leave into
-the gradient of dt.
+once, each over the heads of a group, which share C B^T and the two products that give dB and dC: ``outer_kernel`` does
+what the states bring about, ``inner_kernel`` what pairs of positions do, and what one kernel for both would have to hold
+does not fit into the registers. Last, ``ddt_kernel`` turns what they leave into the gradient of dt.
 
 B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk, S
 sequences.
@@ -24,12 +23,17 @@ from kernels.selective_scan.problem import CHUNK as SLOT
 from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd import triton_plan
 from kernels.ssd.problem import Problem
-from kernels.ssd.triton_gradients import chunks_kernel, ddt_kernel
-from kernels.ssd.triton_plan import Plan, row_strides
+from kernels.ssd.triton_boxes import rows_box, states_box
+from kernels.ssd.triton_ddt import ddt_kernel
+from kernels.ssd.triton_gradients import inner_kernel, outer_kernel
+from kernels.ssd.triton_plan import Plan
 from kernels.ssd.triton_sizes import Segments, cores
 
 if TYPE_CHECKING:
     from kernels.ssd import Gradients
+
+INNER, OUTER = frozenset(inner_kernel.arg_names), frozenset(outer_kernel.arg_names)
+BOXES = ("h_box", "g_box", "h_part", "g_part", "C_part", "dx_box")
 
 
 def backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
@@ -61,28 +65,30 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
         return Gradients(**zeros | {"initial_state": dinitial})
     parts = _parts(plan)
     each = (p.batch, p.length, p.routes, p.groups, p.state)
-    dB, dC = (fresh(p, (parts, *each), t.dtype if parts == 1 else p.dtype) for t in (p.B, p.C))
+    dB, dC = (fresh(p, (2 * parts, *each), p.dtype) for _ in range(2))
     dA = plan.by_chunk(p.A)
     dD, dbias = (None if t is None else plan.by_chunk(t) for t in (p.D, p.dt_bias))
     wide_d = p.D is not None and p.D.ndim == 3
     has_d = p.D is not None and not wide_d
-    vectors = plan.vectors(3 + plan.exact + has_d)
-    h_to_g = plan.by_chunk(p.A.unsqueeze(-1).expand(-1, -1, plan.blocks))
+    pieces = -(-p.state // plan.piece)
+    vectors = plan.vectors(pieces + 4)
+    h_to_g = plan.by_chunk(p.A.unsqueeze(-1).expand(-1, -1, pieces))
     outputs = {"dx": dx, "dz": dz, "dB": dB, "dC": dC, "dD": dD, "vectors": vectors, "h_to_g": h_to_g}
     _launch(plan, dy if dy.ndim == 5 else dy.unsqueeze(2), dstate, dinitial, outputs, parts)
     last = {"ddt": ddt, "dA": dA, "dbias": dbias, "dD": dD, "vectors": vectors, "h_to_g": h_to_g, **plan.dt}
     plan.launch(
         ddt_kernel, plan.tiles, last,
         lambda: {
-            "L": p.length, "PASSING": plan.blocks, "plane": vectors[0].numel(), "HAS_D": has_d, **plan.dt_numbers
+            "L": p.length, "plane": vectors[0].numel(), "HAS_D": has_d, "PIECES": pieces, "WEIGHED": plan.weighed,
+            **plan.dt_numbers,
         },
     )  # fmt: skip
     return Gradients(
         x=dx if own_x else dx.sum(2, keepdim=True),
         dt=ddt,
         A=dA.sum(0),
-        B=dB.squeeze(0) if parts == 1 else dB.sum(0),
-        C=dC.squeeze(0) if parts == 1 else dC.sum(0),
+        B=dB.sum(0),
+        C=dC.sum(0),
         D=None if dD is None else dD.sum(0),
         z=None if dz is None else dz.squeeze(2) if p.routes == 1 else dz.sum(2),
         dt_bias=None if dbias is None else dbias.sum(0),
@@ -111,37 +117,46 @@ def _launch(
     turns = _turns(plan, segments)
     size = (2, max(chunks for *_, chunks in turns), p.routes, p.heads, p.head_dim, p.state)
     h_all, g_all = torch.empty(size, dtype=plan.product_dtype, device=p.x.device)
+    of_gradient, numbers = plan.of_gradient(dy)
     walked = {
-        "dy": dy, "dfinal": dfinal, "dinitial": dinitial, "h_enter": h_enter, "g_enter": g_enter, "h_out": h_all,
-        "g_out": g_all, "h_to_g": outputs["h_to_g"],
+        **of_gradient, "dfinal": dfinal, "dinitial": dinitial, "h_enter": h_enter, "g_enter": g_enter, "h_out": h_all,
+        "g_out": g_all,
     }  # fmt: skip
-    chunked = outputs | {"dy": dy, "h_in": h_all, "g_in": g_all}
-    del chunked["h_to_g"]
-    for first, count, first_chunk, chunks in turns:
-        for adjoint in (False, True):
-            numbers = {
-                "STORE": True, "BOTH": False, "ADJOINT": adjoint, "first_segment": first, "first_chunk": first_chunk
-            }  # fmt: skip
-            plan.walk((first, adjoint), (count,), segments, walked, numbers | row_strides(dy))
-        _chunks(plan, chunked, dy, first_chunk, chunks, parts)
-
-
-def _chunks(plan: Plan, given: dict[str, Any], dy: Tensor, first_chunk: int, chunks: int, parts: int) -> None:
-    """Runs the kernel that takes all chunks at once."""
-    p = plan.p
-
-    def numbers() -> dict[str, Any]:
-        found = plan.shared_numbers | row_strides(dy) | {
-            "first_chunk": first_chunk, "L": p.length, "d_h": plan.d_strides[0], "d_p": plan.d_strides[1],
-            "HAS_D": p.D is not None, "WIDE_D": p.D is not None and p.D.ndim == 3, "parts": parts,
-            "heads_each": -(-(p.heads // p.groups) // parts), "part_size": given["dB"][0].numel(),
-            "BLOCKS": -(-p.head_dim // plan.width), **plan.pipeline,
+    chunked = outputs | of_gradient | {"h_in": h_all, "g_in": g_all}
+    if numbers["TMA"]:
+        whole = {"h_box": states_box(h_all, plan.width, p.state), "g_box": states_box(g_all, plan.width, p.state)}
+        pieces = {n: states_box(t, plan.width, plan.piece) for n, t in (("h_part", h_all), ("g_part", g_all))}
+        walked |= whole
+        chunked |= whole | pieces | {
+            "dx_box": rows_box(outputs["dx"], plan.chunk, plan.width), "C_part": rows_box(p.C, plan.chunk, plan.piece)
         }  # fmt: skip
-        del found["blocks"]
-        return found
+    for first, count, first_chunk, chunks in turns:
+        walking = {"STORE": True, "BOTH": True, "first_segment": first, "first_chunk": first_chunk}
+        plan.walk(first, (count, 2), segments, walked, numbers | walking)
+        _chunks(plan, chunked, numbers, first_chunk, chunks, parts)
 
-    programs = 2 * p.routes * p.groups * chunks * parts
-    plan.launch(chunks_kernel, (programs,), {**plan.shared, "D": plan.D, **given}, numbers, first_chunk)
+
+def _chunks(
+    plan: Plan, given: dict[str, Any], of_gradient: dict[str, Any], first_chunk: int, chunks: int, parts: int
+) -> None:
+    """Runs the two kernels that take all chunks at once."""
+    p = plan.p
+    tensors = {**plan.shared, "D": plan.D, **dict.fromkeys(BOXES), **given}
+
+    def numbers(names: frozenset[str]) -> dict[str, Any]:
+        found = plan.shared_numbers | of_gradient | {
+            "first_chunk": first_chunk, "L": p.length, **plan.d_numbers, "parts": parts,
+            "heads_each": -(-(p.heads // p.groups) // parts), "part_size": given["dB"][0].numel(),
+            "BLOCKS": -(-p.head_dim // plan.width), "BO": plan.piece, "PIECES": pieces, "WEIGHED": plan.weighed,
+            "BOXED_DX": False,
+        }  # fmt: skip
+        return {n: v for n, v in found.items() if n in names}
+
+    outer, inner = ({n: t for n, t in tensors.items() if n in names} for names in (OUTER, INNER))
+    programs, pieces = p.routes * p.groups * chunks * parts, -(-p.state // plan.piece)
+    walk = {"num_warps": plan.warps, "num_stages": plan.stages}
+    plan.launch(outer_kernel, (programs * pieces,), outer, lambda: numbers(OUTER) | walk, first_chunk)
+    plan.launch(inner_kernel, (programs,), inner, lambda: numbers(INNER) | plan.pipeline, first_chunk)
 
 
 def _turns(plan: Plan, segments: Segments) -> list[tuple[int, int, int, int]]:

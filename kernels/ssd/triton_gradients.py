@@ -1,9 +1,9 @@
 """The kernels of ``ssd``'s backward on GPUs, in plain Triton; ``triton_backward.py`` launches them.
 
-With S_ij = <C_i, B_j>, L the structured mask, E_ij = <dy_i, x_j>, h what enters a chunk, g what its end gets back:
+With S_ij = <C_i, B_j>, M the structured mask, E_ij = <dy_i, x_j>, h what enters a chunk, g what its end gets back:
 
-    dx_j  = dt_j u_j + D dy_j,   u_j = sum_i S_ij L_ij dy_i + leave_j g B_j
-    dB_j  = sum over heads of (sum_i T_ij C_i + dt_j leave_j g^T x_j),   T_ij = E_ij L_ij dt_j
+    dx_j  = dt_j u_j + D dy_j,   u_j = sum_i S_ij M_ij dy_i + leave_j g B_j
+    dB_j  = sum over heads of (sum_i T_ij C_i + dt_j leave_j g^T x_j),   T_ij = E_ij M_ij dt_j
     dC_i  = sum over heads of (sum_j T_ij B_j + enter_i h^T dy_i)
     ddt_t = <x_t, u_t> + A da_t,   dA = sum_t dt_t da_t
 
@@ -23,14 +23,33 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.ssd.triton_steps import decays, gates, mask, product, read_dt, read_rows, read_tokens, turned_mask
+from kernels.ssd.triton_steps import (
+    decay_of_pairs,
+    decays,
+    gates,
+    product,
+    read_rows,
+    read_tokens,
+    skips,
+    weighted_pairs,
+)
 
 
 @triton.jit
-def gated_rows(dy, ys, z, zs, origin, token, there, p, live, FULL: tl.constexpr, HAS_Z: tl.constexpr,
-               DOT: tl.constexpr, real: tl.constexpr):  # fmt: skip
+def tile_rows(rows, strides, box, line, column, origin, token, there, p, live, FULL: tl.constexpr, TMA: tl.constexpr):
+    """A tile of x or dy (Q, P): by a bulk copy from the matrix of tokens, or by its elements' addresses."""
+    if TMA:
+        found = box.load([line, column])
+    else:
+        found = read_rows(rows, strides[1], strides[4], origin, token, there, p, live, FULL)
+    return found
+
+
+@triton.jit
+def gated_rows(dy, ys, dy_box, line, column, z, zs, origin, token, there, p, live, FULL: tl.constexpr,
+               TMA: tl.constexpr, HAS_Z: tl.constexpr, DOT: tl.constexpr, real: tl.constexpr):  # fmt: skip
     """dy after and before the gate's gradient (Q, P), what the latter loses as a product's operand, and the gate."""
-    after = read_rows(dy, ys[1], ys[4], origin, token, there, p, live, FULL)
+    after = tile_rows(dy, ys, dy_box, line, column, origin, token, there, p, live, FULL, TMA)
     dyf, lost, gate, sigmoid = after, after, after, after
     if HAS_Z:
         gate, sigmoid = gates(z, zs[1], zs[3], origin, token, there, p, live, FULL, real)
@@ -40,241 +59,196 @@ def gated_rows(dy, ys, z, zs, origin, token, there, p, live, FULL: tl.constexpr,
 
 
 @triton.jit
-def state_tile(states, number, P, N, p, n, FULL: tl.constexpr):
-    """One of the states (P, N) of ``states``."""
-    at = states + number * P * N + (p[:, None] * N + n[None, :])
-    return tl.load(at) if FULL else tl.load(at, mask=(p < P)[:, None] & (n < N)[None, :], other=0)
+def state_tile(states, box, number, block, column, P, N, p, n, FULL: tl.constexpr, TMA: tl.constexpr,
+               BP: tl.constexpr):  # fmt: skip
+    """A tile of one of the states (P, N) of ``states``: BP rows, the columns n."""
+    if TMA:
+        found = box.load([(number * P + block * BP).to(tl.int32), column])
+    else:
+        at = states + number * P * N + (p[:, None] * N + n[None, :])
+        found = tl.load(at) if FULL else tl.load(at, mask=(p < P)[:, None] & (n < N)[None, :], other=0)
+    return found
 
 
 @triton.jit
-def row_side(x, dy, z, C_at, D, B_at, steps, h_in, dz, dC, dD, vectors, xs, ys, zs, Bs, Cs, entry, origin, token, there,
-             vector, each, number, chunk, skip_at, d_h, d_p, plane, K, H, P, N, begin, stop,
-             RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
-             HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr, DOT: tl.constexpr,
-             PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-             BLOCKS: tl.constexpr):  # fmt: skip
-    """What ends at a position: dC, dz, dD, and its share of da."""
-    n = tl.arange(0, BN)
-    real: tl.constexpr = steps.dtype.element_ty
-    i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
-    Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, n < N, FULL).to(DOT)
-    Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, n < N, FULL).to(DOT)
-    S = product(Cv, tl.trans(Bv), DOT, PRECISION)
-    T_sum, dCv = tl.zeros([Q, Q], real), tl.zeros([Q, BN], real)
-    for head in range(begin, stop):
-        step, high, low, segment, enter, _leave, _weight, _through = decays(steps + vector + head * each, plane, entry,
-                                                                            Q, EXACT, FOLDED, RESTART)  # fmt: skip
-        x_at, dy_at, z_at = x + head * xs[3], dy + head * ys[3], z + head * zs[2]
-        E = tl.zeros([Q, Q], real)
-        for block in tl.static_range(BLOCKS):  # unrolled, so that the loop over heads is the innermost
-            p = block * BP + tl.arange(0, BP)
-            xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, p < P, FULL)
-            after, dyf, lost, gate, sigmoid = gated_rows(dy_at, ys, z_at, zs, origin, token, there, p, p < P, FULL,
-                                                         HAS_Z, DOT, real)  # fmt: skip
-            E = product(dyf, tl.trans(xv), DOT, PRECISION, E)
-            if HAS_Z and not EXACT:  # what a gated dy loses would add up in dA
-                E = product(lost, tl.trans(xv), DOT, PRECISION, E)
-        L = mask(high, low, segment, Q, EXACT, RESTART)
-        SL = S * L
-        T_sum += E * L * step[None, :]
-        if EXACT:
-            crossing = (i <= j).to(real)  # at (t, i): i >= t
-            crossed = product(crossing, E * SL * step[None, :], DOT, "ieee")  # tensor cores cut sums off
-            pairs = tl.sum(tl.where(j < i, crossed, 0.0), 1)
-        else:  # with the numbers that <x, u> is from, so that their sums over all pairs cancel
-            pairs = tl.sum(E * SL.to(DOT).to(real) * step[None, :], 1)
-        from_h, dD_head = tl.zeros([Q], real), tl.zeros([Q], real)
-        for block in tl.static_range(BLOCKS):
-            p = block * BP + tl.arange(0, BP)
-            in_p = p < P
-            if BLOCKS > 1:
-                xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, in_p, FULL)
-                after, dyf, lost, gate, sigmoid = gated_rows(dy_at, ys, z_at, zs, origin, token, there, p, in_p, FULL,
-                                                             HAS_Z, DOT, real)  # fmt: skip
-            h = state_tile(h_in, number + head, P, N, p, n, FULL)
-            before = product(Cv, tl.trans(h), DOT, PRECISION) * enter[:, None]
-            from_h += tl.sum(before * dyf.to(real), 1)
-            if HAS_D and WIDE_D:
-                tl.store(dD + (chunk + head) * P + p, tl.sum(dyf.to(real) * xv.to(real), 0), mask=in_p)
-            elif HAS_D:
-                dD_head += tl.sum(dyf.to(real) * xv.to(real), 1)
-            if HAS_Z:
-                before = product(SL * step[None, :], xv, DOT, PRECISION, before)
-                if HAS_D:
-                    skip = tl.load(D + skip_at + head * d_h + p * d_p, mask=in_p, other=0)
-                    before += skip[None, :] * xv.to(real)
-                slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
-                to = dz + (origin * K * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
-                tl.store(to, after.to(real) * before * slope, mask=there[:, None] & in_p[None, :])
-            dCv += product(dyf, h, DOT, PRECISION) * enter[:, None]
-        to = vectors + vector + head * each + tl.arange(0, Q)
-        if EXACT:
-            tl.store(to + 2 * plane, from_h)
-            tl.store(to + 3 * plane, pairs)
-        else:
-            tl.store(to + 2 * plane, from_h + pairs)
-        if HAS_D and not WIDE_D:
-            tl.store(to + (3 + EXACT) * plane, dD_head)
-    Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, n < N, FULL).to(DOT)
-    dCv = product(T_sum, Bv, DOT, PRECISION, dCv)
-    tl.store(dC + n[None, :], dCv, mask=there[:, None] & (n < N)[None, :])
+def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, dx_box, steps, tokens, owner, h_in, g_in,
+                 dx, dz, dB, dC, dD, vectors, xs, ys, zs, Bs, Cs, t_b, t_k, d_h, per_row, first_chunk, plane, K, H,
+                 G, L, T, first, sign, P, N, parts, heads_each, part_size, TABLE: tl.constexpr, NEAR: tl.constexpr,
+                 RESTART: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
+                 FULL: tl.constexpr, TMA: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr,
+                 DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+                 BLOCKS: tl.constexpr, PIECES: tl.constexpr, WEIGHED: tl.constexpr,
+                 BOXED_DX: tl.constexpr):  # fmt: skip
+    """What pairs of a chunk's positions bring about, and dx: dx, dz (B, L, K, H, P), a part of dB and dC (2 parts, B,
+    L, K, G, N). One program a chunk, route, group, part of its heads.
 
-
-@triton.jit
-def column_side(x, dy, z, C_at, D, B_at, steps, g_in, dx, dB, vectors, xs, ys, zs, Bs, Cs, entry, origin, token, there,
-                vector, each, number, skip_at, d_h, d_p, plane, K, H, P, N, begin, stop,
-                RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
-                HAS_Z: tl.constexpr, HAS_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
-                BP: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
-    """What starts at a position: dB, dx, and <x, u>. Matrices of pairs are (j, i) here."""
-    n = tl.arange(0, BN)
-    real: tl.constexpr = steps.dtype.element_ty
-    Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, n < N, FULL).to(DOT)
-    Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, n < N, FULL).to(DOT)
-    S = product(Bv, tl.trans(Cv), DOT, PRECISION)
-    T_sum, dBv = tl.zeros([Q, Q], real), tl.zeros([Q, BN], real)
-    for head in range(begin, stop):
-        step, high, low, segment, _enter, leave, weight, _through = decays(steps + vector + head * each, plane, entry,
-                                                                           Q, EXACT, FOLDED, RESTART)  # fmt: skip
-        x_at, dy_at, z_at = x + head * xs[3], dy + head * ys[3], z + head * zs[2]
-        E = tl.zeros([Q, Q], real)
-        for block in tl.static_range(BLOCKS):
-            p = block * BP + tl.arange(0, BP)
-            xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, p < P, FULL)
-            _, dyf, lost, _, _ = gated_rows(dy_at, ys, z_at, zs, origin, token, there, p, p < P, FULL, HAS_Z, DOT, real)
-            E = product(xv, tl.trans(dyf.to(DOT)), DOT, PRECISION, E)
-        L = turned_mask(high, low, segment, Q, EXACT, RESTART)
-        SL = S * L
-        T_sum += E * L * step[:, None]
-        own, end = tl.zeros([Q], real), tl.zeros([Q], real)
-        for block in tl.static_range(BLOCKS):
-            p = block * BP + tl.arange(0, BP)
-            in_p = p < P
-            if BLOCKS > 1:
-                xv = read_rows(x_at, xs[1], xs[4], origin, token, there, p, in_p, FULL)
-                _, dyf, lost, _, _ = gated_rows(dy_at, ys, z_at, zs, origin, token, there, p, in_p, FULL, HAS_Z, DOT,
-                                                real)  # fmt: skip
-            u = product(SL, dyf, DOT, PRECISION)
-            if HAS_Z and not EXACT:
-                u = product(SL, lost, DOT, PRECISION, u)
-            xf = xv.to(real)
-            own += tl.sum(xf * u, 1)
-            g = state_tile(g_in, number + head, P, N, p, n, FULL)
-            back = product(Bv, tl.trans(g), DOT, PRECISION) * leave[:, None]
-            end += tl.sum(xf * back, 1)
-            dBv += product(xv, g, DOT, PRECISION) * weight[:, None]
-            u = (u + back) * step[:, None]
-            if HAS_D:
-                skip = tl.load(D + skip_at + head * d_h + p * d_p, mask=in_p, other=0)
-                u += skip[None, :] * dyf.to(real)
-            to = dx + (origin * K * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
-            if FULL:
-                tl.store(to, u)
-            else:
-                tl.store(to, u, mask=there[:, None] & in_p[None, :])
-        to = vectors + vector + head * each + tl.arange(0, Q)
-        tl.store(to, own)
-        tl.store(to + plane, end)
-    Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, n < N, FULL).to(DOT)
-    dBv = product(T_sum, Cv, DOT, PRECISION, dBv)
-    tl.store(dB + n[None, :], dBv, mask=there[:, None] & (n < N)[None, :])
-
-
-@triton.jit
-def chunks_kernel(x, dy, z, B, C, D, steps, tokens, owner, h_in, g_in, dx, dz, dB, dC, dD, vectors, xs, ys, zs,
-                  Bs, Cs, t_b, t_k, d_h, d_p, per_row, first_chunk, plane, K, H, G, L, T, first, sign, P, N, parts,
-                  heads_each, part_size, TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr,
-                  PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
-                  HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr, DOT: tl.constexpr,
-                  PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-                  BLOCKS: tl.constexpr):  # fmt: skip
-    """dx, dz (B, L, K, H, P); dB, dC (parts, B, L, K, G, N). Two programs a chunk, route, group, part of its heads.
-
-    They run side by side, so that the second to read a tile finds it in the cache. vectors (3 to 5, B, K, H, chunks, Q)
-    is for ``ddt_kernel``: 0, the chunk's own <x, u>; 1, <x, u> from g; 2, what ends at each position; 3, da's sum over
-    pairs (EXACT: else it follows from 2 and 0); and with one D a head 3 or 4, its gradient. A wide dD is (chunks, K,
-    H, P).
+    vectors is for ``ddt_kernel``: after what ``outer_kernel`` leaves, four numbers a position: the chunk's own <x, u>;
+    da's sum over pairs (EXACT; else their sum over j, from which it follows with the first); <x, u> from g; the
+    gradient of one D a head. WEIGHED says that <x, u> is times dt. A wide dD is (chunks, K, H, P).
     """
     pid = tl.program_id(0).to(tl.int64)
-    side = pid % 2
-    part, group, k = pid // 2 % parts, pid // 2 // parts % G, pid // 2 // parts // G % K
-    local = pid // 2 // parts // G // K
+    part, group, k = pid % parts, pid // parts % G, pid // parts // G % K
+    local = pid // parts // G // K
     b, c = (first_chunk + local) // per_row, (first_chunk + local) % per_row
-    entry, origin, token, there, _ = read_tokens(tokens + b * t_b + k * t_k, c, T, first, sign, Q, TABLE, NEAR)
+    entry, origin, token, there, _exists = read_tokens(tokens + b * t_b + k * t_k, c, T, first, sign, Q, TABLE, NEAR)
     B_at, C_at = B + b * Bs[0] + k * Bs[2] + group * Bs[3], C + b * Cs[0] + k * Cs[2] + group * Cs[3]
     begin = group * (H // G) + part * heads_each
     stop = tl.minimum(begin + heads_each, (group + 1) * (H // G))
     vector, each, number = ((b * K + k) * H * per_row + c) * Q, per_row * Q, (local * K + k) * H
-    x, dy = x + b * xs[0] + k * xs[2], dy + b * ys[0] + k * ys[2]
+    x, dy, z = x + b * xs[0] + k * xs[2], dy + b * ys[0] + k * ys[2], z + b * zs[0]
     rows, keys = (b * L * K + k) * H * P, part * part_size + ((b * L + origin) * K + k) * G * N + group * N
     keys = keys + token[:, None] * (K * G * N)
-    skip_at = k * H * d_h
-    if side == 0:
-        row_side(x, dy, z + b * zs[0], C_at, D, B_at, steps, h_in, dz + rows, dC + keys, dD, vectors, xs, ys, zs, Bs,
-                 Cs, entry, origin, token, there, vector, each, number, ((first_chunk + local) * K + k) * H, skip_at,
-                 d_h, d_p, plane, K, H, P, N, begin, stop, RESTART, EXACT, FOLDED, FULL, HAS_Z, HAS_D, WIDE_D,
-                 DOT, PRECISION, Q, BP, BN, BLOCKS)  # fmt: skip
-    else:
-        column_side(x, dy, z + b * zs[0], C_at, D, B_at, steps, g_in, dx + rows, dB + keys, vectors, xs, ys, zs, Bs,
-                    Cs, entry, origin, token, there, vector, each, number, skip_at, d_h, d_p, plane, K, H, P, N, begin,
-                    stop, RESTART, EXACT, FOLDED, FULL, HAS_Z, HAS_D, DOT, PRECISION, Q, BP, BN,
-                    BLOCKS)  # fmt: skip
+    chunk, skip_at = ((first_chunk + local) * K + k) * H, k * H * d_h
+    line, key = (b * L + c * Q).to(tl.int32), (group * N).to(tl.int32)
+    dx, dz, dB, dC, four_at = dx + rows, dz + rows, dB + keys, dC + keys, vectors + PIECES * plane
+    n = tl.arange(0, BN)
+    real: tl.constexpr = steps.dtype.element_ty
+    i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
+    Bv = tile_rows(B_at, Bs, B_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
+    Cv = tile_rows(C_at, Cs, C_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
+    S = tl.where(i >= j, product(Cv, tl.trans(Bv), DOT, PRECISION), 0.0)
+    T_sum = tl.zeros([Q, Q], real)
+    for head in range(begin, stop):
+        step, high, low, segment, enter, leave, weight, _through = decays(
+            steps + vector + head * each, plane, entry, Q, EXACT, FOLDED, RESTART
+        )
+        x_at, dy_at, z_at = x + head * xs[3], dy + head * ys[3], z + head * zs[2]
+        E = tl.zeros([Q, Q], real)
+        for block in tl.static_range(BLOCKS):  # unrolled, so that the loop over heads is the innermost
+            p = block * BP + tl.arange(0, BP)
+            column = (head * P + block * BP).to(tl.int32)
+            xv = tile_rows(x_at, xs, x_box, line, column, origin, token, there, p, p < P, FULL, TMA)
+            after, dyf, lost, gate, sigmoid = gated_rows(dy_at, ys, dy_box, line, column, z_at, zs, origin, token,
+                                                         there, p, p < P, FULL, TMA, HAS_Z, DOT, real)  # fmt: skip
+            E = product(dyf, tl.trans(xv), DOT, PRECISION, E)
+            if HAS_Z and not EXACT:  # what a gated dy loses would add up in dA
+                E = product(lost, tl.trans(xv), DOT, PRECISION, E)
+        # S is zero above the diagonal, and T_sum will be.
+        if WEIGHED:  # all that starts at j is times dt_j: u, and so <x, u> and dx
+            M = weighted_pairs(high, low, segment, Q, RESTART)
+        else:
+            M = decay_of_pairs(high, low, segment, Q, EXACT, RESTART)
+        EM, SM = E * M, S * M
+        if not WEIGHED:
+            EM *= step[None, :]
+        T_sum += EM
+        if EXACT:
+            crossing = (i <= j).to(real)  # at (t, i): i >= t
+            crossed = product(crossing, S * EM, DOT, "ieee")  # tensor cores cut sums off
+            pairs = tl.sum(tl.where(j < i, crossed, 0.0), 1)
+        else:  # with the numbers that <x, u> is from, so that their sums over all pairs cancel
+            pairs = E * SM.to(DOT).to(real)
+            pairs = tl.sum(pairs if WEIGHED else pairs * step[None, :], 1)
+        own, end = tl.zeros([Q], real), tl.zeros([Q], real)
+        for block in tl.static_range(BLOCKS):
+            p = block * BP + tl.arange(0, BP)
+            in_p = p < P
+            column = (head * P + block * BP).to(tl.int32)
+            if BLOCKS > 1:
+                xv = tile_rows(x_at, xs, x_box, line, column, origin, token, there, p, in_p, FULL, TMA)
+                after, dyf, lost, gate, sigmoid = gated_rows(dy_at, ys, dy_box, line, column, z_at, zs, origin, token,
+                                                             there, p, in_p, FULL, TMA, HAS_Z, DOT,
+                                                             real)  # fmt: skip
+            g = state_tile(g_in, g_box, number + head, block, 0, P, N, p, n, FULL, TMA, BP)
+            back = product(Bv, tl.trans(g), DOT, PRECISION) * (weight if WEIGHED else leave)[:, None]
+            u = product(tl.trans(SM.to(DOT)), dyf, DOT, PRECISION)
+            if HAS_Z and not EXACT:
+                u = product(tl.trans(SM.to(DOT)), lost, DOT, PRECISION, u)
+            xf = xv.to(real)
+            own += tl.sum(xf * u, 1)
+            end += tl.sum(xf * back, 1)
+            u += back
+            if not WEIGHED:
+                u *= step[:, None]
+            if HAS_D:
+                skip = skips(D + skip_at + head * d_h, p, in_p, WIDE_D)
+                u += skip * dyf.to(real)
+                if WIDE_D:
+                    tl.store(dD + (chunk + head) * P + p, tl.sum(dyf.to(real) * xf, 0), mask=in_p)
+            at = (origin * K * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
+            if TMA and BOXED_DX:
+                dx_box.store([line, column], u.to(dx.dtype.element_ty))
+            elif FULL:
+                tl.store(dx + at, u)
+            else:
+                tl.store(dx + at, u, mask=there[:, None] & in_p[None, :])
+            if HAS_Z:
+                h = state_tile(h_in, h_box, number + head, block, 0, P, N, p, n, FULL, TMA, BP)
+                before = product(Cv, tl.trans(h), DOT, PRECISION) * enter[:, None]
+                before = product(SM if WEIGHED else SM * step[None, :], xv, DOT, PRECISION, before)
+                if HAS_D:
+                    before += skip * xf
+                slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
+                tl.store(dz + at, after.to(real) * before * slope, mask=there[:, None] & in_p[None, :])
+        skipped = tl.sum(tl.where(i == j, E, 0.0), 1) if HAS_D and not WIDE_D else end
+        four = tl.join(tl.join(own, end), tl.join(pairs, skipped))  # one store: each has to change its layout
+        one, other, at = tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :], vector + head * each
+        tl.store(four_at + 4 * (at + tl.arange(0, Q)[:, None, None]) + 2 * one + other, four)
+    T_sum = tl.where(i >= j, T_sum, 0.0)
+    Bv = tile_rows(B_at, Bs, B_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
+    Cv = tile_rows(C_at, Cs, C_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
+    live = there[:, None] & (n < N)[None, :]
+    tl.store(dC + n[None, :], product(T_sum, Bv, DOT, PRECISION), mask=live)
+    tl.store(dB + n[None, :], product(tl.trans(T_sum), Cv, DOT, PRECISION), mask=live)
 
 
 @triton.jit
-def append(before, last, more, new_last):
-    """Two stretches, each as the sum of all but its last number and that number, joined."""
-    return before + last + more, new_last
+def outer_kernel(x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, tokens, owner, h_in, g_in, h_to_g, dB, dC,
+                 vectors, xs, ys, zs, Bs, Cs, t_b, t_k, per_row, first_chunk, plane, K, H, G, L, T, first, sign, P, N,
+                 parts, heads_each, part_size, TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr,
+                 PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
+                 TMA: tl.constexpr, HAS_Z: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
+                 BP: tl.constexpr, BO: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
+    """What goes through a chunk's borders: a part of dB and dC (2 parts, B, L, K, G, N), and da's from h and from h to
+    g. One program a chunk, route, group, part of its heads, piece of BO states.
 
-
-@triton.jit
-def before_each(t):
-    """What comes before each number of a row, added up; a running sum less the number itself would lose digits."""
-    return tl.associative_scan((tl.zeros_like(t), t), 1, append)[0]
-
-
-@triton.jit
-def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, t_b, t_k, per_row, K, H, L, T, first,
-               sign, plane, blocks, TABLE: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr,
-               LOW: tl.constexpr, HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr,
-               FOLDED: tl.constexpr, HAS_D: tl.constexpr, PASSING: tl.constexpr, Q: tl.constexpr,
-               BH: tl.constexpr):  # fmt: skip
-    """ddt (B, L, K, H); dA, dbias and dD chunk by chunk, (chunks, K, H)."""
+    vectors begins with what comes from h (PIECES, B, K, H, chunks, Q); h_to_g (chunks, K, H, PIECES) is what passes a
+    whole chunk.
+    """
     pid = tl.program_id(0).to(tl.int64)
-    block, c, k, b = pid % blocks, pid // blocks % per_row, pid // blocks // per_row % K, pid // blocks // per_row // K
-    head = block * BH + tl.arange(0, BH)
-    live = head < H
-    A_h = tl.load(A + k * H + head, mask=live, other=0)
-    bias = tl.zeros_like(A_h)
-    if HAS_BIAS:
-        bias = tl.load(dt_bias + k * H + head, mask=live, other=0)
-    _, _, token, there, exists = read_tokens(tokens + b * t_b + k * t_k, c, T, first, sign, Q, TABLE, False)
-    raw, free, step = read_dt(dt + b * ts[0] + k * ts[2], ts[1], ts[3], token, there, exists, bias, head, live,
-                              LOW, HIGH, SOFTPLUS, CLAMP)  # fmt: skip
-    at = vectors + (((b * K + k) * H + head[:, None]) * per_row + c) * Q + tl.arange(0, Q)[None, :]
-    known = live[:, None] & (tl.arange(0, Q) >= 0)[None, :]
-    end = tl.load(at + plane, mask=known, other=0)
-    to_g = step * end
-    chunk = ((b * per_row + c) * K + k) * H + head
-    own, ends = tl.load(at, mask=known, other=0), tl.load(at + 2 * plane, mask=known, other=0)
-    if not EXACT:
-        ends -= step * own
-    da = tl.cumsum(ends, 1, reverse=True)
-    da += before_each(to_g)
-    for block in tl.static_range(PASSING):
-        da += tl.load(h_to_g + chunk * PASSING + block, mask=live, other=0)[:, None]
-    if EXACT:
-        da += tl.load(at + 3 * plane, mask=known, other=0)
-    slope = own + end + A_h[:, None] * da
-    if CLAMP:
-        inside = (free >= tl.zeros_like(free) + LOW) & (free <= tl.zeros_like(free) + HIGH)
-        slope = tl.where(inside, slope, 0.0)
-    if SOFTPLUS:
-        slope = tl.where(raw > 20.0, slope, slope / (1.0 + tl.exp(-raw)))
-    slope = tl.where(exists[None, :], slope, 0.0)
-    tl.store(ddt + ((b * L + token[None, :]) * K + k) * H + head[:, None], slope, mask=live[:, None] & there[None, :])
-    tl.store(dA + chunk, tl.sum(step * da, 1), mask=live)
-    if HAS_BIAS:
-        tl.store(dbias + chunk, tl.sum(slope, 1), mask=live)
-    if HAS_D:
-        tl.store(dD + chunk, tl.sum(tl.load(at + (3 + EXACT) * plane, mask=known, other=0), 1), mask=live)
+    piece, pid = pid % PIECES, pid // PIECES
+    part, group, k = pid % parts, pid // parts % G, pid // parts // G % K
+    local = pid // parts // G // K
+    b, c = (first_chunk + local) // per_row, (first_chunk + local) % per_row
+    entry, origin, token, there, _exists = read_tokens(tokens + b * t_b + k * t_k, c, T, first, sign, Q, TABLE, NEAR)
+    begin = group * (H // G) + part * heads_each
+    stop = tl.minimum(begin + heads_each, (group + 1) * (H // G))
+    vector, each, number = ((b * K + k) * H * per_row + c) * Q, per_row * Q, (local * K + k) * H
+    x, dy, z = x + b * xs[0] + k * xs[2], dy + b * ys[0] + k * ys[2], z + b * zs[0]
+    line, states = (b * L + c * Q).to(tl.int32), (piece * BO).to(tl.int32)
+    chunk, n = ((first_chunk + local) * K + k) * H, states + tl.arange(0, BO)
+    real: tl.constexpr = steps.dtype.element_ty
+    Cv = tile_rows(C + b * Cs[0] + k * Cs[2] + group * Cs[3], Cs, C_part, line, (group * N).to(tl.int32) + states,
+                   origin, token, there, n, n < N, FULL, TMA).to(DOT)  # fmt: skip
+    dBv, dCv = tl.zeros([Q, BO], real), tl.zeros([Q, BO], real)
+    for head in range(begin, stop):
+        _step, _high, _low, _segment, enter, _leave, weight, through = decays(
+            steps + vector + head * each, plane, entry, Q, EXACT, FOLDED, RESTART
+        )
+        x_at, dy_at, z_at = x + head * xs[3], dy + head * ys[3], z + head * zs[2]
+        from_h, passing = tl.zeros([Q], real), tl.full((), 0.0, real)
+        for block in tl.static_range(BLOCKS):
+            p = block * BP + tl.arange(0, BP)
+            column = (head * P + block * BP).to(tl.int32)
+            _after, dyf, _lost, _gate, _sigmoid = gated_rows(
+                dy_at, ys, dy_box, line, column, z_at, zs, origin, token, there, p, p < P, FULL, TMA, HAS_Z, DOT, real
+            )
+            h = state_tile(h_in, h_part, number + head, block, states, P, N, p, n, FULL, TMA, BP)
+            before = product(Cv, tl.trans(h), DOT, PRECISION)
+            from_h += tl.sum(before * dyf.to(real), 1)
+            dCv = product(dyf.to(real) * enter[:, None], h, DOT, PRECISION, dCv)
+            g = state_tile(g_in, g_part, number + head, block, states, P, N, p, n, FULL, TMA, BP)
+            xv = tile_rows(x_at, xs, x_box, line, column, origin, token, there, p, p < P, FULL, TMA)
+            dBv = product(xv.to(real) * weight[:, None], g, DOT, PRECISION, dBv)
+            if EXACT or BP < 64:
+                passing += tl.sum(h.to(real) * g.to(real))
+            else:  # tensor cores do it faster, though they find what nobody asks for as well
+                rows = tl.arange(0, BP)
+                both = product(h, tl.trans(g), DOT, PRECISION)
+                passing += tl.sum(tl.where(rows[:, None] == rows[None, :], both, 0.0))
+        tl.store(h_to_g + (chunk + head) * PIECES + piece, through * passing)
+        tl.store(vectors + piece * plane + vector + head * each + tl.arange(0, Q), from_h * enter)
+    keys = (parts + part) * part_size + ((b * L + origin) * K + k) * G * N + group * N
+    to, live = keys + (token[:, None] * (K * G * N) + n[None, :]), there[:, None] & (n < N)[None, :]
+    tl.store(dC + to, dCv, mask=live)
+    tl.store(dB + to, dBv, mask=live)

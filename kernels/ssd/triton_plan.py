@@ -8,33 +8,28 @@ sequences.
 # (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.plans import launch_named
+from kernels.plans import kept, launch_named
 from kernels.selective_scan.problem import CHUNK as SLOT
 from kernels.selective_scan.triton_steps import tokens_kernel
+from kernels.ssd.triton_boxes import boxable, rows_box
 from kernels.ssd.triton_sizes import STATES, Segments, Sizes, power
 from kernels.ssd.triton_states import carry_kernel, states_kernel
 from kernels.ssd.triton_steps import steps_kernel
 
 WORKSPACE = 320 << 20  # bytes for the states between chunks and segments in the backward; more take turns
-WALKED = ("dy", "dfinal", "dinitial", "h_enter", "g_enter", "h_out", "g_out", "h_to_g", "h_total", "g_total", "h_decay",
-          "g_decay")  # tensors of ``states_kernel`` that not every launch has  # fmt: skip
+WALKED = ("dy", "dy_box", "dfinal", "dinitial", "h_enter", "g_enter", "h_out", "h_box", "g_out", "g_box", "h_total",
+          "g_total", "h_decay", "g_decay")  # tensors of ``states_kernel`` that not every launch has  # fmt: skip
 
-Tensors = dict[str, Tensor | None]
-
-
-def row_strides(dy: Tensor | None) -> dict[str, tuple[int, ...]]:
-    """The argument ``ys``: of a gradient of y ``(B, L, K or 1, H, P)``."""
-    if dy is None:
-        return {"ys": (0, 0, 0, 0, 0)}
-    return {"ys": (*dy.stride()[:2], dy.stride(2) if dy.shape[2] > 1 else 0, *dy.stride()[3:])}
+Tensors = Mapping[str, Tensor | TensorDescriptor | None]
 
 
 class Plan(Sizes):
@@ -127,11 +122,30 @@ class Plan(Sizes):
         """Memory for one tensor like t a chunk."""
         return torch.empty((self.rows * self.per_row, *t.shape), dtype=self.p.dtype, device=t.device)
 
+    @kept
+    def boxed(self) -> bool:
+        """Whether tiles of x, B and C go by bulk copies."""
+        return boxable(self, self.p.x, self.p.B, self.p.C)
+
     @cached_property
-    def shared(self) -> dict[str, Tensor | None]:
+    def shared(self) -> dict[str, Tensor | TensorDescriptor | None]:
         """Tensors of every kernel that walks chunks."""
         p = self.p
-        return {"x": p.x, "z": p.z, "B": p.B, "C": p.C, "steps": self.steps, "tokens": self.tokens, "owner": self.owner}
+        columns = {"x": self.width, "B": p.state, "C": p.state}
+        boxes = {f"{n}_box": rows_box(getattr(p, n), self.chunk, c) if self.boxed else None for n, c in columns.items()}
+        return {
+            "x": p.x, "z": p.z, "B": p.B, "C": p.C, **boxes, "steps": self.steps, "tokens": self.tokens,
+            "owner": self.owner,
+        }  # fmt: skip
+
+    def of_gradient(self, dy: Tensor | None) -> tuple[dict[str, Tensor | TensorDescriptor | None], dict[str, Any]]:
+        """The tensors and the other arguments that go with a gradient of y ``(B, L, K or 1, H, P)``."""
+        if dy is None:
+            return {"dy": None, "dy_box": None}, {"ys": (0, 0, 0, 0, 0), "TMA": self.boxed}
+        strides = (*dy.stride()[:2], dy.stride(2) if dy.shape[2] > 1 else 0, *dy.stride()[3:])
+        boxed = self.boxed and boxable(self, dy)
+        box = rows_box(dy, self.chunk, self.width) if boxed else None
+        return {"dy": dy, "dy_box": box}, {"ys": strides, "TMA": boxed}
 
     @property
     def shared_numbers(self) -> dict[str, Any]:
@@ -159,10 +173,10 @@ class Plan(Sizes):
 
         def rest() -> dict[str, Any]:
             return self.shared_numbers | {
-                "first_segment": 0, "first_chunk": 0, "ADJOINT": False,
-                "HAS_INITIAL": self.initial is not None, "segments": segments.count, "length": segments.length,
+                "first_segment": 0, "first_chunk": 0, "L": p.length, "HAS_INITIAL": self.initial is not None,
+                "segments": segments.count, "length": segments.length,
                 "BP": min(STATES, self.width), "blocks": self.blocks, "num_warps": 4,
-                "num_stages": 3 if self.product_dtype == torch.bfloat16 else 1,
+                "num_stages": 2 if self.product_dtype == torch.bfloat16 else 1,
                 "HAS_DFINAL": tensors.get("dfinal") is not None, "FROM_H": tensors.get("h_enter") is not None,
                 "FROM_G": tensors.get("g_enter") is not None, **numbers,
             }  # fmt: skip
@@ -204,10 +218,11 @@ class Plan(Sizes):
         totals = [self.states(count) for _ in range(1 + both)]
         logs = [torch.empty((count, p.routes, p.heads), dtype=p.dtype, device=p.x.device) for _ in range(1 + both)]
         decays = dict(zip(("h_decay", "g_decay"), logs, strict=False))
+        of_gradient, numbers = self.of_gradient(dy)
         self.walk(
             ("entering", both), (count, 1 + both), segments,
-            {"h_total": totals[0], "g_total": totals[-1], "dy": dy, "dfinal": dfinal, **decays},
-            {"STORE": False, "BOTH": both, **row_strides(dy)},
+            {"h_total": totals[0], "g_total": totals[-1], "dfinal": dfinal, **decays, **of_gradient},
+            {"STORE": False, "BOTH": both, **numbers},
         )  # fmt: skip
         size = p.routes * p.heads * p.head_dim * p.state
         initial = None if packed else self.initial  # packed sequences fetch theirs on the way

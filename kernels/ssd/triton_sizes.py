@@ -19,6 +19,7 @@ from kernels.ssd.problem import Problem
 CHUNK = {torch.bfloat16: 64, torch.float32: 32, torch.float64: 16}  # Q by the dtype of products; all divide SLOT
 SHORTEST = 8  # chunks of a segment in the forward, at least
 SHORT = 32  # and in the backward, at most
+PIECE = 64  # columns of the state that a program of ``outer_kernel`` holds
 STATES = 64  # rows of the state that a program of ``states_kernel`` holds
 
 
@@ -76,6 +77,11 @@ class Sizes:
         return not self.exact and (self.p.dt_softplus or low >= 0) and high >= 0
 
     @kept
+    def weighed(self) -> bool:
+        """Whether the backward can take log2(dt) into the exponents too, and divide by dt at last: it is never zero."""
+        return self.folded and self.p.dt_softplus
+
+    @kept
     def table(self) -> bool:
         """Whether the kernels read tokens from a table."""
         return any(t is not None for t in (self.p.route, self.p.code, self.p.cu_seqlens))
@@ -121,11 +127,16 @@ class Sizes:
         return 2 if power(self.p.state) <= 128 and self.product_dtype == torch.bfloat16 else 1
 
     @kept
+    def piece(self) -> int:
+        """Columns of the state that a program of the backward's ``outer_kernel`` holds."""
+        return min(power(self.p.state), PIECE)
+
+    @kept
     def pipeline(self) -> dict[str, int]:
-        """Warps and stages of the backward's kernel over chunks: more of both where shared memory holds them."""
-        if self.stages == 1 or not self.p.x.is_cuda or torch.version.hip or properties(self.p.x.device)[1] < 200 << 10:
-            return {"num_warps": self.warps, "num_stages": self.stages}
-        return {"num_warps": 8, "num_stages": 3}
+        """Warps and stages of the backward's ``inner_kernel``: one stage more where shared memory holds two of them."""
+        p = self.p
+        much = p.x.is_cuda and torch.version.hip is None and properties(p.x.device)[1] >= 200 << 10
+        return {"num_warps": self.warps, "num_stages": self.stages + (much and self.stages > 1)}
 
     @kept
     def segments(self) -> Segments:
@@ -146,9 +157,11 @@ class Sizes:
         return Segments(-(-self.per_row // even), even)
 
     @property
-    def d_strides(self) -> tuple[int, int]:
-        """Elements between the D of two heads and of two columns."""
-        return (self.p.head_dim, 1) if self.p.D is not None and self.p.D.ndim == 3 else (1, 0)
+    def d_numbers(self) -> dict[str, Any]:
+        """The arguments that go with D: elements from one head to the next, and whether each column has its own."""
+        D = self.p.D
+        wide = D is not None and D.ndim == 3
+        return {"d_h": self.p.head_dim if wide else 1, "HAS_D": D is not None, "WIDE_D": wide}
 
     @property
     def order(self) -> dict[str, Any]:

@@ -22,17 +22,17 @@ from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tok
 
 
 @triton.jit
-def walk(rows, r_l, r_p, z, z_l, z_p, keys, k_l, k_n, steps, plane, tokens, owner, enter_from, start, end, out,
-         passing, h_to_g, h_stride, per_token, totals, total_decay, begin, stop, chunk_stride, first_chunk, T, first,
-         sign, P, N, p, n, TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr,
-         EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, HAS_Z: tl.constexpr, HAS_ENTER: tl.constexpr,
-         HAS_START: tl.constexpr, HAS_END: tl.constexpr, STORE: tl.constexpr, ADJOINT: tl.constexpr,
-         DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr):  # fmt: skip
+def walk(rows, r_l, r_p, rows_box, columns, z, z_l, z_p, keys, k_l, k_n, keys_box, group, line, steps, plane, tokens,
+         owner, enter_from, start, end, out, out_box, from_line, lines, per_token, totals, total_decay, begin, stop,
+         chunk_stride, first_chunk, T, first, sign, P, N, p, n, TABLE: tl.constexpr, NEAR: tl.constexpr,
+         RESTART: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
+         TMA: tl.constexpr, HAS_Z: tl.constexpr, HAS_ENTER: tl.constexpr, HAS_START: tl.constexpr,
+         HAS_END: tl.constexpr, STORE: tl.constexpr, ADJOINT: tl.constexpr, DOT: tl.constexpr,
+         PRECISION: tl.constexpr, Q: tl.constexpr):  # fmt: skip
     """Walks the chunks begin to stop with a (P, N) tile of the state.
 
     STORE keeps in ``out`` what enters each chunk (ADJOINT: what comes back to its end) and in ``end`` what leaves each
-    sequence; else ``totals`` gets what leaves the last chunk and ``total_decay`` the decay over all. ADJOINT with STORE
-    also leaves in ``h_to_g`` what passes each whole chunk in da, from its h in ``passing``.
+    sequence; else ``totals`` gets what leaves the last chunk and ``total_decay`` the decay over all.
     """
     live = (p < P)[:, None] & (n < N)[None, :]
     tile = p[:, None] * N + n[None, :]
@@ -41,9 +41,6 @@ def walk(rows, r_l, r_p, z, z_l, z_p, keys, k_l, k_n, steps, plane, tokens, owne
     if HAS_ENTER:
         h = tl.load(enter_from + tile, mask=live, other=0)
     left = tl.full((), 1.0, real)
-    if STORE and ADJOINT:  # one chunk ahead: the compiler prefetches only what products take
-        entered = passing + (stop - 1 - first_chunk) * chunk_stride + tile
-        ahead = tl.load(entered, mask=live & (begin < stop), other=0)  # a row without positions has no chunk
     for step_number in range(begin, stop):
         c = begin + stop - 1 - step_number if ADJOINT else step_number
         if PACKED:
@@ -54,23 +51,27 @@ def walk(rows, r_l, r_p, z, z_l, z_p, keys, k_l, k_n, steps, plane, tokens, owne
             if HAS_START:
                 fresh = tl.load(start + s * per_token + tile, mask=live & border, other=0)
             h, left = tl.where(border, fresh, h), tl.where(border, 0.0, left)
-        if STORE and FULL:
+        if STORE and TMA:
+            out_box.store([((c - first_chunk) * lines + from_line).to(tl.int32), 0], h.to(DOT))
+        elif STORE and FULL:
             tl.store(out + (c - first_chunk) * chunk_stride + tile, h)
         elif STORE:
             tl.store(out + (c - first_chunk) * chunk_stride + tile, h, mask=live)
         entry, origin, token, there, _ = read_tokens(tokens, c, T, first, sign, Q, TABLE, NEAR)
         _, _, _, _, enter, _, weight, through = decays(steps + c * Q, plane, entry, Q, EXACT, FOLDED, RESTART)
-        value = read_rows(rows, r_l, r_p, origin, token, there, p, p < P, FULL).to(real)
+        at = (line + c * Q).to(tl.int32)
+        if TMA:
+            value = rows_box.load([at, columns]).to(real)
+        else:
+            value = read_rows(rows, r_l, r_p, origin, token, there, p, p < P, FULL).to(real)
         if HAS_Z and ADJOINT:
             gate, sigmoid = gates(z, z_l, z_p, origin, token, there, p, p < P, FULL, real)
             value = value * gate * sigmoid
-        if STORE and ADJOINT:
-            from_h = ahead
-            entered = passing + (tl.maximum(c - 1, begin) - first_chunk) * chunk_stride + tile
-            ahead = tl.load(entered) if FULL else tl.load(entered, mask=live, other=0)
-            tl.store(h_to_g + c * h_stride, through * tl.sum(from_h.to(real) * h))
         value = value * (enter if ADJOINT else weight)[:, None]
-        key = read_rows(keys, k_l, k_n, origin, token, there, n, n < N, FULL)
+        if TMA:
+            key = keys_box.load([at, (group * N).to(tl.int32)])
+        else:
+            key = read_rows(keys, k_l, k_n, origin, token, there, n, n < N, FULL)
         h = product(tl.trans(value.to(DOT)), key, DOT, PRECISION, h * through)
         left = left * through
         if STORE and HAS_END and PACKED:
@@ -83,15 +84,16 @@ def walk(rows, r_l, r_p, z, z_l, z_p, keys, k_l, k_n, steps, plane, tokens, owne
 
 
 @triton.jit
-def states_kernel(x, dy, z, B, C, steps, tokens, owner, initial, dfinal, dinitial, h_enter, g_enter, h_out, g_out,
-                  h_to_g, h_total, g_total, h_decay, g_decay, xs, ys, zs, Bs, Cs, t_b, t_k, segments, first_segment,
-                  length, per_row, first_chunk, plane, K, H, G, T, first, sign, P, N, blocks,
+def states_kernel(x, dy, z, B, C, x_box, dy_box, B_box, C_box, h_box, g_box, steps, tokens, owner, initial, dfinal,
+                  dinitial, h_enter, g_enter, h_out, g_out, h_total, g_total, h_decay, g_decay, xs, ys, zs, Bs, Cs,
+                  t_b, t_k, segments, first_segment, length, per_row, first_chunk, plane, K, H, G, L, T, first, sign,
+                  P, N, blocks,
                   TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr,
-                  EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, HAS_Z: tl.constexpr,
-                  HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr, FROM_H: tl.constexpr, FROM_G: tl.constexpr,
-                  STORE: tl.constexpr, BOTH: tl.constexpr, ADJOINT: tl.constexpr, DOT: tl.constexpr,
+                  EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
+                  HAS_Z: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr, FROM_H: tl.constexpr,
+                  FROM_G: tl.constexpr, STORE: tl.constexpr, BOTH: tl.constexpr, DOT: tl.constexpr,
                   PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """One program a segment, route, head and block of P; ADJOINT walks backwards; with BOTH half of them do."""
+    """One program a segment, route, head and block of P; with BOTH as many more walk backwards."""
     pid = tl.program_id(0).to(tl.int64)
     block, head, k = pid % blocks, pid // blocks % H, pid // blocks // H % K
     segment = first_segment + pid // blocks // H // K
@@ -105,23 +107,23 @@ def states_kernel(x, dy, z, B, C, steps, tokens, owner, initial, dfinal, dinitia
     group = head // (H // G)
     gated = z + b * zs[0] + head * zs[2] if HAS_Z else z
     chunk = first_chunk - b * per_row  # the chunks of h_out and g_out are counted over all rows, from first_chunk
-    side = tl.program_id(1) if BOTH else ADJOINT
-    if side == 0:
-        walk(x + b * xs[0] + k * xs[2] + head * xs[3], xs[1], xs[4], gated, zs[1], zs[3],
-             B + b * Bs[0] + k * Bs[2] + group * Bs[3], Bs[1], Bs[4], steps_at, plane, tokens_at, owner,
-             h_enter + number * P * N, initial + matrix if HAS_INITIAL else initial, dinitial, h_out + matrix,
-             h_out, h_to_g, 0, heads, h_total + number * P * N, h_decay + number, begin, stop, heads, chunk, T,
-             first, sign, P, N, p, n, TABLE, NEAR, RESTART, PACKED, EXACT, FOLDED, FULL, HAS_Z, FROM_H,
+    line, columns = b * L, (head * P + block * BP).to(tl.int32)
+    from_line, lines = matrix // N + block * BP, heads // N
+    if tl.program_id(1) == 0:
+        walk(x + b * xs[0] + k * xs[2] + head * xs[3], xs[1], xs[4], x_box, columns, gated, zs[1], zs[3],
+             B + b * Bs[0] + k * Bs[2] + group * Bs[3], Bs[1], Bs[4], B_box, group, line, steps_at, plane, tokens_at,
+             owner, h_enter + number * P * N, initial + matrix if HAS_INITIAL else initial, dinitial, h_out + matrix,
+             h_box, from_line, lines, heads, h_total + number * P * N, h_decay + number, begin, stop, heads, chunk, T,
+             first, sign, P, N, p, n, TABLE, NEAR, RESTART, PACKED, EXACT, FOLDED, FULL, TMA, HAS_Z, FROM_H,
              HAS_INITIAL, False, STORE, False, DOT, PRECISION, Q)  # fmt: skip
-    else:
-        h_to_g += ((b * per_row * K + k) * H + head) * blocks + block
-        g = walk(dy + b * ys[0] + k * ys[2] + head * ys[3], ys[1], ys[4], gated, zs[1], zs[3],
-                 C + b * Cs[0] + k * Cs[2] + group * Cs[3], Cs[1], Cs[4], steps_at, plane, tokens_at, owner,
-                 g_enter + number * P * N, dfinal + matrix if HAS_DFINAL else dfinal,
-                 dinitial + matrix if HAS_INITIAL else dinitial, g_out + matrix, h_out + matrix, h_to_g,
-                 K * H * blocks, heads, g_total + number * P * N, g_decay + number, begin, stop, heads, chunk, T,
-                 first, sign, P, N, p, n, TABLE, NEAR, RESTART, PACKED, EXACT, FOLDED, FULL, HAS_Z, FROM_G,
-                 HAS_DFINAL, HAS_INITIAL, STORE, True, DOT, PRECISION, Q)  # fmt: skip
+    elif BOTH:
+        g = walk(dy + b * ys[0] + k * ys[2] + head * ys[3], ys[1], ys[4], dy_box, columns, gated, zs[1], zs[3],
+                 C + b * Cs[0] + k * Cs[2] + group * Cs[3], Cs[1], Cs[4], C_box, group, line, steps_at, plane,
+                 tokens_at, owner, g_enter + number * P * N, dfinal + matrix if HAS_DFINAL else dfinal,
+                 dinitial + matrix if HAS_INITIAL else dinitial, g_out + matrix, g_box, from_line, lines, heads,
+                 g_total + number * P * N, g_decay + number, begin, stop, heads, chunk, T, first, sign, P, N, p, n,
+                 TABLE, NEAR, RESTART, PACKED, EXACT, FOLDED, FULL, TMA, HAS_Z, FROM_G, HAS_DFINAL, HAS_INITIAL,
+                 STORE, True, DOT, PRECISION, Q)  # fmt: skip
         if STORE and HAS_INITIAL and not PACKED:
             here = (p < P)[:, None] & (n < N)[None, :] & (s == 0)
             tl.store(dinitial + b * heads + matrix + p[:, None] * N + n[None, :], g, mask=here)

@@ -160,15 +160,23 @@ def mask(high, low, segment, Q: tl.constexpr, EXACT: tl.constexpr, RESTART: tl.c
 
 
 @triton.jit
-def turned_mask(high, low, segment, Q: tl.constexpr, EXACT: tl.constexpr, RESTART: tl.constexpr):
-    """The mask's transpose: at (j, i) the decay from position j to i >= j."""
-    sums = high[None, :] - high[:, None]
+def decay_of_pairs(high, low, segment, Q: tl.constexpr, EXACT: tl.constexpr, RESTART: tl.constexpr):
+    """The mask where i >= j; elsewhere some numbers from 0 to 1, which cost less than zeros."""
+    sums = high[:, None] - high[None, :]
     if EXACT:
-        sums = sums + low[None, :] - low[:, None]
-    keep = tl.arange(0, Q)[:, None] <= tl.arange(0, Q)[None, :]
+        sums = sums + low[:, None] - low[None, :]
     if RESTART:
-        keep = keep & (segment[:, None] == segment[None, :])
-    return tl.exp2(tl.where(keep, sums, float("-inf")))
+        sums = tl.where(segment[:, None] == segment[None, :], sums, float("-inf"))
+    return tl.exp2(tl.minimum(sums, 0.0))
+
+
+@triton.jit
+def weighted_pairs(high, low, segment, Q: tl.constexpr, RESTART: tl.constexpr):
+    """``decay_of_pairs`` with column j times dt_j, from FOLDED sums: elsewhere it is some finite number."""
+    sums = high[:, None] - low[None, :]
+    if RESTART:
+        sums = tl.where(segment[:, None] == segment[None, :], sums, float("-inf"))
+    return tl.exp2(tl.minimum(sums, 126.0))
 
 
 @triton.jit
@@ -203,3 +211,9 @@ def gates(z, z_l, z_p, origin, token, there, p, live, FULL: tl.constexpr, real: 
     """The gate z and silu's factor sigmoid(z), (Q, P)."""
     gate = read_rows(z, z_l, z_p, origin, token, there, p, live, FULL).to(real)
     return gate, 1.0 / (1.0 + tl.exp(-gate))
+
+
+@triton.jit
+def skips(D, p, live, WIDE: tl.constexpr):
+    """D of a head, to be multiplied by rows (Q, P): one number, or WIDE one a column."""
+    return tl.load(D + p, mask=live, other=0)[None, :] if WIDE else tl.load(D)

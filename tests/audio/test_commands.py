@@ -97,7 +97,7 @@ def test_the_test_counts_every_sample(trained: Path) -> None:
     data.setup("test")
     bits, count = 0.0, 0
     with torch.no_grad():
-        for inputs, targets in data.test_dataloader():
+        for inputs, targets, _ in data.test_dataloader():
             log_p = net(inputs).log_softmax(-1)
             real = targets != PADDING
             bits -= float(log_p[real].gather(1, targets[real][:, None]).sum()) / np.log(2)
@@ -123,7 +123,7 @@ def test_disturbed_levels_differ_as_much_as_was_asked() -> None:
 def test_only_training_is_disturbed() -> None:
     model = SoundModel(SashimiConfig(4, 1, (2,), mixer_cfg={"d_state": 2}), Codec(levels=64), input_noise=6.0)
     levels = torch.randint(0, 64, (2, 50), generator=torch.Generator().manual_seed(0))
-    batch = Batch(levels, levels)
+    batch = Batch(levels, levels, levels.numel())
     with torch.no_grad():
         assert float(model.train().loss(batch)) != float(model.loss(batch))
         assert float(model.eval().loss(batch)) == float(model.loss(batch))

@@ -41,7 +41,8 @@ def test_inputs_are_the_targets_one_later_and_padding_is_masked(tmp_path: Path) 
     data = AudioData(str(folder(tmp_path, [130, 250, 90, 10])), window=100, batch_size=8)
     data.setup("fit")
     for loader in (data.train_dataloader(), data.test_dataloader()):
-        for inputs, targets in loader:
+        for inputs, targets, samples in loader:
+            assert samples == int((targets != PADDING).sum())
             assert bool((inputs[:, 0] == 128).all())
             real = targets[:, 1:] != PADDING
             assert torch.equal(inputs[:, 1:][real], targets[:, :-1][real])

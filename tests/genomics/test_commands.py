@@ -233,6 +233,7 @@ def test_generative_classifier_of_a_growing_panel(tmp_path: Path) -> None:
     run, grow = tmp_path / "run", "--trainer.callbacks"
     classify(
         "smoke", "--run_dir", str(run), *TINY, "--model.goal", "generative", "--test_after_fit", "false",
+        "--model.kmer", "4",
         f"{grow}+=genomics.warmup.PanelWarmup", f"{grow}.start=3", f"{grow}.below=99", f"{grow}.steps=1",
     )  # fmt: skip
     rows = [line.split(",") for line in (run / "logs" / "metrics.csv").read_text().splitlines()]

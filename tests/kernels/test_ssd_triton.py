@@ -19,7 +19,7 @@ from ssd_cases import CASES, ROUNDED, ROWS, Case, compare, run
 
 from kernels import ssd
 from kernels.plans import Plans
-from kernels.ssd import triton_plan, triton_sizes
+from kernels.ssd import triton, triton_backward, triton_boxes, triton_plan, triton_sizes
 from kernels.ssd.triton_plan import Plan
 from kernels.ssd.triton_sizes import Segments
 
@@ -124,12 +124,18 @@ EMULATED = {
     "packed": Case(B=1, L=100, H=2, P=10, N=20, packed=True),
     "route": Case(B=1, L=70, H=2, P=16, N=16, K=2),
     "dt_of_any_sign": Case(B=1, L=70, H=2, P=16, N=16, dt_softplus=False, dt_limit=(-math.inf, math.inf)),
+    "boxes": Case(B=2, L=128, H=4, P=16, N=16, G=2),
 }
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="compiled kernels have real bfloat16 products: test_low_precision")
 @pytest.mark.parametrize("name", EMULATED)
 def test_bfloat16_products_are_accurate_enough(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_hopper(monkeypatch)
+    compare(EMULATED[name], torch.bfloat16, "triton", products=True)
+
+
+def with_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter has no bfloat16 products, and cuts bits off where hardware rounds: here it does as hardware."""
     from triton.runtime import interpreter
 
@@ -150,7 +156,36 @@ def test_bfloat16_products_are_accurate_enough(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
     new_plans(monkeypatch)
     monkeypatch.setattr(Plan, "product_dtype", torch.bfloat16)
-    compare(EMULATED[name], torch.bfloat16, "triton", products=True)
+    monkeypatch.setattr(triton_boxes, "is_hopper", lambda device: True)
+
+
+LAYOUTS = {  # of x (2, 64, 2, 16) in memory, and whether boxes can be copied from it
+    "heads_of_a_wider_row": (lambda x: torch.cat([x, x], 2)[:, :, :2], True),
+    "columns_of_a_wider_head": (lambda x: torch.cat([x, x], 3)[..., :16], False),
+    "at_an_odd_address": (lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape), False),
+    "odd_strides": (lambda x: torch.cat([x.flatten(2), x[..., 0, :1]], 2)[..., :32].unflatten(2, (2, 16)), False),
+    "tokens_first": (lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), False),
+    "columns_first": (lambda x: x.mT.contiguous().mT, False),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_boxes_only_where_the_layout_has_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if INTERPRETED:
+        with_hopper(monkeypatch)
+    elif not triton_boxes.is_hopper(torch.device(DEVICE)):
+        pytest.skip("a GPU that copies boxes of tensors")
+    boxed, rows_box = [], triton_boxes.rows_box
+    for module in (triton, triton_backward):  # y and dx go out in boxes where x comes in boxes
+        monkeypatch.setattr(module, "rows_box", lambda *args: boxed.append(args) or rows_box(*args))
+    case = Case(B=2, L=64, P=16, N=16, without="z")
+    layout, possible = LAYOUTS[name]
+    inputs = {n: t.detach() for n, t in case.inputs(torch.bfloat16, DEVICE).items()}
+    inputs["x"] = layout(inputs["x"])
+    compare(
+        case, torch.bfloat16, "triton", DEVICE, True, {n: t.requires_grad_() for n, t in inputs.items()}
+    )  # fmt: skip
+    assert bool(boxed) == possible
 
 
 @pytest.mark.parametrize("chunk", [64, 16])
@@ -209,8 +244,9 @@ needs_gpu = pytest.mark.skipif(INTERPRETED, reason="needs compiled kernels: a GP
         Case(B=1, L=1100, H=2, P=64, N=64, G=2),
         Case(B=1, L=300, H=2, P=128, N=256, without="z", wide_d=True),
         Case(B=1, L=500, H=3, P=50, N=100, packed=True),
+        Case(B=2, L=640, H=4, P=64, N=128, G=2, without="z"),  # bulk copies
     ],
-    ids=["mamba2", "gated", "wide", "odd"],
+    ids=["mamba2", "gated", "wide", "odd", "full"],
 )
 def test_realistic_sizes(case: Case, dtype: torch.dtype) -> None:
     compare(case, dtype, "triton", DEVICE, products=dtype == torch.bfloat16)

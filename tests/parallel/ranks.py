@@ -18,10 +18,14 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _enter(rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...], out: Any) -> None:
+def _enter(
+    rank: int, size: int, port: int, backend: str, function: Callable[..., Any], arguments: tuple[Any, ...], out: Any
+) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, rank=rank, world_size=size)
     try:
         out.put((rank, function(rank, size, *arguments), None))
     except Exception:
@@ -30,13 +34,15 @@ def _enter(rank: int, size: int, port: int, function: Callable[..., Any], argume
         dist.destroy_process_group()
 
 
-def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def run_ranks(size: int, function: Callable[..., Any], *arguments: Any, backend: str = "gloo") -> list[Any]:
     """What ``function(rank, size, *arguments)`` returned in each of ``size`` processes; tensors come by value."""
-    context = mp.get_context("fork")  # spawn would import torch once more in each
+    # A fork has no use of a GPU; where there is none, spawn would only import torch once more in each.
+    context = mp.get_context("fork" if backend == "gloo" else "spawn")
     out = context.SimpleQueue()
     port = free_port()
     processes = [
-        context.Process(target=_enter, args=(rank, size, port, function, arguments, out)) for rank in range(size)
+        context.Process(target=_enter, args=(rank, size, port, backend, function, arguments, out))
+        for rank in range(size)
     ]
     for process in processes:
         process.start()

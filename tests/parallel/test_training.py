@@ -3,6 +3,9 @@
 import csv
 import json
 import os
+import random
+import signal
+import time
 from collections.abc import Callable
 from multiprocessing import connection
 from pathlib import Path
@@ -13,8 +16,10 @@ import torch
 import torch.multiprocessing as mp
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from ranks import free_port
+from safetensors.torch import load_file
 
 from core.cli import main
+from core.parallel.watch import announce_launcher, follow_launcher
 
 GENOME = [
     "pretrain", "--model.d_model", "16", "--model.n_layer", "2", "--data.window", "96", "--trainer.max_steps", "4",
@@ -50,12 +55,26 @@ def _enter(rank: int, size: int, port: int, function: Callable[..., None], argum
     function(*arguments)
 
 
-def launch(size: int, function: Callable[..., None], *arguments: Any) -> list[int]:
-    """The exit codes of ``size`` processes, started as torchrun starts them."""
+def launch(
+    size: int, function: Callable[..., None], *arguments: Any, kill: tuple[int, Path, float] | None = None
+) -> list[int]:
+    """The exit codes of ``size`` processes, started as torchrun starts them.
+
+    Args:
+        size: How many.
+        function: What each runs, with ``arguments``.
+        kill: A rank to kill, so many seconds after a file is there.
+    """
     context, port = mp.get_context("fork"), free_port()
     processes = [context.Process(target=_enter, args=(rank, size, port, function, arguments)) for rank in range(size)]
     for process in processes:
         process.start()
+    if kill is not None:
+        rank, file, seconds = kill
+        while not file.exists() and processes[rank].is_alive():
+            time.sleep(0.01)
+        time.sleep(seconds)
+        processes[rank].kill()
     connection.wait([process.sentinel for process in processes], 100)
     for process in processes:
         process.join(20)
@@ -107,8 +126,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [
     ("--trainer.strategy", "ddp", "--data.batch_size", "2"),
+    ("--trainer.strategy", "fsdp2", "--data.batch_size", "2"),
     ("--sequence_parallel", "2", "--data.batch_size", "4"),
-], ids=["ddp", "sequence"])  # fmt: skip
+    ("--sequence_parallel", "2", "--data.batch_size", "4", "--trainer.strategy", "fsdp2"),
+], ids=["ddp", "fsdp2", "sequence", "sequence_fsdp2"])  # fmt: skip
 def test_two_processes_make_the_steps_of_one(reference: str, options: tuple[str, ...]) -> None:
     assert launch(2, pretrain, "--run_dir", "two", "--trainer.devices", "2", *options) == [0, 0]
     assert_same_run(reference, "two")
@@ -116,3 +137,107 @@ def test_two_processes_make_the_steps_of_one(reference: str, options: tuple[str,
         p.name for p in Path(reference).iterdir() if p.is_file()
     )
     assert json.loads(Path("two/run.json").read_text())["status"] == "finished"
+
+
+def pretrain_text(*arguments: str) -> None:
+    """``python -m core.pretrain`` in this process, a Mamba-2 of four heads."""
+    links = {"data.vocab_size": "model.vocab_size"}
+    main("core", "core.language.TextModel", "core.text.TextData", command="pretrain", links=links, argv=[
+        "text", "--data.root", "text", "--data.window", "32", "--data.batch_size", "4", "--trainer.accelerator", "cpu",
+        "--model.d_model", "16", "--model.n_layer", "2", "--model.layer", "Mamba2", "--model.d_intermediate", "32",
+        "--model.ssm_cfg", '{"headdim": 8, "d_state": 4}', "--model.sample_tokens", "4", "--threads", "1",
+        "--trainer.max_epochs", "-1", "--trainer.max_steps", "4", "--trainer.val_check_interval", "2",
+        "--trainer.num_sanity_val_steps", "0", "--trainer.gradient_clip_val", "0.5", "--seed_everything", "1",
+        "--trainer.enable_progress_bar", "false", "--trainer.precision", "32-true", "--trainer.log_every_n_steps", "1",
+        "--model.schedule.name", "constant", "--model.schedule.warmup_epochs", "0", "--model.optimizer.eps", "1e-3",
+        "--trainer.check_val_every_n_epoch", "null", *arguments,
+    ])  # fmt: skip
+
+
+TWO = {
+    "ddp": ("--data.batch_size", "2", "--trainer.strategy", "ddp"),
+    "fsdp2": ("--data.batch_size", "2", "--trainer.strategy", "fsdp2"),
+    "tensor": ("--tensor_parallel", "2"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWO)
+def test_runs_go_on_with_another_number_of_processes(place: Path, name: str) -> None:
+    (place / "text").mkdir()
+    (place / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 80)
+    pretrain_text("--run_dir", "one")
+    assert launch(2, pretrain_text, "--run_dir", "two", "--trainer.devices", "2", *TWO[name]) == [0, 0]
+    assert_same_run("one", "two")
+    whole, shared = (load_file(f"{run}/model/model.safetensors") for run in ("one", "two"))
+    torch.testing.assert_close(shared, whole, rtol=1e-3, atol=1e-5)
+    half = ("--trainer.max_steps", "2", "--test_after_fit", "false")
+    pretrain_text("--run_dir", "one_two", *half)
+    resumed = ("--trainer.devices", "2", "--ckpt_path", "last", "--run_dir", "one_two", *TWO[name])
+    assert launch(2, pretrain_text, *resumed) == [0, 0]
+    assert_same_run("one", "one_two")
+    assert launch(2, pretrain_text, "--run_dir", "two_one", "--trainer.devices", "2", *half, *TWO[name]) == [0, 0]
+    pretrain_text("--ckpt_path", "last", "--run_dir", "two_one")
+    assert_same_run("one", "two_one")
+
+
+LONG = (
+    "--run_dir", "long", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "2",
+    "--trainer.max_steps", "40", "--trainer.max_epochs", "-1", "--trainer.val_check_interval", "4",
+    "--model.schedule.name", "constant",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_job_and_the_last_checkpoint_resumes_it(
+    victim: int, place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seconds = random.uniform(0, 1.5)
+    print("killed after", seconds)
+    codes = launch(2, pretrain, *LONG, kill=(victim, place / "long/checkpoints/last.ckpt", seconds))
+    assert codes[victim] == -signal.SIGKILL
+    assert codes[1 - victim] == 1
+    message = capfd.readouterr().err
+    assert f"process {1 - victim} of 2 lost another one" in message
+    assert "--ckpt_path last" in message
+    assert launch(2, pretrain, *LONG, "--ckpt_path", "last") == [0, 0]
+    assert checkpoint("long")["global_step"] == 40
+    steps = [row["step"] for row in history("long") if "train/loss" in row]
+    assert steps == list(range(40))
+
+
+def orphan(seconds: float) -> None:
+    """A process that launches another one, which waits, and dies."""
+    announce_launcher()
+    child = mp.get_context("fork").Process(target=wait_for_others, args=(seconds,))
+    child.start()
+    print("child", child.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_others(seconds: float) -> None:
+    """What a process does while the others do not answer."""
+    follow_launcher(0.1)
+    time.sleep(seconds)
+    print("outlived its launcher", flush=True)
+
+
+def test_processes_end_with_the_one_that_launched_them(capfd: pytest.CaptureFixture[str]) -> None:
+    process = mp.get_context("fork").Process(target=orphan, args=(8.0,))
+    process.start()
+    process.join()
+    output = ""
+    for _ in range(60):
+        time.sleep(0.1)
+        found = capfd.readouterr()
+        output += found.out + found.err
+        if "has died; ending" in output:
+            break
+    assert "has died; ending" in output
+    child = int(output.split("child ")[1].split()[0])
+    for _ in range(50):
+        if not Path(f"/proc/{child}").exists():
+            break
+        time.sleep(0.1)
+    assert "outlived" not in output

@@ -1,0 +1,41 @@
+"""Tiles of ``ssd``'s tensors as boxes that the GPU copies by itself (TMA), where their layout allows that.
+
+B batch, L tokens, K routes, H heads, P head dim, N state.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.backend import is_hopper
+from kernels.ssd.triton_sizes import Sizes
+
+
+def boxable(sizes: Sizes, *rows: Tensor) -> bool:
+    """Whether tiles of rows of tokens ``(B, L, K, ...)`` go by bulk copies: nothing needs a mask, nothing has gaps."""
+    p = sizes.p
+    plain = sizes.full and not p.reverse and sizes.product_dtype == torch.bfloat16 and is_hopper(p.x.device)
+    return plain and all(as_lines(t) for t in rows)
+
+
+def as_lines(t: Tensor) -> bool:
+    """Whether (B, L, K, ...) is a matrix of tokens that a bulk copy can read: without gaps, lines of whole 16 bytes."""
+    batch, length, routes, heads, width = t.shape
+    s = t.stride()
+    dense = s[4] == 1 and (heads == 1 or s[3] == width) and (batch == 1 or s[0] == length * s[1])
+    aligned = s[1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+    return routes == 1 and dense and aligned and batch * length < 2**31  # coordinates have 32 bits
+
+
+def rows_box(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """The matrix of tokens (B L, H P), in boxes."""
+    batch, length, _, heads, width = t.shape
+    return TensorDescriptor(t, [batch * length, heads * width], [t.stride(1), 1], [rows, columns])
+
+
+def states_box(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """States (chunks, K, H, P, N) as a matrix (chunks K H P, N), in boxes."""
+    state = t.shape[-1]
+    return TensorDescriptor(t, [t.numel() // state, state], [state, 1], [rows, columns])
