@@ -71,11 +71,8 @@ __device__ __forceinline__ void wait_for(i64* barrier, int turn) {
 }
 
 constexpr bool SUMS = !(CONST_B && CONST_C);
-#ifndef HELD_STEPS
-#define HELD_STEPS 2
-#endif
-constexpr int HELD = HELD_STEPS;  // steps whose shares wait in registers: no load moves over a store
-constexpr bool LOCAL = EXTRA == 0 && SIDE * CH * T / V >= 32;  // the rows of a part fill a warp
+constexpr int HELD = 2;  // steps whose shares wait in registers: no load moves over a store
+constexpr bool LOCAL = EXTRA == 0 && 4 * GR * T / V >= 32;  // the rows of a part fill a warp
 // Floats of a row of shares, so that lanes that read two rows meet different banks.
 constexpr int Y_ROW = PADDED(BD * LN) + 4, UW_ROW = PADDED(2 * BD * LN) + 8;
 // Floats of a step's dB and dC and of a part's, so that lanes that write at once meet different banks.
@@ -88,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     float(*s_dy)[BD] = reinterpret_cast<float(*)[BD]>(s_chan + CHUNK);                        // before the gate
     float(*s_B)[NP] = reinterpret_cast<float(*)[NP]>(s_dy + CHUNK);
     float(*s_C)[NP] = s_B + CHUNK;  // also the sums of dB and dC, in their places
-    float(*s_h)[CH][WALKERS][S] = reinterpret_cast<float(*)[CH][WALKERS][S]>(s_C + CHUNK);             // states before parts
+    float(*s_h)[WALKERS][S] = reinterpret_cast<float(*)[WALKERS][S]>(s_C + CHUNK);                     // states before parts
     float(*s_y)[Y_ROW] = reinterpret_cast<float(*)[Y_ROW]>(s_h + (ENDS ? 0 : PARTS));
     float(*s_uw)[UW_ROW] = reinterpret_cast<float(*)[UW_ROW]>(s_y + (ENDS ? 0 : T));
     float(*s_sum)[SUM_ROWS] = reinterpret_cast<float(*)[SUM_ROWS]>(s_uw + (ENDS ? 0 : T));  // dB and dC, of four channels each
@@ -98,18 +95,13 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 
     const Place p(a);
     if (ENDS && p.seg == 0) return;  // nobody asks what leaves the first
-    const int tid = threadIdx.x, lane = tid & 31;
+    const int tid = threadIdx.x, lane = tid & 31, d = p.d0 + p.ch;
     __builtin_assume(tid < NT);
-    int own_chan[CH], own_y[CH], own_uw[CH];
-#pragma unroll
-    for (int m = 0; m < CH; m++) {
-        const int c = p.of(m).ch;
-        own_chan[m] = slot_of(2 * c), own_y[m] = slot_of(c * LN + p.q), own_uw[m] = slot_of(2 * (c * LN + p.q));
-    }
-    constexpr int WR = (LOCAL ? SIDE * CH : BD) / V;  // threads that load one row, of a warp's channels or of the block's
-    const int row0 = (LOCAL ? lane : tid) / WR, col = (LOCAL ? tid / 32 * (SIDE * CH) : 0) + tid % WR * V, dc = p.d0 + col;
+    const int own_chan = slot_of(2 * p.ch), own_y = slot_of(p.ch * LN + p.q), own_uw = slot_of(2 * (p.ch * LN + p.q));
+    constexpr int WR = (LOCAL ? 4 * GR : BD) / V;  // threads that load one row, of a warp's channels or of the block's
+    const int row0 = (LOCAL ? lane : tid) / WR, col = (LOCAL ? tid / 32 * (4 * GR) : 0) + tid % WR * V, dc = p.d0 + col;
     const int row_chan = slot_of(2 * col), row_y = slot_of(col * LN), row_uw = slot_of(2 * col * LN);
-    const bool channel = dc < p.dend;
+    const bool channel = dc < p.dend, own = p.walks() && d < p.dend;
     const int begin = (int)(p.from(a, p.seg) + a.lo), end = (int)p.from(a, p.seg + 1);  // of this launch's slice
     const int first = min(begin, end);
     int last = min(begin + (int)(a.hi - a.lo), end);
@@ -121,28 +113,22 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         bias[i] = HAS_BIAS && channel ? reinterpret_cast<const float*>(a.bias)[p.k * a.channels + dc + i] : 0.0f;
         skip[i] = HAS_D && channel ? reinterpret_cast<const float*>(a.D)[p.k * a.channels + dc + i] : 0.0f;
     }
-    Rates rates[CH];
-    float g[CH][S], B[S], C[S], const_B[CH][S], const_C[CH][S], sum_A[CH][S] = {}, sum_B[CH][S] = {}, sum_C[CH][S] = {};
-    Sum total[CH] = {};
+    const Rates all_rates[CH] = {Rates(a, p, own)}, &rates = all_rates[0];  // CH is 1 here
+    float g[S], B[S], C[S], sum_A[S] = {}, sum_B[S] = {}, sum_C[S] = {};
+    Sum total = 0;
+    const i64 state = ((p.s * a.K + p.k) * a.channels + d) * a.N;
+    const i64 here = ((p.s * a.segments + p.seg) * a.K + p.k) * a.channels + d;  // among what each segment has
+    const float* later = a.g_in ? reinterpret_cast<const float*>(a.g_in) + here * a.N : reinterpret_cast<const float*>(a.dfinal) + state;
 #pragma unroll
-    for (int m = 0; m < CH; m++) {
-        const Place o = p.of(m);
-        const bool own = o.owns();
-        const i64 d = p.d0 + o.ch, here = ((p.s * a.segments + p.seg) * a.K + p.k) * a.channels + d;  // among what segments have
-        const float* later = a.g_in ? reinterpret_cast<const float*>(a.g_in) + here * a.N
-                                    : reinterpret_cast<const float*>(a.dfinal) + ((p.s * a.K + p.k) * a.channels + d) * a.N;
-        rates[m] = Rates(a, o, own);
-#pragma unroll
-        for (int i = 0; i < S; i++) {
-            int n = p.q * S + i;
-            bool live = own && n < a.N;
-            i64 at = (p.k * a.channels + d) * a.N + n;
-            g[m][i] = !ENDS && live && (a.g_in || a.dfinal) ? later[n] : 0.0f;
-            const_B[m][i] = CONST_B && live ? reinterpret_cast<const float*>(a.B)[at] : 0.0f;
-            const_C[m][i] = CONST_C && live ? reinterpret_cast<const float*>(a.C)[at] : 0.0f;
-        }
-        for (i64 i = a.segments - 1; !ENDS && !a.g_in && i > p.seg; i--) rates[m].pass<true>(g[m], a, o, own, i);
+    for (int i = 0; i < S; i++) {
+        int n = p.q * S + i;
+        bool live = own && n < a.N;
+        i64 at = (p.k * a.channels + d) * a.N + n;
+        g[i] = !ENDS && live && (a.g_in || a.dfinal) ? later[n] : 0.0f;
+        B[i] = CONST_B && live ? reinterpret_cast<const float*>(a.B)[at] : 0.0f;
+        C[i] = CONST_C && live ? reinterpret_cast<const float*>(a.C)[at] : 0.0f;
     }
+    for (i64 i = a.segments - 1; !ENDS && !a.g_in && i > p.seg; i--) rates.pass<true>(g, a, p, own, i);
     float one[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) one[i] = lane >> 2 == i ? 1.0f : 0.0f;
@@ -162,9 +148,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     float* partial = reinterpret_cast<float*>(a.partial) + part_of * (a.slots * a.K * a.G * CHUNK * 2 * a.N);
 
 #if ENDS && SOFTPLUS
-    int stop = first + reach<true>(a, p, rates, first, last, reinterpret_cast<float*>(memory));
-#pragma unroll
-    for (int m = 0; m < CH && stop < last; m++) total[m] = __int_as_float(0x7f800000);  // what came after has decayed
+    int stop = first + reach<true>(a, p, all_rates, first, last, reinterpret_cast<float*>(memory));
+    if (stop < last) total = __int_as_float(0x7f800000);  // what came after has decayed
     last = stop;
     __syncthreads();
 #endif
@@ -174,14 +159,12 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         const int place = (slot - (int)p.base) * CHUNK;
         const int parts = PACKED ? PARTS : (min(CHUNK, (int)a.P - place) + T - 1) / T;
         // 1. Everything the slot's steps need: first all loads, then what is made of them.
-        float h[CH][S];
+        float h[S];
 #pragma unroll
-        for (int m = 0; m < CH && !ENDS; m++)
-#pragma unroll
-            for (int i = 0; i < S; i++) {
-                bool live = p.of(m).owns() && (WHOLE_N || p.q * S + i < (int)a.N);
-                h[m][i] = live ? *saved_at(a, p.of(m), slot, i) : 0.0f;
-            }
+        for (int i = 0; i < S && !ENDS; i++) {
+            bool live = own && (WHOLE_N || p.q * S + i < (int)a.N);
+            h[i] = live ? *saved_at(a, p, slot, i) : 0.0f;
+        }
         constexpr int ROWS = (CHUNK * RT + NT - 1) / NT, BROWS = (CHUNK * BT + NT - 1) / NT, ONCE = PRECISE ? 4 : 8;  // rows
         Raw<TB, VN> vB[BROWS];
         Raw<TC, VN> vC[BROWS];
@@ -253,48 +236,36 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #if ENDS
 #pragma unroll 16
         for (int t = p.walks() ? CHUNK - 1 : -1; t >= 0; t--) {
-            const float keep = RESTARTS ? s_keep[t] : 1.0f;
+            float dt = s_chan[t][own_chan], dy = s_dy[t][p.ch], keep = RESTARTS ? s_keep[t] : 1.0f, e[S];
             if (!CONST_C) fetch<S>(C, &s_C[t][p.q * S]);
+            rates.decays<false>(e, dt, keep);
 #pragma unroll
-            for (int m = 0; m < CH; m++) {
-                float dt = s_chan[t][own_chan[m]], dy = s_dy[t][p.of(m).ch], e[S];
-                rates[m].decays<false>(e, dt, keep);
-#pragma unroll
-                for (int i = 0; i < S; i++) g[m][i] = fmaf(dy, CONST_C ? const_C[m][i] : C[i], g[m][i]);
-                back(g[m], e, g[m]);
-                add_step(total[m], dt, keep);
-            }
+            for (int i = 0; i < S; i++) g[i] = fmaf(dy, C[i], g[i]);
+            back(g, e, g);
+            add_step(total, dt, keep);
         }
 #else
         // 2. The state before each part of T steps.
         if (p.walks()) {
-#pragma unroll
-            for (int m = 0; m < CH; m++) store<S>(s_h[0][m][tid], h[m]);
+            store<S>(s_h[0][tid], h);
 #pragma unroll 1
             for (int part = 0; part < parts - 1; part++) {
-                Span span[CH];
-#pragma unroll
-                for (int m = 0; m < CH && MENDED; m++) span[m].begin(h[m]);
+                Span span;
+                if (MENDED) span.begin(h);
 #pragma unroll
                 for (int j = 0; j < T; j++) {
                     const int t = part * T + j;
+                    float2 c = *reinterpret_cast<const float2*>(&s_chan[t][own_chan]);
                     if (!CONST_B) fetch<S>(B, &s_B[t][p.q * S]);
+                    float e[S], u[S];
+                    rates.decays(e, c.x, RESTARTS ? s_keep[t] : 1.0f);
+                    if (MENDED) span.add(e, c.x, RESTARTS ? s_keep[t] : 1.0f);
 #pragma unroll
-                    for (int m = 0; m < CH; m++) {
-                        float2 c = *reinterpret_cast<const float2*>(&s_chan[t][own_chan[m]]);
-                        float e[S], u[S];
-                        rates[m].decays(e, c.x, RESTARTS ? s_keep[t] : 1.0f);
-                        if (MENDED) span[m].add(e, c.x, RESTARTS ? s_keep[t] : 1.0f);
-#pragma unroll
-                        for (int i = 0; i < S; i++) u[i] = c.y * (CONST_B ? const_B[m][i] : B[i]);
-                        step(h[m], e, u);
-                    }
+                    for (int i = 0; i < S; i++) u[i] = c.y * B[i];
+                    step(h, e, u);
                 }
-#pragma unroll
-                for (int m = 0; m < CH; m++) {
-                    if (MENDED) span[m].mend(h[m], rates[m]);
-                    store<S>(s_h[part + 1][m][tid], h[m]);
-                }
+                if (MENDED) span.mend(h, rates);
+                store<S>(s_h[part + 1][tid], h);
             }
         }
         // 3. Part by part from the last: the states again, and back over them.
@@ -318,81 +289,68 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                 if (HAS_Z) vz[m] = load<V>(z[token], live);
             }
             if (p.walks()) {
-                float hs[T + 1][CH][S], es[T][CH][S];
-#pragma unroll
-                for (int m = 0; m < CH; m++) fetch<S>(hs[0][m], s_h[part][m][tid]);
-                Span span[CH];  // of the way back
-#pragma unroll
-                for (int m = 0; m < CH && MENDED; m++) span[m].begin(g[m]);
+                float hs[T + 1][S], es[T][S];
+                fetch<S>(hs[0], s_h[part][tid]);
+                Span span;  // of the way back
+                if (MENDED) span.begin(g);
 #pragma unroll
                 for (int j = 0; j < T; j++) {
+                    float2 c = *reinterpret_cast<const float2*>(&s_chan[t0 + j][own_chan]);
                     if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
+                    float u[S];
+                    rates.decays(es[j], c.x, RESTARTS ? s_keep[t0 + j] : 1.0f);
+                    if (MENDED) span.add(es[j], c.x, RESTARTS ? s_keep[t0 + j] : 1.0f);
 #pragma unroll
-                    for (int m = 0; m < CH; m++) {
-                        float2 c = *reinterpret_cast<const float2*>(&s_chan[t0 + j][own_chan[m]]);
-                        float u[S];
-                        rates[m].decays(es[j][m], c.x, RESTARTS ? s_keep[t0 + j] : 1.0f);
-                        if (MENDED) span[m].add(es[j][m], c.x, RESTARTS ? s_keep[t0 + j] : 1.0f);
-#pragma unroll
-                        for (int i = 0; i < S; i++) u[i] = c.y * (CONST_B ? const_B[m][i] : B[i]), hs[j + 1][m][i] = hs[j][m][i];
-                        step(hs[j + 1][m], es[j][m], u);
-                    }
+                    for (int i = 0; i < S; i++) u[i] = c.y * B[i], hs[j + 1][i] = hs[j][i];
+                    step(hs[j + 1], es[j], u);
                 }
                 float sums[T / 4][(S + 1) / 2][4] = {};
-                float2 uw[T][CH];
-                float shares[T][CH];  // of y. They are stored after the loads of some steps: no load moves over a store
+                float2 uw[T];
+                float shares[T];  // of y. They are stored after the loads of four steps: no load moves over a store
 #pragma unroll
                 for (int j = T - 1; j >= 0; j--) {
+                    float2 c = *reinterpret_cast<const float2*>(&s_chan[t0 + j][own_chan]);
+                    float gy = s_dy[t0 + j][p.ch], u = 0.0f, w = 0.0f, share = 0.0f;
                     if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
                     if (!CONST_C) fetch<S>(C, &s_C[t0 + j][p.q * S]);
-                    float dB[S + 1] = {}, dC[S + 1] = {};  // of all channels of the thread
+                    float G[S];
 #pragma unroll
-                    for (int m = 0; m < CH; m++) {
-                        const float2 c = *reinterpret_cast<const float2*>(&s_chan[t0 + j][own_chan[m]]);
-                        const float gy = s_dy[t0 + j][p.of(m).ch];
-                        float u = 0.0f, w = 0.0f, share = 0.0f, G[S];
+                    for (int i = 0; i < S; i++) G[i] = fmaf(gy, C[i], g[i]);
+                    back(g, es[j], G);
 #pragma unroll
-                        for (int i = 0; i < S; i++) G[i] = fmaf(gy, CONST_C ? const_C[m][i] : C[i], g[m][i]);
-                        back(g[m], es[j][m], G);
-#pragma unroll
-                        for (int i = 0; i < S; i += 2) {
-                            float q[2];
+                    for (int i = 0; i < S; i += 2) {
+                        float dB[2] = {}, dC[2] = {}, q[2];
 #if PAIRS  // g conj(h)
-                            q[0] = fmaf(g[m][i], hs[j][m][i], g[m][i + 1] * hs[j][m][i + 1]);
-                            q[1] = fmaf(g[m][i + 1], hs[j][m][i], -g[m][i] * hs[j][m][i + 1]);
+                        q[0] = fmaf(g[i], hs[j][i], g[i + 1] * hs[j][i + 1]);
+                        q[1] = fmaf(g[i + 1], hs[j][i], -g[i] * hs[j][i + 1]);
 #else
 #pragma unroll
-                            for (int v = 0; v < 2 && i + v < S; v++) q[v] = g[m][i + v] * hs[j][m][i + v];
+                        for (int m = 0; m < 2 && i + m < S; m++) q[m] = g[i + m] * hs[j][i + m];
 #endif
 #pragma unroll
-                            for (int v = 0; v < 2 && i + v < S; v++) {
-                                if (CONST_B) sum_B[m][i + v] = fmaf(c.y, G[i + v], sum_B[m][i + v]);
-                                else dB[i + v] = m ? fmaf(c.y, G[i + v], dB[i + v]) : c.y * G[i + v];
-                                if (CONST_C) sum_C[m][i + v] = fmaf(gy, hs[j + 1][m][i + v], sum_C[m][i + v]);
-                                else dC[i + v] = m ? fmaf(gy, hs[j + 1][m][i + v], dC[i + v]) : gy * hs[j + 1][m][i + v];
-                                u = fmaf(CONST_B ? const_B[m][i + v] : B[i + v], G[i + v], u);
-                                w = fmaf(rates[m].rate[i + v], q[v], w);
-                                sum_A[m][i + v] = fmaf(c.x, q[v], sum_A[m][i + v]);
-                                if (HAS_Z) share = fmaf(hs[j + 1][m][i + v], CONST_C ? const_C[m][i + v] : C[i + v], share);
-                            }
+                        for (int m = 0; m < 2 && i + m < S; m++) {
+                            dB[m] = c.y * G[i + m];
+                            dC[m] = gy * hs[j + 1][i + m];
+                            u = fmaf(B[i + m], G[i + m], u);
+                            w = fmaf(rates.rate[i + m], q[m], w);
+                            sum_A[i + m] = fmaf(c.x, q[m], sum_A[i + m]);
+                            if (HAS_Z) share = fmaf(hs[j + 1][i + m], C[i + m], share);
+                            if (CONST_B) sum_B[i + m] += dB[m], dB[m] = 0.0f;
+                            if (CONST_C) sum_C[i + m] += dC[m], dC[m] = 0.0f;
                         }
-                        uw[j][m] = make_float2(u, w);
-                        shares[j][m] = share;
+                        if (SUMS) add_up(sums[j / 4][i / 2], one, j, dB, dC);
                     }
-#pragma unroll
-                    for (int i = 0; i < S && SUMS; i += 2) add_up(sums[j / 4][i / 2], one, j, {dB[i], dB[i + 1]}, {dC[i], dC[i + 1]});
+                    uw[j] = make_float2(u, w);
+                    shares[j] = share;
                     if (j % HELD == 0) {
 #pragma unroll
-                        for (int t = j; t < j + HELD; t++)
-#pragma unroll
-                            for (int m = 0; m < CH; m++) {
-                                *reinterpret_cast<float2*>(&s_uw[t][own_uw[m]]) = uw[t][m];
-                                if (HAS_Z) s_y[t][own_y[m]] = shares[t][m];
-                            }
+                        for (int m = j; m < j + HELD; m++) {
+                            *reinterpret_cast<float2*>(&s_uw[m][own_uw]) = uw[m];
+                            if (HAS_Z) s_y[m][own_y] = shares[m];
+                        }
                     }
                 }
-#pragma unroll
-                for (int m = 0; m < CH && MENDED; m++) span[m].mend(g[m], rates[m]);
+                if (MENDED) span.mend(g, rates);
                 if (SUMS) {
                     if (LOCAL && turn > 0) wait_for(s_read, turn - 1);
 #pragma unroll
@@ -400,7 +358,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                         float db[S], dc[S];
 #pragma unroll
                         for (int i = 0; i < S; i++) db[i] = sums[high][i / 2][i % 2], dc[i] = sums[high][i / 2][2 + i % 2];
-                        float* to = &s_sum[tid / 32 * GR + (lane >> 2) % GR][(4 * high + (lane & 3)) * SUM_ROW + p.q * S];
+                        float* to = &s_sum[p.ch / 4][(4 * high + (lane & 3)) * SUM_ROW + p.q * S];
                         store<S>(to, db);
                         store<S>(to + NP, dc);
                     }
@@ -488,22 +446,17 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         if (ENDS) __syncthreads();
     }
 #if ENDS
-#pragma unroll
-    for (int m = 0; m < CH; m++) leave_segment(a, p.of(m), g[m], total[m], p.of(m).owns());
+    leave_segment(a, p, g, total, own);
 #else
 #pragma unroll
-    for (int m = 0; m < CH; m++) {
-        const i64 d = p.d0 + p.of(m).ch, here = ((p.s * a.segments + p.seg) * a.K + p.k) * a.channels + d;
-#pragma unroll
-        for (int i = 0; i < S; i++) {
-            const i64 n = p.q * S + i;
-            if (!(p.of(m).owns() && n < a.N)) continue;
-            leave(a, a.dA, here * a.N + n, sum_A[m][i]);
-            if (CONST_B) leave(a, a.dB, here * a.N + n, sum_B[m][i]);
-            if (CONST_C) leave(a, a.dC, here * a.N + n, sum_C[m][i]);
-            if (a.g_out) reinterpret_cast<float*>(a.g_out)[here * a.N + n] = g[m][i];
-            if (a.dinitial && p.seg == 0) reinterpret_cast<float*>(a.dinitial)[((p.s * a.K + p.k) * a.channels + d) * a.N + n] = g[m][i];
-        }
+    for (int i = 0; i < S; i++) {
+        int n = p.q * S + i;
+        if (!(own && n < a.N)) continue;
+        leave(a, a.dA, here * a.N + n, sum_A[i]);
+        if (CONST_B) leave(a, a.dB, here * a.N + n, sum_B[i]);
+        if (CONST_C) leave(a, a.dC, here * a.N + n, sum_C[i]);
+        if (a.g_out) reinterpret_cast<float*>(a.g_out)[here * a.N + n] = g[i];
+        if (a.dinitial && p.seg == 0) reinterpret_cast<float*>(a.dinitial)[state + n] = g[i];
     }
     // dD and d dt_bias: the rows of threads that hold the same channels, one after another
     float(*s_row)[2][BD] = reinterpret_cast<float(*)[2][BD]>(memory);

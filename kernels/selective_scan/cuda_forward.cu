@@ -6,37 +6,22 @@
 // ENDS: only the state at the segment's end, from zero, and the sum of dt; the scan proper then starts from
 // h <- exp(A sum) h + end over the segments before it. ADD: y goes on top of that of the states before (float32).
 
-#ifndef ASK
-#define ASK 0
-#endif
-#ifndef GROUP_STEPS
-#define GROUP_STEPS (S * CH <= 2 ? 4 : 2)
-#endif
-constexpr int GROUP = GROUP_STEPS;  // steps whose values are read ahead of those that are walked
-#ifndef PIPE
-#define PIPE 0
-#endif
-#ifndef SPAN
-#define SPAN 16
-#endif
-#ifndef PACK
-#define PACK 0
-#endif
-// Whether B and C of a state share a word in shared memory, as they came: half the bytes to read, two more instructions.
-constexpr bool PACKED_BC = PACK && !ENDS && !CONST_B && !CONST_C && sizeof(TB) == 2 && sizeof(TC) == 2 && VN % 2 == 0;
-constexpr int BC = PACKED_BC ? S : 2 * S;  // words of a lane's row of B and C
-constexpr int BITEMS = (PACKED_BC ? 1 : 2) * T * BT, BROWS = (BITEMS + LOADERS - 1) / LOADERS;
+constexpr int GROUP = S * CH <= 2 ? 4 : 2;  // steps whose values are read ahead of those that are walked
+constexpr int BC = 2 * S;                   // floats of a lane's row of B and C
+// With tiles of a whole chunk a scheduler has one warp that walks: its decays are worked out a group ahead, and rows are
+// asked for tiles ahead, because memory takes longer than a tile does.
+constexpr int AHEAD = T == CHUNK;
 
 struct Staged {  // two tiles of each
     float (*chan)[T][PADDED(2 * BD)];  // dt and dt x
     float (*y)[T][PADDED(BD * LN)];    // shares of y
-    float (*bc)[T][LN * BC];           // B and C of each lane
+    float (*bc)[T][2 * NP];            // B and C of each lane
     float (*keep)[T];                  // whether the state is kept
 
     __device__ __forceinline__ Staged(float4* memory) {
         chan = reinterpret_cast<float(*)[T][PADDED(2 * BD)]>(memory);
         y = reinterpret_cast<float(*)[T][PADDED(BD * LN)]>(chan + 2);
-        bc = reinterpret_cast<float(*)[T][LN * BC]>(y + 2);
+        bc = reinterpret_cast<float(*)[T][2 * NP]>(y + 2);
         keep = reinterpret_cast<float(*)[T]>(bc + 2);
     }
 };
@@ -67,11 +52,11 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
     Raw<TDT, V> rdt[PASS];
     Raw<TZ, V> ez[PASS];
     Raw<float, V> ey[PASS];
-    Raw<TB, VN> rB[BROWS];
-    Raw<TC, VN> rC[BROWS];
+    Raw<TB, VN> rB[BPASS];
+    Raw<TC, VN> rC[BPASS];
     // Entries of this thread's rows: of the tile whose epilogue is due, of the one that is walked, of the one whose values
     // are in registers, of the one after it.
-    int due[PASS], walked[PASS], loaded[PASS], next[PASS], next_B[BROWS];
+    int due[PASS], walked[PASS], loaded[PASS], next[PASS], next_B[BPASS];
     const int chan_slot = slot_of(2 * col), y_slot = slot_of(col * LN);
     constexpr bool EVEN = T * RT % LOADERS == 0, EVEN_B = T * BT % LOADERS == 0;
 
@@ -86,7 +71,7 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
         loaded[i] = next[i];
         locate(i, tile + 1);
     };
-    // A tile's rows to the second-level cache, early: registers hold but one tile, which memory takes longer than to walk.
+    // A tile's rows to the second-level cache.
     auto ask_row = [&](int i, int tile) {
         const int row = origin + tile * T + row0 + i * (LOADERS / RT);
         if (!channel || col * (int)sizeof(TX) % 64 || !in_map(a, row)) return;
@@ -98,43 +83,35 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
         const int item = tid + i * LOADERS, row = origin + tile * T + item / BT % T;
         if (item % BT || !in_map(a, row)) return;
         if (!CONST_B && item < T * BT) asm volatile("prefetch.global.L2 [%0];" ::"l"(B_rows[row]));
-        if (!CONST_C && !ENDS && (PACKED_BC ? item < T * BT : item / (T * BT) == 1)) asm volatile("prefetch.global.L2 [%0];" ::"l"(C_rows[row]));
+        if (!CONST_C && !ENDS && item / (T * BT) == 1) asm volatile("prefetch.global.L2 [%0];" ::"l"(C_rows[row]));
     };
     auto ask = [&](int tile) {
 #pragma unroll
-        for (int i = 0; i < BROWS; i++) ask_B(i, tile);
+        for (int i = 0; i < BPASS; i++) ask_B(i, tile);
 #pragma unroll
         for (int i = 0; i < PASS; i++) ask_row(i, tile);
     };
     auto locate_B = [&](int tile) {
 #pragma unroll
-        for (int i = 0; i < BROWS; i++)
+        for (int i = 0; i < BPASS; i++)
             next_B[i] = !TABLE || tile < tiles ? entry_of(a, p.b, p.k, origin + tile * T + (tid + i * LOADERS) / BT % T) : -2;
     };
     auto load_B = [&](int tile) {
 #pragma unroll
-        for (int i = 0; i < BROWS; i++) {
+        for (int i = 0; i < BPASS; i++) {
             int item = tid + i * LOADERS, n = item % BT * VN, row = row_of(a, next_B[i], origin + tile * T + item / BT % T);
             bool live = in_map(a, row) && (WHOLE_N || n < (int)a.N);
             if (!CONST_B && i * LOADERS < T * BT) rB[i] = load<VN>(B_rows[row] + n * (int)a.B_n, live && (EVEN_B || item < T * BT));
-            if (!CONST_C && !ENDS && (PACKED_BC || (i + 1) * LOADERS > T * BT))
-                rC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live && (EVEN_B || PACKED_BC && item < T * BT || item / (T * BT) == 1));
+            if (!CONST_C && !ENDS && (i + 1) * LOADERS > T * BT)
+                rC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live && (EVEN_B || item / (T * BT) == 1));
         }
         locate_B(tile + 1);
     };
     auto stage_B = [&](int buf) {
 #pragma unroll
-        for (int i = 0; i < BROWS; i++) {
+        for (int i = 0; i < BPASS; i++) {
             int item = tid + i * LOADERS, r = item / BT % T, n = item % BT * VN;
             float* to = &shared.bc[buf][r][n / S * BC + n % S];
-            if constexpr (PACKED_BC) {
-                float words[VN];
-#pragma unroll
-                for (int v = 0; v < VN; v++)
-                    words[v] = __uint_as_float(__byte_perm(rB[i].word[v / 2], rC[i].word[v / 2], v % 2 ? 0x7632 : 0x5410));
-                if (EVEN_B || item < T * BT) store<VN>(to, words);
-                continue;
-            }
             if (!CONST_B && i * LOADERS < T * BT && (EVEN_B || item < T * BT)) stage_states(to, rB[i]);
             if (!CONST_C && !ENDS && (i + 1) * LOADERS > T * BT && (EVEN_B || item / (T * BT) == 1)) stage_states(to + S, rC[i]);
         }
@@ -182,9 +159,7 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
     };
 
     if (tiles > 0) {
-        if (ASK && !TABLE)
-#pragma unroll 1
-            for (int tile = 0; tile < 2 + ASK; tile++) ask(tile);
+        for (int tile = 0; AHEAD && !TABLE && tile < 3; tile++) ask(tile);
         locate_B(0);
         load_B(0);
 #pragma unroll
@@ -218,7 +193,7 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
             load_row(i, tile + 2);
         }
         load_B(tile + 2);
-        if (ASK && !TABLE) ask(tile + 2 + ASK);
+        if (AHEAD && !TABLE) ask(tile + 3);
         meet();
     }
 #pragma unroll
@@ -226,17 +201,7 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
         if (!ENDS && tiles > 0) finish_row(i, tiles - 1 & 1);
 }
 
-struct Values {  // what a step reads
-    float2 chan[CH];
-    float bc[2 * S], keep;
-
-    __device__ __forceinline__ float B(int i) const {
-        return PACKED_BC ? number(TB{(unsigned short)__float_as_uint(bc[i])}) : bc[i];
-    }
-    __device__ __forceinline__ float C(int i) const {
-        return PACKED_BC ? number(TC{(unsigned short)(__float_as_uint(bc[i]) >> 16)}) : bc[S + i];
-    }
-};
+struct Values { float2 chan[CH]; float bc[BC], keep; };  // what a step reads
 struct Terms { float e[CH][S], u[CH][S]; };            // and what it does to the states: h <- e h + u
 
 // Threads that hold states.
@@ -285,7 +250,7 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates 
 #pragma unroll
                 for (int m = 0; m < CH; m++) to.chan[m] = *reinterpret_cast<const float2*>(&shared.chan[buf][t0 + j][own_chan[m]]);
                 const float* bc = &shared.bc[buf][t0 + j][p.q * BC];
-                if (PACKED_BC || !CONST_B && !(CONST_C || ENDS)) fetch<BC>(*reinterpret_cast<float(*)[BC]>(to.bc), bc);
+                if (!CONST_B && !(CONST_C || ENDS)) fetch<BC>(to.bc, bc);
                 else if (!CONST_B) fetch<S>(*reinterpret_cast<float(*)[S]>(to.bc), bc);
                 else if (!(CONST_C || ENDS)) fetch<S>(*reinterpret_cast<float(*)[S]>(to.bc + S), bc + S);
                 to.keep = RESTARTS ? shared.keep[buf][t0 + j] : 1.0f;
@@ -300,11 +265,11 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates 
                     Terms& to = terms[t0 / GROUP % 2][j];
                     rates[m].decays(to.e[m], now.chan[m].x, now.keep);
 #pragma unroll
-                    for (int i = 0; i < S; i++) to.u[m][i] = now.chan[m].y * (CONST_B ? B[m][i] : now.B(i));
+                    for (int i = 0; i < S; i++) to.u[m][i] = now.chan[m].y * (CONST_B ? B[m][i] : now.bc[i]);
                 }
         };
         fetch_group(0);
-        if (PIPE) fetch_group(GROUP), prepare(0);
+        if (AHEAD) fetch_group(GROUP), prepare(0);
         Span span[CH];
 #pragma unroll
         for (int t = 0; t < T; t += GROUP) {
@@ -312,8 +277,8 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates 
 #pragma unroll
                 for (int m = 0; m < CH; m++) span[m].begin(h[m]);
             // Later groups' values are on their way before this one's shares are stored: no load moves over a store.
-            fetch_group(t + (1 + PIPE) * GROUP);
-            prepare(t + PIPE * GROUP);
+            fetch_group(t + (1 + AHEAD) * GROUP);
+            prepare(t + AHEAD * GROUP);
             float shares[GROUP][CH];
 #pragma unroll
             for (int j = 0; j < GROUP; j++)
@@ -324,7 +289,7 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates 
                     step(h[m], of.e[m], of.u[m]);
                     shares[j][m] = 0.0f;
 #pragma unroll
-                    for (int i = 0; i < S; i++) shares[j][m] = fmaf(h[m][i], CONST_C ? C[m][i] : now.C(i), shares[j][m]);
+                    for (int i = 0; i < S; i++) shares[j][m] = fmaf(h[m][i], CONST_C ? C[m][i] : now.bc[S + i], shares[j][m]);
                     if (ENDS) add_step(total[m], now.chan[m].x, now.keep);
                     if (MENDED) span[m].add(of.e[m], now.chan[m].x, now.keep);
                 }

@@ -112,7 +112,41 @@ def shape_of(
         fit = fit * 2 // 3
     segments = 1 if fit < enough else max(1, min(fit, 64, slots))
     tile, part = 16 if small else 32, 8 if states <= 4 else 4
-    return Shape(lanes, states, 1, tile, part, warps, extra, resident, width, blocks, segments)
+    found = Shape(lanes, states, 1, tile, part, warps, extra, resident, width, blocks, segments)
+    if backward or wide or pairs or lanes < 4:
+        return found
+    return (
+        _single(found, channels, scans, slots, cores, memory) or _paired(found, channels, scans, cores, memory) or found
+    )
+
+
+def _single(shape: Shape, channels: int, scans: int, slots: int, cores: int, memory: int) -> Shape | None:
+    """Where 16 channels to a multiprocessor are all there are: one walk, 8 lanes a channel, instead of segments.
+
+    A walk over more steps is slower than segments whose first pass stops where everything has been forgotten.
+    """
+    blocks = -(-channels // 16)
+    full = 3 * cores < 4 * scans * blocks <= 4 * cores and channels >= 16 and memory >= 128 << 10
+    if shape.lanes != 4 or not full or not SHORT // 4 < slots <= 8 * SHORT:
+        return None
+    return shape._replace(
+        lanes=8, states=2, tile=CHUNK, warps=WARPS, extra=2 * WARPS, resident=1, width=16, blocks=blocks, segments=1
+    )
+
+
+def _paired(shape: Shape, channels: int, scans: int, cores: int, memory: int) -> Shape | None:
+    """Where channels are many and tiles short: two channels a thread, which read B and C once."""
+    width = 64 // shape.lanes * WARPS
+    blocks = -(-channels // width)
+    few = 2 * scans * blocks <= 3 * cores or 4 * channels < 3 * blocks * width  # blocks, or channels of the last one
+    if few or shape.tile > CHUNK // 4 or (shape.lanes == 8 and shape.states <= 4):
+        return None
+    warps, extra = WARPS, WARPS if shape.lanes == 4 else WARPS // 2
+    resident = 2
+    halved = -(-channels // (2 * width))
+    if shape.lanes == 4 and scans * halved <= cores and memory >= 224 << 10:  # all at once, in one block each
+        warps, extra, resident, width, blocks = 2 * warps, 2 * extra, 1, 2 * width, halved
+    return shape._replace(each=2, warps=warps, extra=extra, resident=resident, width=width, blocks=blocks, segments=1)
 
 
 def rows(floats: int) -> int:

@@ -42,11 +42,9 @@ template <class F> __device__ __forceinline__ void add_step(F& total, float dt, 
 }
 
 // The GPU's exponential is off by up to two units in the last place, the same way for like steps, and a long memory adds
-// that up. Where the final state is wanted in full, the scan takes it still, and once a tile mends what it did to the state.
-#ifndef MEND32
-#define MEND32 0
-#endif
-constexpr bool MENDED = !PAIRS && (PRECISE ? MEND32 : EXACT);
+// that up. Where that counts (float32, a final state) the scan takes it still, and every few steps mends what came of it.
+constexpr bool MENDED = !PAIRS && (PRECISE || EXACT);
+constexpr int SPAN = 16;  // steps after which the forward does so; the backward after each part
 
 // A of this thread's states, as decay takes it. With PAIRS, every second one is an angle's rate: rate in the units of the
 // others, rest in radians.

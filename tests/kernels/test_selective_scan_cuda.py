@@ -59,6 +59,7 @@ def test_shapes_hold_the_state_and_fit_the_gpu(state: int, monkeypatch: pytest.M
             assert state % 2 or shape.states % 2 == 0  # both parts of a complex number
             loaders = shape.warps + shape.extra if backward else shape.extra
             assert all(32 * loaders % (shape.width // v) == 0 for v in (1, 2, 4) if shape.width % v == 0)
+            assert shape.width == 32 // shape.lanes * shape.warps * shape.each
     assert rule(state, 1536, 512, 32, False, True, False, torch.device("cuda")).segments == 1  # enough blocks without
 
 
@@ -210,6 +211,22 @@ def test_final_state_of_a_long_memory(spread: float, batch: int, length: int, dt
 
     truth = final("reference", **{n: t.double() for n, t in low.items()})
     assert_as_accurate("state", final("cuda", **low), final("reference", **low), truth)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("batch", "state"), [(40, 16), (70, 11), (20, 40)])
+def test_two_channels_a_thread(batch: int, state: int, reverse: bool) -> None:
+    tensors = inputs(B=batch, L=70, D=330, N=state, options=FULL)
+    check(tensors, "cuda", "cuda", torch.bfloat16, reverse=reverse)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("reverse", [False, True])
+def test_one_walk_where_channels_just_fill_the_gpu(reverse: bool) -> None:
+    check(inputs(B=1, L=17 * CHUNK + 5, D=1700, N=16, options=FULL), "cuda", "cuda", torch.bfloat16, reverse=reverse)
 
 
 @gpu
