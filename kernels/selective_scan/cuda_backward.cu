@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         bias[i] = HAS_BIAS && channel ? reinterpret_cast<const float*>(a.bias)[p.k * a.channels + dc + i] : 0.0f;
         skip[i] = HAS_D && channel ? reinterpret_cast<const float*>(a.D)[p.k * a.channels + dc + i] : 0.0f;
     }
-    const Rates all_rates[CH] = {Rates(a, p, own)}, &rates = all_rates[0];  // CH is 1 here
+    const Rates of_channels[CH] = {Rates(a, p, own)}, &rates = of_channels[0];  // CH is 1 here
     float g[S], B[S], C[S], sum_A[S] = {}, sum_B[S] = {}, sum_C[S] = {};
     Sum total = 0;
     const i64 state = ((p.s * a.K + p.k) * a.channels + d) * a.N;
@@ -148,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     float* partial = reinterpret_cast<float*>(a.partial) + part_of * (a.slots * a.K * a.G * CHUNK * 2 * a.N);
 
 #if ENDS && SOFTPLUS
-    int stop = first + reach<true>(a, p, all_rates, first, last, reinterpret_cast<float*>(memory));
+    int stop = first + reach<true>(a, p, of_channels, first, last, reinterpret_cast<float*>(memory));
     if (stop < last) total = __int_as_float(0x7f800000);  // what came after has decayed
     last = stop;
     __syncthreads();
@@ -238,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         for (int t = p.walks() ? CHUNK - 1 : -1; t >= 0; t--) {
             float dt = s_chan[t][own_chan], dy = s_dy[t][p.ch], keep = RESTARTS ? s_keep[t] : 1.0f, e[S];
             if (!CONST_C) fetch<S>(C, &s_C[t][p.q * S]);
-            rates.decays<false>(e, dt, keep);
+            rates.decays(e, dt, keep);
 #pragma unroll
             for (int i = 0; i < S; i++) g[i] = fmaf(dy, C[i], g[i]);
             back(g, e, g);
@@ -250,8 +250,6 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
             store<S>(s_h[0][tid], h);
 #pragma unroll 1
             for (int part = 0; part < parts - 1; part++) {
-                Span span;
-                if (MENDED) span.begin(h);
 #pragma unroll
                 for (int j = 0; j < T; j++) {
                     const int t = part * T + j;
@@ -259,12 +257,10 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                     if (!CONST_B) fetch<S>(B, &s_B[t][p.q * S]);
                     float e[S], u[S];
                     rates.decays(e, c.x, RESTARTS ? s_keep[t] : 1.0f);
-                    if (MENDED) span.add(e, c.x, RESTARTS ? s_keep[t] : 1.0f);
 #pragma unroll
                     for (int i = 0; i < S; i++) u[i] = c.y * B[i];
                     step(h, e, u);
                 }
-                if (MENDED) span.mend(h, rates);
                 store<S>(s_h[part + 1][tid], h);
             }
         }
@@ -291,15 +287,12 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
             if (p.walks()) {
                 float hs[T + 1][S], es[T][S];
                 fetch<S>(hs[0], s_h[part][tid]);
-                Span span;  // of the way back
-                if (MENDED) span.begin(g);
 #pragma unroll
                 for (int j = 0; j < T; j++) {
                     float2 c = *reinterpret_cast<const float2*>(&s_chan[t0 + j][own_chan]);
                     if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
                     float u[S];
                     rates.decays(es[j], c.x, RESTARTS ? s_keep[t0 + j] : 1.0f);
-                    if (MENDED) span.add(es[j], c.x, RESTARTS ? s_keep[t0 + j] : 1.0f);
 #pragma unroll
                     for (int i = 0; i < S; i++) u[i] = c.y * B[i], hs[j + 1][i] = hs[j][i];
                     step(hs[j + 1], es[j], u);
@@ -350,7 +343,6 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                         }
                     }
                 }
-                if (MENDED) span.mend(g, rates);
                 if (SUMS) {
                     if (LOCAL && turn > 0) wait_for(s_read, turn - 1);
 #pragma unroll

@@ -42,9 +42,9 @@ template <class F> __device__ __forceinline__ void add_step(F& total, float dt, 
 }
 
 // The GPU's exponential is off by up to two units in the last place, the same way for like steps, and a long memory adds
-// that up. Where that counts (float32, a final state) the scan takes it still, and every few steps mends what came of it.
-constexpr bool MENDED = !PAIRS && (PRECISE || EXACT);
-constexpr int SPAN = 16;  // steps after which the forward does so; the backward after each part
+// that up. Where a final state is wanted in full, the scan takes it still, and every few steps mends what came of it.
+constexpr bool MENDED = EXACT && !PRECISE && !PAIRS;
+constexpr int SPAN = 16;  // steps after which it does so
 
 // A of this thread's states, as decay takes it. With PAIRS, every second one is an angle's rate: rate in the units of the
 // others, rest in radians.
@@ -73,10 +73,10 @@ struct Rates {
         }
     }
     // What a step multiplies the states by.
-    template <bool FAST = MENDED> __device__ __forceinline__ void decays(float (&e)[S], float dt, float keep) const {
+    __device__ __forceinline__ void decays(float (&e)[S], float dt, float keep) const {
 #pragma unroll
         for (int i = 0; i < S; i += 1 + PAIRS) {
-            float size = FAST ? ex2(PRECISE ? fmaf(dt, rest[i], dt * rate[i]) : dt * rate[i]) : decay(dt, rate[i], rest[i]);
+            float size = MENDED ? ex2(dt * rate[i]) : decay(dt, rate[i], rest[i]);
             if (RESTARTS) size *= keep;
 #if PAIRS
             float2 way = turned(dt, rest[i + 1]);
