@@ -85,7 +85,7 @@ def shape_for(p: Problem, backward: bool, pairs: bool = False) -> Shape:
     pairs, state = pairs or p.is_complex, min(reals(p), MOST)
     scans, slots = p.sequences * p.routes * p.groups, p.slots // max(1, p.sequences)
     wide = p.x.dtype == torch.float32
-    return shape_of(state, p.channels // p.groups, scans, slots, wide, backward, pairs, p.x.device)
+    return shape_of(state, p.channels // p.groups, scans, slots, wide, backward, pairs, p.x.device, has_table(p))
 
 
 @dataclass(frozen=True)

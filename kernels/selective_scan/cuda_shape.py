@@ -72,8 +72,9 @@ class Shape(NamedTuple):
 
 @functools.cache
 def shape_of(
-    state: int, channels: int, scans: int, slots: int, wide: bool, backward: bool, pairs: bool, device: torch.device
-) -> Shape:
+    state: int, channels: int, scans: int, slots: int, wide: bool, backward: bool, pairs: bool, device: torch.device,
+    table: bool = False,
+) -> Shape:  # fmt: skip
     """The rule.
 
     Args:
@@ -86,6 +87,7 @@ def shape_of(
             one of 8 warps.
         pairs: Whether two neighbouring states are a complex number, which one thread holds.
         device: The GPU.
+        table: Whether steps are looked up: then no rows can be asked for ahead.
     """
     cores, memory = properties(device)
     lanes = 1 if state <= 4 else 2 if state <= 8 else 4 if state <= 16 else 8
@@ -115,9 +117,8 @@ def shape_of(
     found = Shape(lanes, states, 1, tile, part, warps, extra, resident, width, blocks, segments)
     if backward or wide or pairs or lanes < 4:
         return found
-    return (
-        _single(found, channels, scans, slots, cores, memory) or _paired(found, channels, scans, cores, memory) or found
-    )
+    single = None if table else _single(found, channels, scans, slots, cores, memory)
+    return single or _paired(found, channels, scans, cores, memory) or found
 
 
 def _single(shape: Shape, channels: int, scans: int, slots: int, cores: int, memory: int) -> Shape | None:

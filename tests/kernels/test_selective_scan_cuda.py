@@ -64,6 +64,27 @@ def test_shapes_hold_the_state_and_fit_the_gpu(state: int, monkeypatch: pytest.M
     assert rule(state, 1536, 512, 32, False, True, False, torch.device("cuda")).segments == 1  # enough blocks without
 
 
+@pytest.mark.parametrize(
+    ("sizes", "each", "lanes", "segments"),
+    [
+        ((16, 2048, 8, 8), 2, 4, 1),  # short and many
+        ((16, 2048, 2, 8), 1, 4, 4),  # too few blocks of two channels a thread
+        ((64, 1536, 8, 32), 2, 8, 1),
+        ((16, 2048, 1, 64), 1, 8, 1),  # one walk
+        ((16, 2048, 1, 1024), 1, 4, 6),
+        ((16, 1536, 8, 32), 1, 4, 1),
+    ],
+)
+def test_form_of_the_forward(
+    sizes: tuple[int, int, int, int], each: int, lanes: int, segments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_shape, "properties", lambda device: (132, 227 << 10))
+    rule, device = cuda_shape.shape_of.__wrapped__, torch.device("cuda")
+    shape = rule(*sizes, False, False, False, device)
+    assert (shape.each, shape.lanes, shape.segments) == (each, lanes, segments)
+    assert rule(16, 2048, 1, 64, False, False, False, device, True).lanes == 4  # steps that are looked up
+
+
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on an NVIDIA GPU")
 
