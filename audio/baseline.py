@@ -31,6 +31,7 @@ class MarkovModel:
     def __init__(self, order: int, levels: int, start: int) -> None:
         self.order, self.levels, self.start = order, levels, start
         self.counts: list[Tensor] = []  # of order 0 ... K: (Q^k, Q)
+        self.totals: list[Tensor] = []  # their sums, of each context: (Q^k,) float64
         self.weights: list[float] = []  # a_0 ... a_K
 
     @staticmethod
@@ -45,17 +46,18 @@ class MarkovModel:
             train: Windows (L,) of levels; beyond 20 million samples they are left out.
             val: Windows (L,) of levels.
         """
-        self.counts, self.weights = [], []
+        self.counts, self.totals, self.weights = [], [], []
         for order in range(self.order + 1):
             size = self.levels ** (order + 1)
             table = torch.zeros(size, dtype=torch.float32)
             seen = 0
             for codes in self._codes(train, order):
-                table += torch.bincount(codes, minlength=size)
+                table.index_add_(0, codes, torch.ones(len(codes)))
                 seen += len(codes)
                 if seen >= FITTED_SAMPLES:
                     break
             self.counts.append(table.view(-1, self.levels))
+            self.totals.append(self.counts[-1].sum(dim=1).double())
             bits = {}
             for weight in WEIGHTS:
                 self.weights = [*self.weights[:order], weight]
@@ -68,9 +70,9 @@ class MarkovModel:
         order = len(self.weights) - 1
         for codes in self._codes(windows, order):
             p = torch.full((len(codes),), 1 / self.levels, dtype=torch.float64)
-            for k, (table, weight) in enumerate(zip(self.counts, self.weights, strict=False)):
+            for k, (table, sums, weight) in enumerate(zip(self.counts, self.totals, self.weights, strict=False)):
                 code = codes % self.levels ** (k + 1)
-                total = table.sum(dim=1).double()[code // self.levels]
+                total = sums[code // self.levels]
                 p = (table.view(-1)[code].double() + weight * p) / (total + weight)
             bits -= float(torch.log2(p).sum())
             count += len(codes)

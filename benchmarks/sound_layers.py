@@ -33,6 +33,8 @@ LAYERS = {
     "mamba outside, s4d+mlp in the centre": {"mixer": "mamba", "centre": "s4d", "centre_cfg": {}, "centre_mlp": 2},
 }
 
+SCORES = ("clips", "as_asked", "fid", "inception_score", "modified_inception_score", "am_score", "confidence")
+
 
 def main(
     levels: str,
@@ -68,10 +70,12 @@ def main(
     path, done = Path(out), set()
     if path.is_file():
         with path.open() as file:
-            done = {(row["name"], int(row["seed"]), int(row["steps"])) for row in csv.DictReader(file)}
+            done = {
+                (row["name"], int(row["seed"]), int(row["steps"]), float(row["noise"])) for row in csv.DictReader(file)
+            }
     for seed in seeds:
         for name in names:
-            if (name, seed, steps) in done:
+            if (name, seed, steps, noise) in done:
                 continue
             begin = time.perf_counter()
             torch.manual_seed(seed)
@@ -86,14 +90,16 @@ def main(
                 "train_bits": figures.get("train_bits", ""), "noise": noise,
                 "seconds": f"{time.perf_counter() - begin:.1f}",
                 "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
-                **(judged(net, clips, seed) if clips else {}),
+                **judged(net, clips, seed),
             }  # fmt: skip
             append_row(path, row)
             print(json.dumps(row), flush=True)
 
 
 def judged(net: SoundNet, clips: int, seed: int) -> dict[str, Any]:
-    """Draws clips of 0.6 s and scores them against the recordings that the classifier was trained on."""
+    """Draws clips of 0.6 s and scores them against the classifier's recordings; empty values without clips."""
+    if not clips:
+        return dict.fromkeys(SCORES, "")
     judge, codec = load_judge(), Codec(normalize="peak")
     judge.net.to(net.embedding.weight.device)
     assert judge.reference is not None
@@ -104,9 +110,8 @@ def judged(net: SoundNet, clips: int, seed: int) -> dict[str, Any]:
     features, shares = judge([codec.decode(clip) for clip in drawn])
     right = float((shares.argmax(1) == torch.arange(clips) % DIGITS).float().mean())
     found = Judged([], [], features, shares, None)
-    return {"clips": clips, "as_asked": f"{right:.3f}"} | {
-        name: f"{value:.3f}" for name, value in scores(found, judge.reference).items()
-    }
+    values = {"as_asked": right, **scores(found, judge.reference)}
+    return {"clips": clips, **{name: f"{values[name]:.3f}" for name in SCORES[1:]}}
 
 
 if __name__ == "__main__":

@@ -39,8 +39,7 @@ class Settings:
         steps: Optimizer steps.
         batch_size: Sequences of a step.
         lr: Peak learning rate of AdamW.
-        beta2: AdamW's memory of squared gradients; that of gradients is 0.9. Where a task is learnt to the last digit
-            and gradients are all but zero, a short one blows the next surprise up into a large step.
+        beta2: AdamW's decay of the mean of squared gradients; that of gradients is 0.9.
         warmup: Steps of the linear warm-up.
         cosine: Whether the rate falls to zero over the run by half a cosine, else it is constant.
         weight_decay: Not applied to vectors and to parameters that carry ``_no_weight_decay``.

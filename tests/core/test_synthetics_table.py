@@ -92,7 +92,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "mamba" in (folder / "report.html").read_text()
     table.main(["induction_heads", "--models=[mamba, mamba2]", "--seeds=[3]", "--parallel=2", *tiny])
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("| model | parameters | 2^3 | 2^5 |")
+    assert out[0].startswith("| model | mixer | lr | parameters | 2^3 | 2^5 |")  # what differs between the rows
     assert Path(out[-1]).name == "table.html"
     with Path(out[-1]).with_suffix(".csv").open() as file:
         assert [row["model"] for row in csv.DictReader(file)] == ["mamba", "mamba2"]
