@@ -2,8 +2,9 @@
 
     python -m benchmarks.host [--peers] [--write] [--case NAME ...]
 
-Shapes are so small that the GPU waits for the host. ``forward`` builds no graph; ``forward_backward`` is a training
-step's share: the op with a graph, and its gradients. Numbers are of the host's clock, over calls in a row.
+Shapes are so small that the GPU waits for the host; ``mamba`` is a whole layer. ``forward`` builds no graph;
+``forward_backward`` is a training step's share: the op with a graph, and its gradients. Numbers are of the host's
+clock, over calls in a row.
 
 B batch, L tokens, D channels, N state, H heads, P head dim, W conv width.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Row, Timing, installed, require_gpu, row, write
+from core.mixers.mamba import Mamba
 from kernels import causal_conv1d, norm, selective_scan, ssd
 
 CALLS, BATCHES = 20, 30  # calls in a row, after each of which the GPU catches up
@@ -27,6 +29,11 @@ Case = tuple[Callable[..., object], list[Tensor]]  # an op, its tensors
 def drawn(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
     """Random leaves on the GPU."""
     return [torch.randn(s, device="cuda", dtype=dtype).requires_grad_() for s in shapes]
+
+
+def _layer(module: torch.nn.Module, x: Tensor) -> Case:
+    """A layer of its input and parameters, which get gradients beside it."""
+    return (lambda x, *_: module(x)), [x, *module.parameters()]
 
 
 def ours(case: str) -> Case:
@@ -47,6 +54,8 @@ def ours(case: str) -> Case:
         return (lambda *t: causal_conv1d(*t, activation="silu")), [x, weight, bias]
     if case == "norm":
         return norm, [x, parameters[0]]
+    if case == "mamba":
+        return _layer(Mamba(D, device="cuda", dtype=torch.bfloat16), x)
     residual = drawn((B, L, D), dtype=torch.float32)[0]
     return (lambda x, w, r: norm(x, w, residual=r, return_residual=True)), [x, parameters[0], residual]
 
@@ -79,6 +88,11 @@ def published(case: str) -> dict[str, Case]:
 
         x, *parameters = tensors
         found["causal_conv1d"] = (lambda *t: causal_conv1d_fn(*t, activation="silu"), [turned(x), *parameters])
+    if case == "mamba" and installed("mamba_ssm"):
+        from mamba_ssm.modules.mamba_simple import Mamba as Published  # type: ignore[import-not-found]
+
+        x = tensors[0]
+        found["mamba_ssm"] = _layer(Published(x.shape[-1], device="cuda", dtype=x.dtype), x)
     if case.startswith("norm"):
         if installed("mamba_ssm"):
             from mamba_ssm.ops.triton.layer_norm import rms_norm_fn  # type: ignore[import-not-found]
@@ -92,7 +106,7 @@ def published(case: str) -> dict[str, Case]:
     return found
 
 
-CASES = ("selective_scan", "ssd", "causal_conv1d", "norm", "norm_add")
+CASES = ("selective_scan", "ssd", "causal_conv1d", "norm", "norm_add", "mamba")
 
 
 def milliseconds(function: Callable[[], object]) -> Timing:

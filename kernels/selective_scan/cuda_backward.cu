@@ -113,7 +113,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         bias[i] = HAS_BIAS && channel ? reinterpret_cast<const float*>(a.bias)[p.k * a.channels + dc + i] : 0.0f;
         skip[i] = HAS_D && channel ? reinterpret_cast<const float*>(a.D)[p.k * a.channels + dc + i] : 0.0f;
     }
-    const Rates rates(a, p, own);
+    const Rates of_channels[CH] = {Rates(a, p, own)}, &rates = of_channels[0];  // CH is 1 here
     float g[S], B[S], C[S], sum_A[S] = {}, sum_B[S] = {}, sum_C[S] = {};
     Sum total = 0;
     const i64 state = ((p.s * a.K + p.k) * a.channels + d) * a.N;
@@ -148,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     float* partial = reinterpret_cast<float*>(a.partial) + part_of * (a.slots * a.K * a.G * CHUNK * 2 * a.N);
 
 #if ENDS && SOFTPLUS
-    int stop = first + reach<true>(a, p, rates.slowest, first, last, reinterpret_cast<float*>(memory));
+    int stop = first + reach<true>(a, p, of_channels, first, last, reinterpret_cast<float*>(memory));
     if (stop < last) total = __int_as_float(0x7f800000);  // what came after has decayed
     last = stop;
     __syncthreads();

@@ -1,14 +1,15 @@
 // What the kernels share that hold states in threads: the layout of these, and how rows of tokens come into shared memory.
 //
-// A thread holds S states of one channel; LN lanes share a channel. The first NW warps of a block hold BD channels, EXTRA
+// A thread holds S states of each of CH channels; LN lanes share a channel. The first NW warps of a block hold BD channels, EXTRA
 // warps none. T steps are a tile. With PAIRS two neighbouring states are the parts of a complex number; so are those of A,
-// B and C, and the host has made C of twice the conjugate. Macros come from the host: S, LN, NW, EXTRA, T, V (channels a
+// B and C, and the host has made C of twice the conjugate. Macros come from the host: S, CH, LN, NW, EXTRA, T, V (channels a
 // thread loads at once), VN (states at once), FORWARD, CUT (products aren't rounded to tf32 but cut), WHOLE_N (N fills the
 // lanes), the element types TX, TDT, TB, TC, TZ, TY, and the options.
 
 #define NP (S * LN)             // states, padded
 #define GR (8 / LN)             // groups of four channels in a warp
-#define BD (4 * GR * NW)        // channels of a block
+#define SIDE (4 * GR)            // channels side by side in a warp: a thread's are so far apart
+#define BD (SIDE * CH * NW)     // channels of a block
 #define WALKERS (32 * NW)       // threads that hold states
 #define NT (32 * (NW + EXTRA))  // threads
 #define LOADERS (FORWARD ? 32 * EXTRA : NT)  // threads that load, stage and write
@@ -181,7 +182,7 @@ struct Place {
     i64 s, k, g, begin, end, seg;      // sequence, route, group; its slots, of which the block takes one segment
     i64 b, base;                       // row of tokens, and its first slot
     int d0, dend;                      // channels [d0, d0 + BD) of the group that ends at dend
-    int q, ch;                         // S states from q S on, of channel d0 + ch
+    int q, ch;                         // S states from q S on, of channels d0 + ch, d0 + ch + SIDE, ...
 
     __device__ __forceinline__ Place(const Args& a) {
         i64 id = blockIdx.x;
@@ -192,13 +193,12 @@ struct Place {
         int width = (int)(a.channels / a.G);
         d0 = (int)g * width + blk * BD; dend = ((int)g + 1) * width;
         const int lane = threadIdx.x & 31, n8 = lane >> 2, warp = threadIdx.x >> 5;
-        constexpr int WIDE = 4 * GR;  // channels of a warp
 #if FORWARD  // a channel's lanes and a state's channels both differ in the lowest bits: their reads of 16 bytes then merge
-        q = LN == 1 ? 0 : (lane >> 1 & 1) | lane / WIDE & ~1;
-        ch = warp * WIDE + (LN == 1 ? lane : (lane & 1) | (lane >> 2) % (WIDE / 2) << 1);
+        q = LN == 1 ? 0 : (lane >> 1 & 1) | lane / SIDE & ~1;
+        ch = warp * (SIDE * CH) + (LN == 1 ? lane : (lane & 1) | (lane >> 2) % (SIDE / 2) << 1);
 #else  // a matrix product over lane % 4 sums channels
         q = n8 / GR;
-        ch = warp * WIDE + (n8 % GR) * 4 + (lane & 3);
+        ch = warp * (SIDE * CH) + (n8 % GR) * 4 + (lane & 3);
 #endif
 #if PACKED
         const int* bounds = reinterpret_cast<const int*>(a.bounds);
@@ -209,6 +209,13 @@ struct Place {
         b = s; base = begin = s * a.per_row; end = base + a.per_row;
 #endif
     }
+    // That of this thread's channel m, and whether there is one.
+    __device__ __forceinline__ Place of(int m) const {
+        Place found = *this;
+        found.ch += m * SIDE;
+        return found;
+    }
+    __device__ __forceinline__ bool owns() const { return walks() && d0 + ch < dend; }
     // Whether this thread holds states.
     __device__ __forceinline__ bool walks() const { return EXTRA == 0 || threadIdx.x < WALKERS; }
     // Slots of segment i.

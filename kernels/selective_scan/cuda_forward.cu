@@ -6,8 +6,11 @@
 // ENDS: only the state at the segment's end, from zero, and the sum of dt; the scan proper then starts from
 // h <- exp(A sum) h + end over the segments before it. ADD: y goes on top of that of the states before (float32).
 
-constexpr int GROUP = S <= 2 ? 4 : 2;  // steps whose values are read ahead of those that are walked
-constexpr int BC = 2 * S;              // floats of a lane's row of B and C
+constexpr int GROUP = S * CH <= 2 ? 4 : 2;  // steps whose values are read ahead of those that are walked
+constexpr int BC = 2 * S;                   // floats of a lane's row of B and C
+// With tiles of a whole chunk a scheduler has one warp that walks: its decays are worked out a group ahead, and rows are
+// asked for tiles ahead, because memory takes longer than a tile does.
+constexpr int AHEAD = T == CHUNK;
 
 struct Staged {  // two tiles of each
     float (*chan)[T][PADDED(2 * BD)];  // dt and dt x
@@ -67,6 +70,26 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
         rdt[i] = load<V>(dt[row], channel && in_map(a, row), !TABLE && SOFTPLUS ? FAR_BELOW<TDT> : 0);
         loaded[i] = next[i];
         locate(i, tile + 1);
+    };
+    // A tile's rows to the second-level cache.
+    auto ask_row = [&](int i, int tile) {
+        const int row = origin + tile * T + row0 + i * (LOADERS / RT);
+        if (!channel || col * (int)sizeof(TX) % 64 || !in_map(a, row)) return;
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(x[row]));
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(dt[row]));
+        if (HAS_Z && !ENDS) asm volatile("prefetch.global.L2 [%0];" ::"l"(z[row]));
+    };
+    auto ask_B = [&](int i, int tile) {
+        const int item = tid + i * LOADERS, row = origin + tile * T + item / BT % T;
+        if (item % BT || !in_map(a, row)) return;
+        if (!CONST_B && item < T * BT) asm volatile("prefetch.global.L2 [%0];" ::"l"(B_rows[row]));
+        if (!CONST_C && !ENDS && item / (T * BT) == 1) asm volatile("prefetch.global.L2 [%0];" ::"l"(C_rows[row]));
+    };
+    auto ask = [&](int tile) {
+#pragma unroll
+        for (int i = 0; i < BPASS; i++) ask_B(i, tile);
+#pragma unroll
+        for (int i = 0; i < PASS; i++) ask_row(i, tile);
     };
     auto locate_B = [&](int tile) {
 #pragma unroll
@@ -136,6 +159,7 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
     };
 
     if (tiles > 0) {
+        for (int tile = 0; AHEAD && !TABLE && tile < 3; tile++) ask(tile);
         locate_B(0);
         load_B(0);
 #pragma unroll
@@ -169,6 +193,7 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
             load_row(i, tile + 2);
         }
         load_B(tile + 2);
+        if (AHEAD && !TABLE) ask(tile + 3);
         meet();
     }
 #pragma unroll
@@ -176,27 +201,33 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
         if (!ENDS && tiles > 0) finish_row(i, tiles - 1 & 1);
 }
 
-struct Values { float2 chan; float bc[BC], keep; };  // what a step reads
+struct Values { float2 chan[CH]; float bc[BC], keep; };  // what a step reads
+struct Terms { float e[CH][S], u[CH][S]; };            // and what it does to the states: h <- e h + u
 
 // Threads that hold states.
-__device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates& rates, const Staged& shared, int tiles, i64 first,
-                                     Sum total) {
-    const int d = p.d0 + p.ch;
-    const bool own = d < p.dend;
-    float h[S], B[S], C[S];
-    const i64 state = ((p.s * a.K + p.k) * a.channels + d) * a.N;
+__device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates (&rates)[CH], const Staged& shared, int tiles,
+                                     i64 first, Sum start) {
+    float h[CH][S], B[CH][S], C[CH][S];
+    Sum total[CH];
+    int own_chan[CH], own_y[CH];
 #pragma unroll
-    for (int i = 0; i < S; i++) {
-        int n = p.q * S + i;
-        bool live = own && n < a.N;
-        h[i] = !ENDS && HAS_INITIAL && live ? reinterpret_cast<const float*>(a.initial)[state + n] : 0.0f;
-        i64 at = (p.k * a.channels + d) * a.N + n;  // constant over time: they stay in registers
-        B[i] = CONST_B && live ? reinterpret_cast<const float*>(a.B)[at] : 0.0f;
-        C[i] = CONST_C && live ? reinterpret_cast<const float*>(a.C)[at] : 0.0f;
+    for (int m = 0; m < CH; m++) {
+        const Place own = p.of(m);
+        const int d = p.d0 + own.ch;
+        own_chan[m] = slot_of(2 * own.ch), own_y[m] = slot_of(own.ch * LN + p.q);
+        total[m] = start;
+#pragma unroll
+        for (int i = 0; i < S; i++) {
+            int n = p.q * S + i;
+            bool live = own.owns() && n < a.N;
+            h[m][i] = !ENDS && HAS_INITIAL && live ? reinterpret_cast<const float*>(a.initial)[((p.s * a.K + p.k) * a.channels + d) * a.N + n] : 0.0f;
+            i64 at = (p.k * a.channels + d) * a.N + n;  // constant over time: they stay in registers
+            B[m][i] = CONST_B && live ? reinterpret_cast<const float*>(a.B)[at] : 0.0f;
+            C[m][i] = CONST_C && live ? reinterpret_cast<const float*>(a.C)[at] : 0.0f;
+        }
+        for (i64 i = 0; !ENDS && i < p.seg; i++) rates[m].pass<false>(h[m], a, own, own.owns(), i);
     }
-    for (i64 i = 0; !ENDS && i < p.seg; i++) rates.pass<false>(h, a, p, own, i);
 
-    const int own_chan = slot_of(2 * p.ch), own_y = slot_of(p.ch * LN + p.q);
     i64 slot = first;
     if (tiles > 0) meet();
 #pragma unroll 1
@@ -204,53 +235,85 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates&
         const int buf = tile & 1;
         if (!ENDS && a.saved && tile % (CHUNK / T) == 0) {
 #pragma unroll
-            for (int i = 0; i < S; i++)
-                if (own && (WHOLE_N || p.q * S + i < (int)a.N)) *saved_at(a, p, slot, i) = h[i];
+            for (int m = 0; m < CH; m++)
+#pragma unroll
+                for (int i = 0; i < S; i++)
+                    if (p.of(m).owns() && (WHOLE_N || p.q * S + i < (int)a.N)) *saved_at(a, p.of(m), slot, i) = h[m][i];
             slot++;
         }
-        Values in[2][GROUP];
-        auto fetch_group = [&](Values(&to)[GROUP], int t0) {
+        Values in[3][GROUP];
+        Terms terms[2][GROUP];
+        auto fetch_group = [&](int t0) {
 #pragma unroll
-            for (int j = 0; j < GROUP; j++) {
-                to[j].chan = *reinterpret_cast<const float2*>(&shared.chan[buf][t0 + j][own_chan]);
+            for (int j = 0; j < GROUP && t0 < T; j++) {
+                Values& to = in[t0 / GROUP % 3][j];
+#pragma unroll
+                for (int m = 0; m < CH; m++) to.chan[m] = *reinterpret_cast<const float2*>(&shared.chan[buf][t0 + j][own_chan[m]]);
                 const float* bc = &shared.bc[buf][t0 + j][p.q * BC];
-                if (!CONST_B && !(CONST_C || ENDS)) fetch<BC>(to[j].bc, bc);
-                else if (!CONST_B) fetch<S>(*reinterpret_cast<float(*)[S]>(to[j].bc), bc);
-                else if (!(CONST_C || ENDS)) fetch<S>(*reinterpret_cast<float(*)[S]>(to[j].bc + S), bc + S);
-                to[j].keep = RESTARTS ? shared.keep[buf][t0 + j] : 1.0f;
+                if (!CONST_B && !(CONST_C || ENDS)) fetch<BC>(to.bc, bc);
+                else if (!CONST_B) fetch<S>(*reinterpret_cast<float(*)[S]>(to.bc), bc);
+                else if (!(CONST_C || ENDS)) fetch<S>(*reinterpret_cast<float(*)[S]>(to.bc + S), bc + S);
+                to.keep = RESTARTS ? shared.keep[buf][t0 + j] : 1.0f;
             }
         };
-        fetch_group(in[0], 0);
+        auto prepare = [&](int t0) {
+#pragma unroll
+            for (int j = 0; j < GROUP && t0 < T; j++)
+#pragma unroll
+                for (int m = 0; m < CH; m++) {
+                    const Values& now = in[t0 / GROUP % 3][j];
+                    Terms& to = terms[t0 / GROUP % 2][j];
+                    rates[m].decays(to.e[m], now.chan[m].x, now.keep);
+#pragma unroll
+                    for (int i = 0; i < S; i++) to.u[m][i] = now.chan[m].y * (CONST_B ? B[m][i] : now.bc[i]);
+                }
+        };
+        fetch_group(0);
+        if (AHEAD) fetch_group(GROUP), prepare(0);
+        Span span[CH];
 #pragma unroll
         for (int t = 0; t < T; t += GROUP) {
-            Values(&now)[GROUP] = in[t / GROUP % 2];
-            // The next group's values are on their way before this one's shares are stored: no load moves over a store.
-            if (t + GROUP < T) fetch_group(in[t / GROUP % 2 ^ 1], t + GROUP);
-            float shares[GROUP];
+            if (MENDED && t % SPAN == 0)
 #pragma unroll
-            for (int j = 0; j < GROUP; j++) {
-                float e[S], u[S];
-                rates.decays(e, now[j].chan.x, now[j].keep);
-#pragma unroll
-                for (int i = 0; i < S; i++) u[i] = now[j].chan.y * (CONST_B ? B[i] : now[j].bc[i]);
-                step(h, e, u);
-                shares[j] = 0.0f;
-#pragma unroll
-                for (int i = 0; i < S; i++) shares[j] = fmaf(h[i], CONST_C ? C[i] : now[j].bc[S + i], shares[j]);
-                if (ENDS) add_step(total, now[j].chan.x, now[j].keep);
-            }
+                for (int m = 0; m < CH; m++) span[m].begin(h[m]);
+            // Later groups' values are on their way before this one's shares are stored: no load moves over a store.
+            fetch_group(t + (1 + AHEAD) * GROUP);
+            prepare(t + AHEAD * GROUP);
+            float shares[GROUP][CH];
 #pragma unroll
             for (int j = 0; j < GROUP; j++)
-                if (!ENDS) shared.y[buf][t + j][own_y] = shares[j];
+#pragma unroll
+                for (int m = 0; m < CH; m++) {
+                    const Values& now = in[t / GROUP % 3][j];
+                    const Terms& of = terms[t / GROUP % 2][j];
+                    step(h[m], of.e[m], of.u[m]);
+                    shares[j][m] = 0.0f;
+#pragma unroll
+                    for (int i = 0; i < S; i++) shares[j][m] = fmaf(h[m][i], CONST_C ? C[m][i] : now.bc[S + i], shares[j][m]);
+                    if (ENDS) add_step(total[m], now.chan[m].x, now.keep);
+                    if (MENDED) span[m].add(of.e[m], now.chan[m].x, now.keep);
+                }
+#pragma unroll
+            for (int j = 0; j < GROUP; j++)
+#pragma unroll
+                for (int m = 0; m < CH; m++)
+                    if (!ENDS) shared.y[buf][t + j][own_y[m]] = shares[j][m];
+            if (MENDED && (t + GROUP) % SPAN == 0)
+#pragma unroll
+                for (int m = 0; m < CH; m++) span[m].mend(h[m], rates[m]);
         }
         meet();
     }
-    if (ENDS) leave_segment(a, p, h, total, own);
-    else if (a.final && p.seg == a.segments - 1) {
 #pragma unroll
-        for (int i = 0; i < S; i++) {
-            int n = p.q * S + i;
-            if (own && n < a.N) reinterpret_cast<float*>(a.final)[state + n] = h[i];
+    for (int m = 0; m < CH; m++) {
+        const Place own = p.of(m);
+        if (ENDS) leave_segment(a, own, h[m], total[m], own.owns());
+        else if (a.final && p.seg == a.segments - 1) {
+#pragma unroll
+            for (int i = 0; i < S; i++) {
+                i64 n = p.q * S + i, at = ((p.s * a.K + p.k) * a.channels + p.d0 + own.ch) * a.N + n;
+                if (own.owns() && n < a.N) reinterpret_cast<float*>(a.final)[at] = h[m][i];
+            }
         }
     }
 }
@@ -261,12 +324,14 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
     if (ENDS && p.seg == a.segments - 1) return;  // nobody asks what leaves the last
     __builtin_assume(threadIdx.x < NT);
     const bool walks = p.walks();
-    const Rates rates(a, p, walks && p.d0 + p.ch < p.dend);
+    Rates rates[CH];
+#pragma unroll
+    for (int m = 0; m < CH; m++) rates[m] = Rates(a, p.of(m), p.of(m).owns());
     const i64 last = p.from(a, p.seg + 1);
     i64 first = p.from(a, p.seg);
     Sum total = 0;
 #if ENDS && SOFTPLUS
-    i64 start = last - reach<false>(a, p, rates.slowest, first, last, reinterpret_cast<float*>(memory));
+    i64 start = last - reach<false>(a, p, rates, first, last, reinterpret_cast<float*>(memory));
     if (start > first) total = __int_as_float(0x7f800000);  // what came before has decayed
     first = start;
     __syncthreads();

@@ -85,7 +85,7 @@ def shape_for(p: Problem, backward: bool, pairs: bool = False) -> Shape:
     pairs, state = pairs or p.is_complex, min(reals(p), MOST)
     scans, slots = p.sequences * p.routes * p.groups, p.slots // max(1, p.sequences)
     wide = p.x.dtype == torch.float32
-    return shape_of(state, p.channels // p.groups, scans, slots, wide, backward, pairs, p.x.device)
+    return shape_of(state, p.channels // p.groups, scans, slots, wide, backward, pairs, p.x.device, has_table(p))
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ def macros_of(part: Part, dy: Tensor | None, shape: Shape) -> dict[str, str | in
     return {
         "ENDS": 0, "T": shape.part, "TY": "float", "HAS_INITIAL": 0, "EXACT": 0, "ADD": 0, **real,
         "FORWARD": dy is None, "PAIRS": part.pairs, "RESTARTS": p.code is not None,
-        "S": shape.states, "LN": shape.lanes, "NW": shape.warps, "EXTRA": shape.extra, "BLOCKS": shape.resident,
+        "S": shape.states, "CH": shape.each, "LN": shape.lanes,
+        "NW": shape.warps, "EXTRA": shape.extra, "BLOCKS": shape.resident,
         "V": vector(widest, (p.channels // p.groups, shape.width, p.channels), rows),
         "VN": vector(4, (p.state, shape.states), [t for t in (p.B, p.C) if t.ndim == 5]),
         "TZ": "float" if p.z is None else TYPES[p.z.dtype], "HAS_D": p.D is not None, "HAS_Z": p.z is not None,

@@ -58,11 +58,9 @@ template <int W, class E> __device__ __forceinline__ Raw<E, W> load(const E* p, 
 __device__ __forceinline__ float ex2(float v) { float r; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
 __device__ __forceinline__ float rcp(float v) { float r; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v)); return r; }
 
-// exp(dt A) = 2 ** (dt (rate + rest)). PRECISE (float32) and EXACT (the final state is float32): a polynomial of the
-// fraction, right to the last place or so; the rate's second part matters there, because one rounded rate is off by the
-// same amount at every step.
-__device__ __forceinline__ float decay(float dt, float rate, float rest) {
-#if PRECISE || EXACT
+// exp(dt A) = 2 ** (dt (rate + rest)) by a polynomial of the fraction, right to the last place or so. The rate's second part
+// matters there, because one rounded rate is off by the same amount at every step.
+__device__ __forceinline__ float full_decay(float dt, float rate, float rest) {
     float t = dt * rate, shifted = t + 12582912.0f, n = shifted - 12582912.0f;  // rounds to an integer, in its low bits
     float f = fmaf(dt, rest, fmaf(dt, rate, -n));
     float p = 1.535336188319500e-4f;
@@ -74,6 +72,12 @@ __device__ __forceinline__ float decay(float dt, float rate, float rest) {
     p = fmaf(p, f, 1.0f);
     p = fmaf(0.0f, f, __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23)));  // 0 f keeps NaN
     return t < -126.0f ? 0.0f : t > 127.4f ? __int_as_float(0x7f800000) : p;
+}
+
+// The same as exactly as is wanted: by the polynomial for PRECISE (float32) and EXACT (the final state is float32).
+__device__ __forceinline__ float decay(float dt, float rate, float rest) {
+#if PRECISE || EXACT
+    return full_decay(dt, rate, rest);
 #else
     return ex2(dt * rate);
 #endif

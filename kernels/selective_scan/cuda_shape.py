@@ -28,7 +28,8 @@ class Shape(NamedTuple):
 
     Attributes:
         lanes: LN, lanes that share a channel.
-        states: S, states of a thread.
+        states: S, states of a channel that a thread holds.
+        each: CH, channels of a thread.
         tile: T of the forward.
         part: T of the backward, steps whose states and decays fit the registers.
         warps: NW, warps of a block that hold states.
@@ -42,6 +43,7 @@ class Shape(NamedTuple):
 
     lanes: int
     states: int
+    each: int
     tile: int
     part: int
     warps: int
@@ -63,15 +65,16 @@ class Shape(NamedTuple):
         staged = CHUNK * (rows(2 * self.width) + self.width + 2 * states + 1)
         if ends:
             return staged + 4
-        starts = CHUNK // T * 32 * self.warps * self.states
+        starts = CHUNK // T * self.width * states
         shares = T * (rows(self.width * self.lanes) + rows(2 * self.width * self.lanes) + 12) + 4
         return staged + starts + shares + 8 // self.lanes * self.warps * (T * (2 * states + 4) + 16)
 
 
 @functools.cache
 def shape_of(
-    state: int, channels: int, scans: int, slots: int, wide: bool, backward: bool, pairs: bool, device: torch.device
-) -> Shape:
+    state: int, channels: int, scans: int, slots: int, wide: bool, backward: bool, pairs: bool, device: torch.device,
+    table: bool = False,
+) -> Shape:  # fmt: skip
     """The rule.
 
     Args:
@@ -84,6 +87,7 @@ def shape_of(
             one of 8 warps.
         pairs: Whether two neighbouring states are a complex number, which one thread holds.
         device: The GPU.
+        table: Whether steps are looked up: then no rows can be asked for ahead.
     """
     cores, memory = properties(device)
     lanes = 1 if state <= 4 else 2 if state <= 8 else 4 if state <= 16 else 8
@@ -110,7 +114,40 @@ def shape_of(
         fit = fit * 2 // 3
     segments = 1 if fit < enough else max(1, min(fit, 64, slots))
     tile, part = 16 if small else 32, 8 if states <= 4 else 4
-    return Shape(lanes, states, tile, part, warps, extra, resident, width, blocks, segments)
+    found = Shape(lanes, states, 1, tile, part, warps, extra, resident, width, blocks, segments)
+    if backward or wide or pairs or lanes < 4:
+        return found
+    single = None if table else _single(found, channels, scans, slots, cores, memory)
+    return single or _paired(found, channels, scans, cores, memory) or found
+
+
+def _single(shape: Shape, channels: int, scans: int, slots: int, cores: int, memory: int) -> Shape | None:
+    """Where 16 channels to a multiprocessor are all there are: one walk, 8 lanes a channel, instead of segments.
+
+    A walk over more steps is slower than segments whose first pass stops where everything has been forgotten.
+    """
+    blocks = -(-channels // 16)
+    full = 3 * cores < 4 * scans * blocks <= 4 * cores and channels >= 16 and memory >= 128 << 10
+    if shape.lanes != 4 or not full or not SHORT // 4 < slots <= 8 * SHORT:
+        return None
+    return shape._replace(
+        lanes=8, states=2, tile=CHUNK, warps=WARPS, extra=2 * WARPS, resident=1, width=16, blocks=blocks, segments=1
+    )
+
+
+def _paired(shape: Shape, channels: int, scans: int, cores: int, memory: int) -> Shape | None:
+    """Where channels are many and tiles short: two channels a thread, which read B and C once."""
+    width = 64 // shape.lanes * WARPS
+    blocks = -(-channels // width)
+    few = 2 * scans * blocks <= 3 * cores or 4 * channels < 3 * blocks * width  # blocks, or channels of the last one
+    if few or shape.tile > CHUNK // 4 or (shape.lanes == 8 and shape.states <= 4):
+        return None
+    warps, extra = WARPS, WARPS if shape.lanes == 4 else WARPS // 2
+    resident = 2
+    halved = -(-channels // (2 * width))
+    if shape.lanes == 4 and scans * halved <= cores and memory >= 224 << 10:  # all at once, in one block each
+        warps, extra, resident, width, blocks = 2 * warps, 2 * extra, 1, 2 * width, halved
+    return shape._replace(each=2, warps=warps, extra=extra, resident=resident, width=width, blocks=blocks, segments=1)
 
 
 def rows(floats: int) -> int:

@@ -37,15 +37,21 @@ typedef double Sum;
 typedef float Sum;
 #endif
 
-__device__ __forceinline__ void add_step(Sum& total, float dt, float keep) {
-    total = RESTARTS && keep == 0.0f ? (Sum)__int_as_float(0x7f800000) : total + dt;
+template <class F> __device__ __forceinline__ void add_step(F& total, float dt, float keep) {
+    total = RESTARTS && keep == 0.0f ? (F)__int_as_float(0x7f800000) : total + dt;
 }
+
+// The GPU's exponential is off by up to two units in the last place, the same way for like steps, and a long memory adds
+// that up. Where a final state is wanted in full, the scan takes it still, and every few steps mends what came of it.
+constexpr bool MENDED = EXACT && !PRECISE && !PAIRS;
+constexpr int SPAN = 16;  // steps after which it does so
 
 // A of this thread's states, as decay takes it. With PAIRS, every second one is an angle's rate: rate in the units of the
 // others, rest in radians.
 struct Rates {
     float rate[S], rest[S], slowest;
 
+    Rates() = default;
     __device__ __forceinline__ Rates(const Args& a, const Place& p, bool own) {
         slowest = __int_as_float(0x7f800000);
 #pragma unroll
@@ -70,7 +76,7 @@ struct Rates {
     __device__ __forceinline__ void decays(float (&e)[S], float dt, float keep) const {
 #pragma unroll
         for (int i = 0; i < S; i += 1 + PAIRS) {
-            float size = decay(dt, rate[i], rest[i]);
+            float size = MENDED ? ex2(dt * rate[i]) : decay(dt, rate[i], rest[i]);
             if (RESTARTS) size *= keep;
 #if PAIRS
             float2 way = turned(dt, rest[i + 1]);
@@ -109,6 +115,31 @@ struct Rates {
     }
 };
 
+// What some steps do to the state that they begin with: a product of approximate decays, which ``mend`` replaces by the decay
+// of their sum.
+struct Span {
+    float from[S], kept[S], sum;
+
+    __device__ __forceinline__ void begin(const float (&h)[S]) {
+        sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < S; i++) from[i] = h[i], kept[i] = 1.0f;
+    }
+    __device__ __forceinline__ void add(const float (&e)[S], float dt, float keep) {
+        add_step(sum, dt, keep);
+#pragma unroll
+        for (int i = 0; i < S; i++) kept[i] *= e[i];
+    }
+    __device__ __forceinline__ void mend(float (&h)[S], const Rates& rates) const {
+        const bool gone = RESTARTS && sum == __int_as_float(0x7f800000);
+#pragma unroll
+        for (int i = 0; i < S; i++) {
+            float whole = gone ? 0.0f : full_decay(sum, rates.rate[i], rates.rest[i]);
+            h[i] = fmaf(whole - kept[i], from[i], h[i]);
+        }
+    }
+};
+
 // The state of this thread before a slot, as it is kept: by state, then channel, the parts of a complex number together.
 __device__ __forceinline__ float* saved_at(const Args& a, const Place& p, i64 slot, int i) {
     float* states = reinterpret_cast<float*>(a.saved) + (slot * a.K + p.k) * a.saved_n * a.channels;
@@ -129,7 +160,7 @@ __device__ __forceinline__ void leave_segment(const Args& a, const Place& p, con
 
 // How many of a segment's slots the state at one of its ends depends on: beyond them, every decay of every channel of the
 // block is below 2 ** -126. Counted from the last slot, or (ADJOINT) from the first. All threads of the block call it.
-template <bool ADJOINT> __device__ int reach(const Args& a, const Place& p, float slowest, i64 first, i64 last, float* memory) {
+template <bool ADJOINT> __device__ int reach(const Args& a, const Place& p, const Rates (&rates)[CH], i64 first, i64 last, float* memory) {
     constexpr int AHEAD = 4, STEP = NT / RT, ROWS = (CHUNK + STEP - 1) / STEP;  // slots read at once; rows of a thread
     const int tid = threadIdx.x, row0 = tid / RT, col = tid % RT * V, dc = p.d0 + col;
     float(*s_sum)[BD] = reinterpret_cast<float(*)[BD]>(memory);      // a row for each group of threads
@@ -139,7 +170,9 @@ template <bool ADJOINT> __device__ int reach(const Args& a, const Place& p, floa
     float bias[V], sums[V] = {};
 #pragma unroll
     for (int v = 0; v < V; v++) bias[v] = HAS_BIAS && channel ? reinterpret_cast<const float*>(a.bias)[p.k * a.channels + dc + v] : 0.0f;
-    if (p.walks()) s_slow[p.ch][p.q] = slowest;
+#pragma unroll
+    for (int m = 0; m < CH; m++)
+        if (p.walks()) s_slow[p.ch + m * SIDE][p.q] = rates[m].slowest;
     const int count = (int)(last - first);
     int slots = 0;
     bool far = false;

@@ -1,6 +1,6 @@
 """How exact a final state of 16-bit inputs is: that of a prompt, or that between pieces of one sequence.
 
-What decoding goes on from is asked for as exact as float32 is, at 1.6 times the time (docs/decisions.md). A state that
+What decoding goes on from is asked for as exact as float32 is, at 1.2 times the time (docs/decisions.md). A state that
 only hands a sequence on from one piece to the next need be no better than the states inside of the pieces, which come
 from the GPU's own exponentials; nor need one that is kept in 16 bits between the steps that follow.
 """

@@ -23,6 +23,12 @@ static float __int_as_float(int v) { return cast_bits<float>(v); }
 static float __uint_as_float(unsigned v) { return cast_bits<float>(v); }
 static int __float_as_int(float v) { return cast_bits<int>(v); }
 static unsigned __float_as_uint(float v) { return cast_bits<unsigned>(v); }
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned select) {
+    unsigned long long both = (unsigned long long)b << 32 | a;
+    unsigned found = 0;
+    for (int i = 0; i < 4; i++) found |= (unsigned)(both >> 8 * (select >> 4 * i & 7) & 255) << 8 * i;
+    return found;
+}
 static int min(int a, int b) { return a < b ? a : b; }
 static int max(int a, int b) { return a > b ? a : b; }
 

@@ -19,8 +19,8 @@ from kernels.selective_scan import cuda_launch, cuda_shape, op
 from kernels.selective_scan.problem import CHUNK
 
 MACROS = {
-    "S": 4, "LN": 4, "NW": 4, "EXTRA": 4, "V": 4, "VN": 4, "BLOCKS": 3, "TX": "bf16", "TDT": "f16", "TB": "bf16",
-    "TC": "float", "TZ": "float", "TY": "bf16", "TDY": "bf16", "TDX": "bf16", "TDZ": "float", "HAS_D": 1,
+    "S": 4, "CH": 2, "LN": 4, "NW": 4, "EXTRA": 4, "V": 4, "VN": 4, "BLOCKS": 2, "TX": "bf16", "TDT": "f16",
+    "TB": "bf16", "TC": "float", "TZ": "float", "TY": "bf16", "TDY": "bf16", "TDX": "bf16", "TDZ": "float", "HAS_D": 1,
     "HAS_Z": 1, "HAS_BIAS": 1, "HAS_INITIAL": 1, "CONST_B": 0, "CONST_C": 0, "SOFTPLUS": 1,
     "TABLE": 1, "PACKED": 1, "AT_TOKEN": 0, "PRECISE": 0, "ENDS": 0, "EXACT": 0, "T": 8, "CUT": 0, "WHOLE_N": 0,
     "TDDT": "f16", "RESTARTS": 1, "PAIRS": 0, "ADD": 1, "FORWARD": 1,
@@ -35,7 +35,8 @@ def test_compiles_without_a_gpu(name: str, pairs: int, architecture: str) -> Non
         nvrtc.version()
     except OSError:
         pytest.skip("this PyTorch came without NVRTC: it is not a CUDA build")
-    wanted = MACROS | {"PAIRS": pairs, "FORWARD": int(name == "forward"), "EXTRA": 4 if name == "forward" else 0}
+    wanted = MACROS | {"PAIRS": pairs, "FORWARD": int(name == "forward")}
+    wanted |= {} if name == "forward" else {"EXTRA": 0, "CH": 1}
     macros = tuple(f"{n} {v}" for n, v in wanted.items())
     assert len(nvrtc.compile_cubin(cuda_launch.source(name), macros, architecture)) > 1000
     with pytest.raises(RuntimeError, match="NVRTC refused a kernel"):
@@ -59,7 +60,29 @@ def test_shapes_hold_the_state_and_fit_the_gpu(state: int, monkeypatch: pytest.M
             assert state % 2 or shape.states % 2 == 0  # both parts of a complex number
             loaders = shape.warps + shape.extra if backward else shape.extra
             assert all(32 * loaders % (shape.width // v) == 0 for v in (1, 2, 4) if shape.width % v == 0)
+            assert shape.width == 32 // shape.lanes * shape.warps * shape.each
     assert rule(state, 1536, 512, 32, False, True, False, torch.device("cuda")).segments == 1  # enough blocks without
+
+
+@pytest.mark.parametrize(
+    ("sizes", "each", "lanes", "segments"),
+    [
+        ((16, 2048, 8, 8), 2, 4, 1),  # short and many
+        ((16, 2048, 2, 8), 1, 4, 4),  # too few blocks of two channels a thread
+        ((64, 1536, 8, 32), 2, 8, 1),
+        ((16, 2048, 1, 64), 1, 8, 1),  # one walk
+        ((16, 2048, 1, 1024), 1, 4, 6),
+        ((16, 1536, 8, 32), 1, 4, 1),
+    ],
+)
+def test_form_of_the_forward(
+    sizes: tuple[int, int, int, int], each: int, lanes: int, segments: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_shape, "properties", lambda device: (132, 227 << 10))
+    rule, device = cuda_shape.shape_of.__wrapped__, torch.device("cuda")
+    shape = rule(*sizes, False, False, False, device)
+    assert (shape.each, shape.lanes, shape.segments) == (each, lanes, segments)
+    assert rule(16, 2048, 1, 64, False, False, False, device, True).lanes == 4  # steps that are looked up
 
 
 gpu = pytest.mark.gpu
@@ -190,6 +213,42 @@ def test_segments_forget_no_more_than_they_may(slow: bool, reverse: bool, monkey
 @pytest.mark.parametrize(("batch", "length", "channels"), [(2, 1500, 96), (1, 5000, 34)])
 def test_realistic_sizes(batch: int, length: int, channels: int, dtype: torch.dtype) -> None:
     check(inputs(B=batch, L=length, D=channels, N=16, options=FULL), "cuda", "cuda", dtype)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("batch", "length"), [(2, 2048), (1, 8000)])
+@pytest.mark.parametrize("spread", [0.0, 0.5])
+def test_final_state_of_a_long_memory(spread: float, batch: int, length: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    tensors = inputs(B=batch, L=length, D=96, N=16, options="D z bias")
+    tensors["dt"] = torch.randn(batch, length, 96, generator=g).double() * spread
+    tensors["dt_bias"] = torch.linspace(-6.9, -2.2, 96).double()  # steps of 0.001 to 0.1, with no spread all alike
+    tensors["A"] = -torch.arange(1.0, 17).expand(96, 16).double() * (1 + 0.1 * torch.rand(96, 16, generator=g).double())
+    low = {n: t.cuda().to(dtype if n in ("x", "dt", "B", "C", "z") else torch.float32) for n, t in tensors.items()}
+
+    def final(backend: str, **given: torch.Tensor) -> torch.Tensor:
+        return selective_scan(**given, return_final_state=True, backend=backend)[1]
+
+    truth = final("reference", **{n: t.double() for n, t in low.items()})
+    assert_as_accurate("state", final("cuda", **low), final("reference", **low), truth)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("batch", "state"), [(40, 16), (70, 11), (20, 40)])
+def test_two_channels_a_thread(batch: int, state: int, reverse: bool) -> None:
+    tensors = inputs(B=batch, L=70, D=330, N=state, options=FULL)
+    check(tensors, "cuda", "cuda", torch.bfloat16, reverse=reverse)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("reverse", [False, True])
+def test_one_walk_where_channels_just_fill_the_gpu(reverse: bool) -> None:
+    check(inputs(B=1, L=17 * CHUNK + 5, D=1700, N=16, options=FULL), "cuda", "cuda", torch.bfloat16, reverse=reverse)
 
 
 @gpu

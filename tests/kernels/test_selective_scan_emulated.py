@@ -68,6 +68,21 @@ def test_slices_within_segments(short: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["two channels a thread", "one walk"])
+def test_forms_of_the_forward(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = cuda_launch.shape_of
+    changed = dict(each=2, warps=2, extra=2, width=32, blocks=2)
+    if form == "one walk":
+        changed = dict(lanes=8, states=2, warps=4, extra=8, width=16, blocks=3, tile=CHUNK)
+
+    def shape_of(*args: Any) -> cuda_shape.Shape:
+        return rule(*args) if args[5] else rule(*args)._replace(**changed)
+
+    monkeypatch.setattr(cuda_launch, "shape_of", shape_of)
+    check(inputs(B=1, L=2 * CHUNK + 5, D=40, N=16, options=FULL), "auto", "cpu", BF16, reverse=True)
+
+
+@pytest.mark.slow
 @interpreted
 def test_routes() -> None:
     check(inputs(B=2, L=40, D=32, N=4, K=2, G=2, P=CHUNK + 2, options=FULL), "auto", "cpu", BF16)
