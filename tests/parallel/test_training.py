@@ -254,7 +254,7 @@ def test_ctrl_c_stops_all_processes_that_share_weights(capfd: pytest.CaptureFixt
     assert launch(2, pretrain, *LONG, "--trainer.max_steps", str(steps + 2), "--ckpt_path", "last") == [0, 0]
 
 
-def orphan(seconds: float) -> None:
+def orphan(seconds: float, child_id: Any) -> None:
     """A process that launches another one, which waits, and dies."""
     announce_launcher()
     context = mp.get_context("fork")
@@ -262,7 +262,7 @@ def orphan(seconds: float) -> None:
     child = context.Process(target=wait_for_others, args=(seconds, ready))
     child.start()
     ready.wait()
-    print("child", child.pid, flush=True)
+    child_id.value = child.pid
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -274,21 +274,22 @@ def wait_for_others(seconds: float, ready: Any) -> None:
     print("outlived its launcher", flush=True)
 
 
+def has_ended(process_id: int) -> bool:
+    """Whether a process is gone, or waits for its parent to notice."""
+    status = Path(f"/proc/{process_id}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 def test_processes_end_with_the_one_that_launched_them(capfd: pytest.CaptureFixture[str]) -> None:
-    process = mp.get_context("fork").Process(target=orphan, args=(8.0,))
+    context = mp.get_context("fork")
+    child_id = context.Value("i", 0)
+    process = context.Process(target=orphan, args=(8.0, child_id))
     process.start()
     process.join()
-    output = ""
     for _ in range(60):
-        time.sleep(0.1)
-        found = capfd.readouterr()
-        output += found.out + found.err
-        if "has died; ending" in output:
-            break
-    assert "has died; ending" in output
-    child = int(output.split("child ")[1].split()[0])
-    for _ in range(50):
-        if not Path(f"/proc/{child}").exists():
+        if has_ended(child_id.value):
             break
         time.sleep(0.1)
-    assert "outlived" not in output
+    found = capfd.readouterr()  # once: what is written between its reading and emptying would be lost
+    assert "has died; ending" in found.err
+    assert "outlived" not in found.out
