@@ -19,8 +19,9 @@ def lost_peer(error: BaseException) -> bool:
 
 
 def announce_launcher() -> None:
-    """Let processes that this one may start know it."""
-    os.environ.setdefault(LAUNCHER, str(os.getpid()))
+    """Let processes that this one may start know it, unless one started this one."""
+    if os.environ.get(LAUNCHER) != str(os.getppid()):
+        os.environ[LAUNCHER] = str(os.getpid())
 
 
 def follow_launcher(every: float = 1.0) -> None:

@@ -20,7 +20,7 @@ from ranks import free_port
 from safetensors.torch import load_file
 
 from core.cli import main
-from core.parallel.watch import announce_launcher, follow_launcher
+from core.parallel.watch import LAUNCHER, announce_launcher, follow_launcher
 
 GENOME = [
     "pretrain", "--model.d_model", "16", "--model.n_layer", "2", "--data.window", "96", "--trainer.max_steps", "4",
@@ -280,7 +280,10 @@ def has_ended(process_id: int) -> bool:
     return not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def test_processes_end_with_the_one_that_launched_them(capfd: pytest.CaptureFixture[str]) -> None:
+def test_processes_end_with_the_one_that_launched_them(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(LAUNCHER, raising=False)  # commands that other tests run in this process set it
     context = mp.get_context("fork")
     child_id = context.Value("i", 0)
     process = context.Process(target=orphan, args=(8.0, child_id))
