@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.cli import run
+from core.env import device_name, find_device
 from core.errors import UserError
 from core.training.report import Report
-from vision.command import Precision, autocast, device_name, find_device, output_folder, steps
+from vision.command import Precision, autocast, output_folder, steps
 from vision.module import build
 from vision.trained import count_parameters
 

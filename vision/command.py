@@ -1,4 +1,4 @@
-"""What the commands on images share: a device, a run folder, progress, precision."""
+"""What the commands on images share: a run folder, progress, precision."""
 
 import shlex
 import sys
@@ -11,35 +11,12 @@ from typing import Literal, TypeVar
 import torch
 from rich.progress import track
 
-from core import env
 from core.errors import UserError
 from core.training.folder import RunFolder, named, numbered
 
 RUNS = Path("runs/vision")
 Item = TypeVar("Item")
 Precision = Literal["fp32", "bf16", "fp16"]
-
-
-def find_device(device: str) -> torch.device:
-    """The device of a name; ``auto`` is the GPU if there is one.
-
-    Raises:
-        UserError: If there is no such device.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"--device is {device!r}, wanted auto, cpu or cuda") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device is {device}, but there is no CUDA device here; give --device cpu")
-    return found
-
-
-def device_name(device: torch.device) -> str:
-    """What the device is called."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else env.cpu_name()
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

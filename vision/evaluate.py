@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from core.cli import run
+from core.env import device_name, find_device
 from core.errors import UserError
 from core.training.report import Report, write_atomically
-from vision.command import Precision, autocast, device_name, find_device, output_folder, steps
+from vision.command import Precision, autocast, output_folder, steps
 from vision.data import to_pixels
 from vision.files import Batch, ImageFiles, Unreadable, collate, list_images, refuse
 from vision.module import draw_confusion

@@ -9,9 +9,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from core.cli import run
+from core.env import device_name, find_device
 from core.errors import UserError
 from core.training.report import Report, write_atomically
-from vision.command import device_name, find_device, output_folder, steps
+from vision.command import output_folder, steps
 from vision.files import read_image
 from vision.module import draw_routes
 from vision.predict import find_images

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from core.cli import run
+from core.env import device_name, find_device
 from core.errors import UserError
 from core.training.report import Report
-from vision.command import Precision, autocast, device_name, find_device, output_folder, steps
+from vision.command import Precision, autocast, output_folder, steps
 from vision.files import EXTENSIONS, read_image
 from vision.trained import Trained, load_trained
 
