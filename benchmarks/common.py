@@ -10,6 +10,7 @@ import csv
 import datetime
 import functools
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -99,6 +100,20 @@ def device_milliseconds(function: Callable[[], object], runs: int = 30) -> list[
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
     return torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+
+
+def steps_in_a_row(step: Callable[[], object], runs: int) -> Timing:
+    """Times a step among others on the GPU, the host's time included where it limits, and all memory at its peak."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    times = torch.tensor([a.elapsed_time(b) for a, b in itertools.pairwise(events)])
+    return Timing(*times.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist(), torch.cuda.max_memory_allocated() / 2**20)
 
 
 @functools.cache

@@ -13,7 +13,6 @@ that take most of rank 0's time. ``--toy`` runs tiny models, on CPUs where there
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import vision  # noqa: F401  registers the models
-from benchmarks.common import Row, Timing, row, write
+from benchmarks.common import Row, Timing, row, steps_in_a_row, write
 from benchmarks.vision import PROFILED, print_profile
 from core.lm import MambaConfig, MambaLM
 from core.parallel.group import SequenceGroup, sequence_parallel
@@ -139,26 +138,14 @@ def step_of(model: nn.Module, loss: Loss, group: SequenceGroup | None, device: t
 
 def milliseconds(step: Callable[[], None], steps: int, device: torch.device) -> Timing:
     """Time of a step among others, and the peak of memory in MiB."""
-    if device.type == "cpu":
-        times = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - start))
-        peak = 0.0
-    else:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-        events[0].record()
-        for event in events[1:]:
-            step()
-            event.record()
-        torch.cuda.synchronize()
-        times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    low, middle, high = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return Timing(low, middle, high, peak)
+    if device.type == "cuda":
+        return steps_in_a_row(step, steps)
+    times = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - start))
+    return Timing(*torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist(), 0.0)
 
 
 def measure(

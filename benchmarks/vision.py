@@ -12,7 +12,6 @@ reduce-overhead, which replays CUDA graphs too; ``--profile`` prints the kernels
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vision  # noqa: F401  registers the models
-from benchmarks.common import Row, Timing, require_gpu, row, write
+from benchmarks.common import Row, Timing, require_gpu, row, steps_in_a_row, write
 
 MODES = ("inference", "training")
 HOW = ("eager", "graph", "compile", "reduce")
@@ -88,16 +87,7 @@ def timed(step: Callable[[], object], runs: int = 15) -> Timing:
     """Milliseconds of a step among others, and the peak of memory in MiB."""
     for _ in range(3):
         step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    torch.cuda.synchronize()
-    times = torch.tensor([a.elapsed_time(b) for a, b in itertools.pairwise(events)])
-    return Timing(*times.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist(), torch.cuda.max_memory_allocated() / 2**20)
+    return steps_in_a_row(step, runs)
 
 
 def print_profile(step: Callable[[], object], rows: int = 22) -> None:
