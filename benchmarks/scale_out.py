@@ -5,14 +5,17 @@
 A step is forward, loss and backward under bfloat16 autocast, and AdamW. Every GPU gets what one GPU has alone: with
 data parallelism a batch, with sequence parallelism as many tokens, so that N GPUs work on sequences N times as long;
 with tensor parallelism they share the work of one. Efficiency is the speedup, in images or tokens a second, over N.
-Rank 0 is timed; the peak of memory is that of the fullest GPU and holds weights, moments and all.
-``--profile`` prints the kernels
-that take most of rank 0's time. ``--toy`` runs tiny models, on CPUs where there is no GPU.
+Rank 0 is timed three times: alone (``NAME/1``), while every GPU takes the same step and nothing is exchanged
+(``NAME/apart``: what the machine costs), and together (``NAME/N``). The peak of memory is that of the fullest GPU and
+holds weights, moments and all. ``--profile`` prints the kernels that take most of rank 0's time in steps together.
+``--toy`` runs tiny models, on CPUs where there is no GPU; processes without a GPU of their own share one (by gloo).
+``--write`` puts the rows in the place of those of the same cases.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import time
 from collections.abc import Callable
@@ -28,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import vision  # noqa: F401  registers the models
-from benchmarks.common import Row, Timing, row, steps_in_a_row, write
+from benchmarks.common import RESULTS, Row, Timing, row, steps_in_a_row, write
 from benchmarks.vision import PROFILED, print_profile
 from core.lm import MambaConfig, MambaLM
 from core.parallel.group import SequenceGroup, sequence_parallel
@@ -151,7 +154,7 @@ def milliseconds(step: Callable[[], None], steps: int, device: torch.device) -> 
 def measure(
     case: Case, steps: int, device: torch.device, toy: bool, waiting: dist.ProcessGroup, profile: bool
 ) -> list[Timing]:
-    """Timings of rank 0 alone and of all ranks together.
+    """Timings of rank 0 alone, of all ranks at once without an exchange, and of all together; elsewhere none.
 
     Args:
         case: What to time.
@@ -168,45 +171,59 @@ def measure(
         step()
     dist.barrier(waiting)
     alone = milliseconds(step, steps, device) if dist.get_rank() == 0 else None
-    if alone is not None and profile:
-        print_profile(step)
     dist.barrier(waiting)
-    del step
-    everyone: Any = dist.group.WORLD
-    group = SequenceGroup(everyone) if case.kind == "sequence" else None
-    if case.kind == "tensor":
-        tensor_parallel(model, init_device_mesh(device.type, (dist.get_world_size(),)))
-        wrapped = model
-    else:
-        places = [device.index] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, places, gradient_as_bucket_view=True, static_graph=True)
-    step = step_of(wrapped, loss, group, device)
+    apart = milliseconds(step, steps, device)
+    dist.barrier(waiting)
+    del step  # and the moments
+    step = step_of(*shared(case, model, loss, device), device)
     for _ in range(WARM):
         step()
     together = milliseconds(step, steps, device)
+    peaks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(peaks, together.peak_mib, group=waiting)
+    together = Timing(together.ms_p20, together.ms_p50, together.ms_p80, max(peaks))
     if profile and dist.get_rank() == 0:
         print_profile(step)
     elif profile:
         for _ in range(PROFILED):
             step()
-    peaks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(peaks, together.peak_mib, group=waiting)
-    together = Timing(together.ms_p20, together.ms_p50, together.ms_p80, max(peaks))
-    return [] if alone is None else [alone, together]
+    return [] if alone is None else [alone, apart, together]
+
+
+def shared(
+    case: Case, model: nn.Module, loss: Loss, device: torch.device
+) -> tuple[nn.Module, Loss, SequenceGroup | None]:
+    """The model as all ranks train it, its loss, and the ranks that share sequences."""
+    everyone: Any = dist.group.WORLD
+    if case.kind == "tensor":
+        tensor_parallel(model, init_device_mesh(device.type, (dist.get_world_size(),)))
+        return model, loss, None
+    places = [device.index] if device.type == "cuda" else None
+    wrapped = DistributedDataParallel(model, places, gradient_as_bucket_view=True, static_graph=True)
+    return wrapped, loss, SequenceGroup(everyone) if case.kind == "sequence" else None
 
 
 def rows_of(name: str, timings: list[Timing], device: torch.device) -> list[Row]:
     """Rows of a case; prints what they say."""
-    (alone, together), size = timings, dist.get_world_size()
+    (alone, apart, together), size = timings, dist.get_world_size()
     dtype = torch.bfloat16
     found = [
-        row("scale_out", f"{name}/{count}", "triscan", "training", dtype, timing, 0.0, device.type)
-        for count, timing in ((1, alone), (size, together))
+        row("scale_out", f"{name}/{label}", "triscan", "training", dtype, timing, 0.0, device.type)
+        for label, timing in ((1, alone), ("apart", apart), (size, together))
     ]
     ratio = alone.ms_p50 / together.ms_p50 / (size if CASES[name].kind == "tensor" else 1)
     memory = f", memory a GPU {together.peak_mib / alone.peak_mib - 1:+.1%}" if alone.peak_mib else ""
     print(f"    {name}: {size} GPUs {ratio * size:.2f} times one, efficiency {ratio:.1%}{memory}", flush=True)
     return found
+
+
+def others(name: str) -> list[Row]:
+    """The rows of other cases that were written before."""
+    path = RESULTS / "scale_out.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [Row(**fields) for fields in csv.DictReader(file) if fields["case"].rpartition("/")[0] != name]
 
 
 def main() -> None:
@@ -220,23 +237,24 @@ def main() -> None:
     options = parser.parse_args()
     if "RANK" not in os.environ:
         parser.error("wanted several processes; start it with torchrun --nproc_per_node 2 -m benchmarks.scale_out")
-    device = torch.device("cpu")
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        gpus = torch.cuda.device_count()
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % gpus)
         torch.cuda.set_device(device)
+        backend = "nccl" if int(os.environ["WORLD_SIZE"]) <= gpus else "gloo"
     elif not options.toy:
         parser.error("found no GPU, wanted one for each process; --toy runs without")
-    dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    dist.init_process_group(backend)
     waiting: Any = dist.new_group(backend="gloo")
-    rows: list[Row] = []
     for name in options.case:
         timings = measure(
             CASES[name], options.steps, device, options.toy, waiting, options.profile and device.type == "cuda"
         )
         if timings:
-            rows += rows_of(name, timings, device)
+            rows = rows_of(name, timings, device)
             if options.write:  # as measured: a run that is cut keeps its rows
-                write("scale_out", rows)
+                write("scale_out", [*others(name), *rows])
         if device.type == "cuda":
             torch.cuda.empty_cache()
     dist.destroy_process_group()
