@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from core.errors import UserError
@@ -48,6 +49,16 @@ class _Mesh:
         self.mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("data", "sequence", "tensor"))
         set_data_ranks(self.mesh["data"].get_local_rank(), sizes[0])
         self._group = SequenceGroup(self.mesh["sequence"]) if self.sequence > 1 else None
+
+    def setup(self, trainer: Trainer) -> None:
+        """Prepare a stage, whose evaluation runs without gradients but not in inference mode.
+
+        Tensors made in inference mode have no version counter, which shared weights and DTensor's views need. Lightning
+        leaves the mode out for gloo alone.
+        """
+        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+            loop.inference_mode = False
+        super().setup(trainer)  # type: ignore[misc]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run a step on this process's part."""
@@ -103,6 +114,10 @@ class MeshDDP(_Mesh, DDPStrategy):
         super().setup(trainer)
         if hasattr(module, own):
             delattr(module, own)
+
+    def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
+        """Wrap the model on the stream that its steps run on; Lightning takes another, for which every gradient waits."""
+        return DistributedDataParallel(model, self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
     def model_to_device(self) -> None:
         """Move the model, and share its layers out."""

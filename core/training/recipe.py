@@ -227,7 +227,7 @@ class RecipeCLI(LightningCLI):
             raise UserError(
                 "--ema_decay keeps a second net on every device, which fsdp2 and --tensor_parallel avoid; give null"
             )
-        if sequence == tensor == 1:
+        if sequence == tensor == 1 and name != "ddp":
             return
         for option, count, able, takes in (
             ("sequence_parallel", sequence, self.model.cuts_sequences, "takes whole sequences"),

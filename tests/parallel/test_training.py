@@ -36,6 +36,8 @@ GENOME = [
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("core.training.record.curves", lambda rows: None)
+    # Evaluate as on GPUs: Lightning leaves its inference mode out where it sees gloo.
+    monkeypatch.setattr("lightning.pytorch.loops.utilities._distributed_is_initialized", lambda: False)
     return tmp_path
 
 
