@@ -152,9 +152,9 @@ def milliseconds(step: Callable[[], None], steps: int, device: torch.device) -> 
 
 
 def measure(
-    case: Case, steps: int, device: torch.device, toy: bool, waiting: dist.ProcessGroup, profile: bool
-) -> list[Timing]:
-    """Timings of rank 0 alone, of all ranks at once without an exchange, and of all together; elsewhere none.
+    case: Case, steps: int, device: torch.device, toy: bool, waiting: dist.ProcessGroup
+) -> tuple[list[Timing], Callable[[], None]]:
+    """Timings of rank 0 alone, of all ranks at once without an exchange, and of all together, and the last step.
 
     Args:
         case: What to time.
@@ -162,7 +162,9 @@ def measure(
         device: This rank's.
         toy: Tiny sizes.
         waiting: A group in which ranks wait without touching a GPU.
-        profile: Print what takes rank 0's time.
+
+    Returns:
+        The timings (none but on rank 0), and the step that was timed last.
     """
     torch.manual_seed(0)
     model, loss = case.build(device, toy)
@@ -182,12 +184,7 @@ def measure(
     peaks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, together.peak_mib, group=waiting)
     together = Timing(together.ms_p20, together.ms_p50, together.ms_p80, max(peaks))
-    if profile and dist.get_rank() == 0:
-        print_profile(step)
-    elif profile:
-        for _ in range(PROFILED):
-            step()
-    return [] if alone is None else [alone, apart, together]
+    return [] if alone is None else [alone, apart, together], step
 
 
 def shared(
@@ -215,6 +212,15 @@ def rows_of(name: str, timings: list[Timing], device: torch.device) -> list[Row]
     memory = f", memory a GPU {together.peak_mib / alone.peak_mib - 1:+.1%}" if alone.peak_mib else ""
     print(f"    {name}: {size} GPUs {ratio * size:.2f} times one, efficiency {ratio:.1%}{memory}", flush=True)
     return found
+
+
+def profile_together(step: Callable[[], None]) -> None:
+    """Print what takes rank 0's time in steps that all ranks take."""
+    if dist.get_rank() == 0:
+        print_profile(step)
+        return
+    for _ in range(PROFILED):
+        step()
 
 
 def others(name: str) -> list[Row]:
@@ -248,13 +254,14 @@ def main() -> None:
     dist.init_process_group(backend)
     waiting: Any = dist.new_group(backend="gloo")
     for name in options.case:
-        timings = measure(
-            CASES[name], options.steps, device, options.toy, waiting, options.profile and device.type == "cuda"
-        )
+        timings, step = measure(CASES[name], options.steps, device, options.toy, waiting)
         if timings:
             rows = rows_of(name, timings, device)
             if options.write:  # as measured: a run that is cut keeps its rows
                 write("scale_out", [*others(name), *rows])
+        if options.profile and device.type == "cuda":
+            profile_together(step)
+        del step
         if device.type == "cuda":
             torch.cuda.empty_cache()
     dist.destroy_process_group()

@@ -116,7 +116,7 @@ class MeshDDP(_Mesh, DDPStrategy):
             delattr(module, own)
 
     def _setup_model(self, model: nn.Module) -> DistributedDataParallel:
-        """Wrap the model on the stream that its steps run on; Lightning takes another, for which every gradient waits."""
+        """Wrap the model on the stream of its steps; Lightning takes another, for which every gradient would wait."""
         return DistributedDataParallel(model, self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
     def model_to_device(self) -> None:
