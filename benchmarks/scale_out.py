@@ -148,7 +148,8 @@ def milliseconds(step: Callable[[], None], steps: int, device: torch.device) -> 
         start = time.perf_counter()
         step()
         times.append(1e3 * (time.perf_counter() - start))
-    return Timing(*torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist(), 0.0)
+    low, middle, high = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    return Timing(low, middle, high, 0.0)
 
 
 def measure(

@@ -73,12 +73,12 @@ class Cut:
         """The gradient of a piece, with what the other ranks that hold the same rows found."""
         if all(part.shared == 1 for part in self.parts):
             return grad
-        pieces = []
-        for t, part in self._with(grad.split(self._sizes(), self.dim)):
-            if part.shared > 1:
-                t = t.contiguous().clone()
-                dist.all_reduce(t, group=self.sharers)
-            pieces.append(t)
+        pieces = list(grad.split(self._sizes(), self.dim))
+        shared = [i for i, part in enumerate(self.parts) if part.shared > 1]
+        total = torch.cat([pieces[i] for i in shared], self.dim)  # one message for all
+        dist.all_reduce(total, group=self.sharers)
+        for i, t in zip(shared, total.split([pieces[i].shape[self.dim] for i in shared], self.dim), strict=True):
+            pieces[i] = t
         return torch.cat(pieces, self.dim)
 
     def square(self, grad: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ of a layer add up over the processes. Between layers the tokens are shared out (
 adds and normalises its own, a layer gathers all tokens and scatters its sums.
 
 Where a group of heads spans processes, they share its B and C, whose gradients they add up, and the mean square of its
-norm. The collectives are those of ``torch.distributed.tensor``.
+norm.
 
 Legend: R ranks, B batch, L length, D model width, F channels of the scan, H heads, G groups, N state.
 """
@@ -93,15 +93,22 @@ class _ParallelMamba2(Mamba2):
         cut_parameter(self.out_proj, "weight", Cut(mesh, 1, [mlp, scan]))
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self._sum(super().forward(self.group.enter(x), seq_idx, cu_seqlens))
+        return self._sum(super().forward(x, seq_idx, cu_seqlens))
 
     def forward_state(self, x: Tensor, state: Any, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
-        y, state = super().forward_state(self.group.enter(x), state, lengths)
+        y, state = super().forward_state(x, state, lengths)
         return self._sum(y), state
 
     @torch.no_grad()
     def decode(self, x: Tensor, state: Any) -> Tensor:
         return self._sum(super().decode(x, state))
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """The input projection of all tokens."""
+        layer = self.in_proj
+        if type(layer) is nn.Linear:  # an adapter or a quantised layer is more than a weight
+            return self.group.enter_through(x, layer.weight, layer.bias)
+        return layer(self.group.enter(x))
 
     def _sum(self, y: Tensor) -> Tensor:
         """The layer's output; each rank has added the bias, and one of them is enough."""

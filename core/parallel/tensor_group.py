@@ -1,23 +1,124 @@
 """How activations travel between processes that share layers out.
 
-Legend: R ranks, B batch, L length, D model width.
+Legend: R ranks, B batch, L length, T = B L tokens, D model width, E width of a projection.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 from core.parallel.group import in_parts
+from kernels.checks import autocast_dtype
+
+
+def _gathered(rows: Tensor, group: Any) -> Tensor:
+    """(T / R, D) -> (T, D), the rows of all ranks."""
+    rows = rows.contiguous()
+    found = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
+    dist.all_gather_into_tensor(found, rows, group=group)
+    return found
+
+
+def _scattered(rows: Tensor, group: Any, wait: bool = True) -> tuple[Tensor, Any]:
+    """(T, D) -> (T / R, D), this rank's rows of the sum over the ranks, and what to wait for before they are read."""
+    found = rows.new_empty(rows.shape[0] // dist.get_world_size(group), *rows.shape[1:])
+    return found, dist.reduce_scatter_tensor(found, rows.contiguous(), group=group, async_op=not wait)
+
+
+def _own(rows: Tensor, group: Any) -> Tensor:
+    """This rank's rows."""
+    return rows.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+
+
+class _Spread(torch.autograd.Function):
+    """What all ranks have; the gradient is the sum over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return t.view_as(t)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks, which all of them use in the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
+        total = t.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _Gather(torch.autograd.Function):
+    """All rows; the gradient of this rank's is that of all ranks' uses if ``adds``, else of one's: they do the same."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Any, adds: bool) -> Tensor:
+        ctx.group, ctx.adds = group, adds
+        return _gathered(rows, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _scattered(grad, ctx.group)[0] if ctx.adds else _own(grad, ctx.group), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """This rank's rows, of the sum over the ranks if ``adds``, else of what all ranks have."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Any, adds: bool) -> Tensor:
+        ctx.group = group
+        return _scattered(rows, group)[0] if adds else _own(rows, group).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gathered(grad, ctx.group), None, None
+
+
+class _GatherProject(torch.autograd.Function):
+    """All rows through a linear layer. The gradient travels while that of the weight is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, group: Any) -> Tensor:
+        every = _gathered(rows, group)
+        ctx.group, ctx.has_bias = group, bias is not None
+        ctx.save_for_backward(every, weight)
+        return F.linear(every, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        every, weight = ctx.saved_tensors
+        rows, work = _scattered(grad @ weight, ctx.group, wait=False)
+        dweight, dbias = grad.mT @ every, grad.sum(0) if ctx.has_bias else None
+        work.wait()
+        return rows, dweight, dbias, None
 
 
 def spread(t: Tensor, mesh: DeviceMesh) -> Tensor:
     """``t`` itself, which all ranks have; its gradient is the sum over the ranks."""
-    return DTensor.from_local(t, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
+    return _Spread.apply(t, mesh.get_group())  # type: ignore[return-value]
 
 
 class TensorGroup:
@@ -54,39 +155,46 @@ class TensorGroup:
 
     def enter(self, x: Tensor) -> Tensor:
         """What a layer reads, (B, L, D): all tokens. The gradient is the sum over the ranks."""
-        if in_parts():
-            raise ValueError(
-                "got a part of a sequence for a tensor-parallel layer, wanted whole sequences; use one of the two"
-            )
+        _refuse_parts()
+        return self._by_rows(_Gather, x, True) if self.by_token else spread(x, self.mesh)
+
+    def enter_through(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What a layer reads, (B, L, D), through its linear projection (E, D): (B, L, E)."""
+        _refuse_parts()
         if not self.by_token:
-            return spread(x, self.mesh)
-        return self._all_tokens(x, Partial())
+            return F.linear(spread(x, self.mesh), weight, bias)
+        dtype = autocast_dtype(x.device)
+        if dtype is not None:
+            x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))  # type: ignore[assignment]
+        y: Any = _GatherProject.apply(x.flatten(0, 1), weight, bias, self.mesh.get_group())
+        return y.view(x.shape[0], -1, y.shape[1])
 
     def leave(self, y: Tensor) -> Tensor:
         """What a layer writes: the sum over the ranks of y (B, L, D)."""
-        rows, place = y.flatten(0, 1), Shard(0) if self.by_token else Replicate()
-        part = DTensor.from_local(rows, self.mesh, [Partial()], run_check=False)
-        found = part.redistribute(placements=[place]).to_local()
-        return found.view(y.shape[0], -1, y.shape[2])
+        return self._by_rows(_Scatter, y, True) if self.by_token else self.add_up(y)
 
     def share_tokens(self, x: Tensor) -> Tensor:
         """This rank's tokens of (B, L, D) that all ranks have. A token is a row of (B L, D): its place is free."""
-        rows = DTensor.from_local(x.flatten(0, 1), self.mesh, [Replicate()], run_check=False)
-        return rows.redistribute(placements=[Shard(0)]).to_local().view(x.shape[0], -1, x.shape[2])
+        return self._by_rows(_Scatter, x, False)
 
     def gather_tokens(self, x: Tensor) -> Tensor:
         """All tokens (B, L, D) of those that ranks have, for computations that are the same on all ranks."""
-        return self._all_tokens(x, Replicate())
+        return self._by_rows(_Gather, x, False)
 
-    def _all_tokens(self, x: Tensor, grad: Any) -> Tensor:
-        rows = DTensor.from_local(x.flatten(0, 1), self.mesh, [Shard(0)], run_check=False)
-        found = rows.redistribute(placements=[Replicate()]).to_local(grad_placements=[grad])
-        return found.view(x.shape[0], -1, x.shape[2])
+    def _by_rows(self, function: Any, x: Tensor, adds: bool) -> Tensor:
+        rows = function.apply(x.flatten(0, 1), self.mesh.get_group(), adds)
+        return rows.view(x.shape[0], -1, x.shape[2])
 
     def add_up(self, total: Tensor) -> Tensor:
-        """The sum over the ranks of shares of a loss; the gradient goes to this rank's."""
-        part = DTensor.from_local(total, self.mesh, [Partial()], run_check=False)
-        return part.redistribute(placements=[Replicate()]).to_local()
+        """The sum over the ranks of shares of a loss or an output; the gradient goes to this rank's."""
+        return _Sum.apply(total, self.mesh.get_group())  # type: ignore[return-value]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise TypeError("a tensor-parallel model cannot be copied; copy it before it is cut")
+
+
+def _refuse_parts() -> None:
+    if in_parts():
+        raise ValueError(
+            "got a part of a sequence for a tensor-parallel layer, wanted whole sequences; use one of the two"
+        )
