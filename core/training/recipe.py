@@ -311,25 +311,27 @@ class RecipeCLI(LightningCLI):
             stopped = isinstance(error, KeyboardInterrupt) or (
                 isinstance(error, SystemExit) and self.trainer.interrupted
             )
+            lost = not stopped and self.trainer.world_size > 1 and lost_peer(error)
+            if lost:  # at once: a launcher that notices ends this process too
+                self._say_lost(error)
             self._finish("interrupted" if stopped else "failed")
             if isinstance(error, MisconfigurationException):
                 raise UserError(str(error)) from error
-            if self.trainer.world_size > 1 and lost_peer(error):
-                raise SystemExit(self._say_lost(error)) from None
+            if lost:
+                raise SystemExit(1) from None
             if not stopped:
                 raise
             raise SystemExit(130) from None
         self._finish("finished")
 
-    def _say_lost(self, error: BaseException) -> int:
-        """Print that another process is gone, and how to go on; return the exit code."""
-        reason = str(error).strip().splitlines()[-1][:200]
+    def _say_lost(self, error: BaseException) -> None:
+        """Print that another process is gone, and how to go on."""
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
         print(
             f"error: process {self.trainer.global_rank} of {self.trainer.world_size} lost another one, which has died "
             f"or failed ({reason}); go on from the last checkpoint, if there is one: {self.command} --ckpt_path last",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        return 1
 
     def _finish(self, status: str) -> None:
         if status == "finished" and self.model.shares_weights:
