@@ -148,7 +148,8 @@ class Interrupt(Checkpoint):
     """Ctrl-C ends a run after the step in hand, with ``last.ckpt`` saved; a second Ctrl-C ends it at once.
 
     A checkpoint written in the middle of a step could not be resumed exactly. It is a ``Checkpoint`` so that it comes
-    last among the callbacks: the average and the rates of the step are then up to date.
+    last among the callbacks: the average and the rates of the step are then up to date. With several processes SIGTERM
+    is answered likewise.
 
     Args:
         folder: Folder for ``last.ckpt``; None on processes other than rank 0.
@@ -166,6 +167,18 @@ class Interrupt(Checkpoint):
             return
         handler = self._ask if trainer.is_global_zero else signal.SIG_IGN
         self._old = signal.signal(signal.SIGINT, handler)
+        if trainer.world_size > 1:
+            self._take_sigterm(trainer)
+
+    def _take_sigterm(self, trainer: Trainer) -> None:
+        """Treat SIGTERM as Ctrl-C where there are several processes.
+
+        Lightning's handler would broadcast, in the middle of whatever collective the signal meets: the job then hangs.
+        So that others hear of it, each of its steps waits for the GPU.
+        """
+        ask: Any = self._ask if trainer.is_global_zero else lambda signum, frame: None
+        trainer._signal_connector._sigterm_notifier_fn = ask  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signal back."""

@@ -232,13 +232,13 @@ def test_a_process_that_dies_ends_the_job_and_the_last_checkpoint_resumes_it(
     assert steps == list(range(40))
 
 
-def pretrain_interrupted(*arguments: str) -> None:
-    """A training whose rank 0 gets Ctrl-C once there is a checkpoint."""
+def pretrain_interrupted(signum: int, *arguments: str) -> None:
+    """A training whose rank 0 gets a signal once there is a checkpoint."""
 
     def interrupt() -> None:
         while not Path("long/checkpoints/last.ckpt").exists():
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signum)
 
     if os.environ["RANK"] == "0":
         threading.Thread(target=interrupt, daemon=True).start()
@@ -246,9 +246,15 @@ def pretrain_interrupted(*arguments: str) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_all_processes_that_share_weights(capfd: pytest.CaptureFixture[str]) -> None:
-    options = ("--trainer.strategy", "fsdp2", "--trainer.max_steps", "4000")
-    assert launch(2, pretrain_interrupted, *LONG, *options) == [130, 130]
+@pytest.mark.parametrize(("strategy", "signum", "other"), [
+    ("fsdp2", signal.SIGINT, 130), ("fsdp2", signal.SIGTERM, 130),
+    ("ddp", signal.SIGTERM, 1),  # which loses rank 0
+])  # fmt: skip
+def test_signals_stop_all_processes_with_a_checkpoint(
+    strategy: str, signum: int, other: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--trainer.strategy", strategy, "--trainer.max_steps", "4000")
+    assert launch(2, pretrain_interrupted, signum, *LONG, *options) == [130, other]
     assert "go on with" in capfd.readouterr().out
     assert json.loads(Path("long/run.json").read_text())["status"] == "interrupted"
     steps = checkpoint("long")["global_step"]
