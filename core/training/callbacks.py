@@ -1,8 +1,10 @@
 """What happens around the steps of a run: averaged weights, exact resume, Ctrl-C."""
 
 import itertools
+import os
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, W
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from core.parallel.watch import Peers
 from core.training.rng import ResumableLoader, rng_state, set_rng_state
 
 LOOKS = 8  # steps after which processes with shared weights tell each other of Ctrl-C
@@ -252,6 +255,42 @@ class Interrupt(Checkpoint):
         path = self.folder / "last.ckpt" if self.folder is not None else Path("last.ckpt")  # of rank 0, which writes
         trainer.strategy.save_checkpoint(checkpoint, path)
         self.saved = path
+
+
+class LostPeers(Callback):
+    """Ends a process that waits for one which has died. NCCL waits for minutes, and no exception reaches the wait.
+
+    Args:
+        say: Called before the end, with what has happened.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._peers: Peers | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin to watch."""
+        if trainer.world_size > 1:
+            self._peers = Peers(self._end)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the others go once all have come this far."""
+        if self._peers is not None:
+            trainer.strategy.barrier()
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the end to the exception."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._peers is not None:
+            self._peers.stop()
+            self._peers = None
+
+    def _end(self, rank: int) -> None:
+        self._say(f"process {rank} is gone")
+        os._exit(1)
 
 
 def _shared(trainer: Trainer) -> bool:

@@ -20,7 +20,7 @@ from core.cli import parse
 from core.errors import UserError
 from core.parallel.strategies import FSDP2, MeshDDP  # registers fsdp2
 from core.parallel.watch import announce_launcher, follow_launcher, lost_peer
-from core.training.callbacks import EMA, Checkpoints, ExactResume, Interrupt
+from core.training.callbacks import EMA, Checkpoints, ExactResume, Interrupt, LostPeers
 from core.training.folder import RunFolder, find_checkpoint, named, numbered, run_of
 from core.training.module import TrainingModule
 from core.training.progress import progress_bar
@@ -271,7 +271,7 @@ class RecipeCLI(LightningCLI):
         history = self.folder.path / "logs" if self.folder is not None else None
         self.record = Record(self.folder, self.title, self.command, self._write_config, history)
         self.interrupt = Interrupt(self.folder.checkpoints if self.folder is not None else None)
-        return [*callbacks, self.record, self.interrupt]
+        return [*callbacks, self.record, self.interrupt, LostPeers(self._end_lost)]
 
     def _loggers(self, given: Any) -> list[Logger]:
         """CSV and TensorBoard unless the recipe names others; the CSV is what the report draws."""
@@ -302,7 +302,7 @@ class RecipeCLI(LightningCLI):
         """
         try:
             announce_launcher()
-            follow_launcher()
+            follow_launcher(self._how_to_go_on)
             with warnings.catch_warnings():
                 if self.subcommand != "fit":  # nothing is saved, so it does not matter where the best one stands
                     warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
@@ -313,7 +313,7 @@ class RecipeCLI(LightningCLI):
             )
             lost = not stopped and self.trainer.world_size > 1 and lost_peer(error)
             if lost:  # at once: a launcher that notices ends this process too
-                self._say_lost(error)
+                self._say_lost((str(error).strip().splitlines() or [type(error).__name__])[-1][:200])
             self._finish("interrupted" if stopped else "failed")
             if isinstance(error, MisconfigurationException):
                 raise UserError(str(error)) from error
@@ -324,14 +324,23 @@ class RecipeCLI(LightningCLI):
             raise SystemExit(130) from None
         self._finish("finished")
 
-    def _say_lost(self, error: BaseException) -> None:
+    def _say_lost(self, reason: str) -> None:
         """Print that another process is gone, and how to go on."""
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
         print(
             f"error: process {self.trainer.global_rank} of {self.trainer.world_size} lost another one, which has died "
-            f"or failed ({reason}); go on from the last checkpoint, if there is one: {self.command} --ckpt_path last",
+            f"or failed ({reason}); {self._how_to_go_on}",
             file=sys.stderr, flush=True,
         )  # fmt: skip
+
+    @property
+    def _how_to_go_on(self) -> str:
+        return f"go on from the last checkpoint, if there is one: {self.command} --ckpt_path last"
+
+    def _end_lost(self, reason: str) -> None:
+        """Say that another process is gone, in a thread; the run has failed."""
+        self._say_lost(reason)
+        if self.folder is not None:
+            self.folder.mark({"status": "failed", "command": self.command})
 
     def _finish(self, status: str) -> None:
         if status == "finished" and self.model.shares_weights:

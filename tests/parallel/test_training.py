@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from ranks import free_port
 from safetensors.torch import load_file
 
 from core.cli import main
-from core.parallel.watch import LAUNCHER, announce_launcher, follow_launcher
+from core.parallel.watch import LAUNCHER, Peers, announce_launcher, follow_launcher
 
 GENOME = [
     "pretrain", "--model.d_model", "16", "--model.n_layer", "2", "--data.window", "96", "--trainer.max_steps", "4",
@@ -276,7 +277,7 @@ def orphan(seconds: float, child_id: Any) -> None:
 
 def wait_for_others(seconds: float, ready: Any) -> None:
     """What a process does while the others do not answer."""
-    follow_launcher(0.1)
+    follow_launcher(every=0.1)
     ready.set()
     time.sleep(seconds)
     print("outlived its launcher", flush=True)
@@ -304,3 +305,22 @@ def test_processes_end_with_the_one_that_launched_them(
     found = capfd.readouterr()  # once: what is written between its reading and emptying would be lost
     assert "has died; ending" in found.err
     assert "outlived" not in found.out
+
+
+def wait_in_vain(orderly: bool) -> None:
+    """Rank 1 ends; rank 0 waits without an error, as a GPU would."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    peers = Peers(lambda lost: os._exit(10 + lost), every=0.05, grace=0.3)
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if orderly:
+        time.sleep(0.15)
+        peers.stop()
+    time.sleep(1.0 if orderly else 20.0)
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("orderly", "code"), [(False, 11), (True, 0)])
+def test_a_wait_for_a_dead_process_ends(orderly: bool, code: int) -> None:
+    assert launch(2, wait_in_vain, orderly) == [code, -signal.SIGKILL]
