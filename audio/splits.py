@@ -58,6 +58,9 @@ def detect(root: Path) -> Literal["sc09", "fsdd", "random"]:
     return "fsdd" if all(FSDD_NAME.fullmatch(path.stem) for path in find_audio(root)) else "random"
 
 
+ANY = "any"  # the class of recordings whose class a model is not told
+
+
 def label_of(path: Path, labels: Labels) -> str:
     """What a recording says: its folder's name, or its own up to the first underscore, or up to the last one."""
     if labels == "speaker":

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from audio.codec import Codec
+from audio.files import stretched
 from audio.net import SoundNet
 from audio.sashimi import SashimiConfig
 from core.cli import run
@@ -47,7 +48,7 @@ def read(
     """Reads packed levels; returns the rows of the training and of the test part, one entry a length.
 
     The class is the digit, or digit * 6 + speaker. The training part has every recording once for each of ``ratios``,
-    see ``stretched``.
+    played slower by it.
     """
     packed = np.load(path)
     levels, meta = torch.from_numpy(packed["levels"]), packed["meta"]
@@ -58,7 +59,7 @@ def read(
         for i in np.flatnonzero(chosen):
             said = int(meta[i, 0] * SPEAKERS + meta[i, 1]) if speakers else int(meta[i, 0])
             for ratio in ratios if part == 0 else (1.0,):
-                clip = stretched(levels[ends[i] - meta[i, 3] : ends[i]], ratio)[: LENGTHS[-1] - TAIL]
+                clip = _slower(levels[ends[i] - meta[i, 3] : ends[i]], ratio)[: LENGTHS[-1] - TAIL]
                 length = next(length for length in LENGTHS if length >= len(clip) + TAIL)
                 rows[length].append((F.pad(clip, (0, length - len(clip)), value=SILENCE), said, len(clip)))
         for found in rows.values():
@@ -70,13 +71,12 @@ def read(
     return parts
 
 
-def stretched(levels: Tensor, ratio: float) -> Tensor:
-    """A recording (n,) of levels played slower by ``ratio``, resampled by its spectrum: (round(n ratio),) levels."""
+def _slower(levels: Tensor, ratio: float) -> Tensor:
+    """Levels (n,) of a recording played slower by ``ratio``, (round(n ratio),)."""
     if ratio == 1:
         return levels
-    codec, length = Codec(normalize="none"), round(len(levels) * ratio)
-    wave = torch.fft.irfft(torch.fft.rfft(codec.decode(levels.long())), length) * (length / len(levels))
-    return codec.encode(wave.clamp(-1, 1)).to(levels.dtype)
+    codec = Codec(normalize="none")
+    return codec.encode(stretched(codec.decode(levels.long()), ratio).clamp(-1, 1)).to(levels.dtype)
 
 
 def disturb(inputs: Tensor, most: float) -> Tensor:
