@@ -83,7 +83,7 @@ def test_what_a_run_leaves(trained: Path) -> None:
 
 
 def test_a_checkpoint_knows_its_codec(trained: Path) -> None:
-    net, codec, rate, _ = load_trained(trained)
+    net, codec, rate, *_ = load_trained(trained)
     assert codec == Codec("linear", "peak", 64)
     assert rate == 16000
     assert net.config == SashimiConfig(4, 1, (2,), mixer_cfg={"d_state": 2})
