@@ -16,6 +16,8 @@ SC09_FOLDERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "
 FSDD_NAME = re.compile(r"(\d)_([a-z]+)_(\d+)")  # digit, speaker, take
 FSDD_TAKES = {"test": range(5), "val": range(5, 8)}  # takes 0 to 4 are the published test part; the rest is ours
 
+ANY = "any"  # the class of recordings whose class a model is not told
+
 Layout = Literal["auto", "random", "ordered", "sc09", "fsdd"]
 Labels = Literal["none", "folder", "name", "speaker"]
 
@@ -56,9 +58,6 @@ def detect(root: Path) -> Literal["sc09", "fsdd", "random"]:
     if all((root / name).is_file() for name in SC09_LISTS.values()):
         return "sc09"
     return "fsdd" if all(FSDD_NAME.fullmatch(path.stem) for path in find_audio(root)) else "random"
-
-
-ANY = "any"  # the class of recordings whose class a model is not told
 
 
 def label_of(path: Path, labels: Labels) -> str:
