@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from audio.baseline import MarkovModel
 from audio.codec import Codec
-from audio.files import conversions, read_clip, to_mono
-from audio.splits import Labels, Layout, class_names, label_of, split_files
+from audio.files import conversions, read_clip, stretched, to_mono
+from audio.splits import ANY, Labels, Layout, class_names, label_of, split_files
 from core.errors import UserError
 from core.training.rng import ResumableLoader
 
@@ -83,6 +83,10 @@ class AudioData(LightningDataModule):
         split_seed: Of the random split.
         pad: What windows are padded to, on the right: ``longest`` is the longest of their batch; ``window`` is the full
             window, in training only: batches of one shape, which CUDA graphs need. Padding counts in no loss.
+        ratios: The training part has every recording once for each of these, played slower by it: 1.05 is a deeper and
+            slower voice.
+        untold: Part of the windows of training whose class is said to be "any". A model that also knows sound of no
+            class in particular can be asked for one more clearly: --guidance of audio.generate. For labelled sound.
     """
 
     def __init__(
@@ -99,6 +103,8 @@ class AudioData(LightningDataModule):
         test_fraction: float = 0.1,
         split_seed: int = 0,
         pad: Literal["longest", "window"] = "longest",
+        ratios: tuple[float, ...] = (1.0,),
+        untold: float = 0.0,
     ) -> None:
         super().__init__()
         for name, value in (("sample_rate", sample_rate), ("window", window), ("batch_size", batch_size)):
@@ -109,9 +115,13 @@ class AudioData(LightningDataModule):
                 f"--data.val_fraction {val_fraction} and --data.test_fraction {test_fraction}: wanted fractions that "
                 "leave something to train on"
             )
+        if not ratios or not all(0.5 <= ratio <= 2 for ratio in ratios):
+            raise UserError(f"--data.ratios is {list(ratios)}, wanted at least one number from 0.5 to 2")
+        if not 0 <= untold < 1 or (untold and labels == "none"):
+            raise UserError(f"--data.untold is {untold} and --data.labels {labels}, wanted 0 to below 1, and labels")
         self.root = EMBEDDED if root is None else Path(root).expanduser()
         self.sample_rate, self.window, self.codec, self.batch_size = sample_rate, window, codec, batch_size
-        self.pad = pad
+        self.pad, self.ratios, self.untold = pad, ratios, untold
         self.fractions = {"val": val_fraction, "test": test_fraction}
         self.split = {"seed": split_seed, "layout": layout, "held_out": held_out}
         self.labels: Labels = labels
@@ -127,13 +137,15 @@ class AudioData(LightningDataModule):
         names = self.class_names
         found: list[tuple[int, int]] = []
         for part, paths in self.files.items():
-            clips = []
+            clips, classes = [], []
             for path in paths:
                 clip = read_clip(path)
                 found.append((clip.sample_rate, clip.channels))
-                levels = self.codec.encode(to_mono(clip, self.sample_rate))
-                clips.append(levels.to(torch.uint8 if self.codec.levels <= 256 else torch.int16))
-            classes = [names.index(label_of(path, self.labels)) if names else 0 for path in paths]
+                wave = to_mono(clip, self.sample_rate)
+                for ratio in self.ratios if part == "train" else (1.0,):
+                    levels = self.codec.encode(stretched(wave, ratio))
+                    clips.append(levels.to(torch.uint8 if self.codec.levels <= 256 else torch.int16))
+                    classes.append(names.index(label_of(path, self.labels)) if names else 0)
             self.parts[part] = Windows(clips, self.window, classes)
         self.notes = conversions(found, self.sample_rate)
 
@@ -143,7 +155,8 @@ class AudioData(LightningDataModule):
         if self.labels == "none":
             return ()
         self._find()
-        return tuple(class_names([path for paths in self.files.values() for path in paths], self.labels))
+        names = class_names([path for paths in self.files.values() for path in paths], self.labels)
+        return (*names, ANY) if self.untold else tuple(names)
 
     def train_dataloader(self) -> DataLoader:
         """All windows, shuffled."""
@@ -185,10 +198,10 @@ class AudioData(LightningDataModule):
             self.files = split_files(self.root, self.fractions, **self.split)
 
     def _loader(self, part: str, shortest: int = 0, **options: Any) -> DataLoader:
-        collate = partial(self._collate, shortest=shortest)
+        collate = partial(self._collate, shortest=shortest, untold=self.untold if part == "train" else 0.0)
         return ResumableLoader(self.parts[part], batch_size=self.batch_size, collate_fn=collate, **options)
 
-    def _collate(self, windows: list[tuple[Tensor, int]], shortest: int = 0) -> Batch:
+    def _collate(self, windows: list[tuple[Tensor, int]], shortest: int = 0, untold: float = 0.0) -> Batch:
         longest = max(shortest, *(len(window) for window, _ in windows))
         targets = torch.full((len(windows), longest), PADDING, dtype=torch.int64)
         for row, (window, _) in zip(targets, windows, strict=True):
@@ -196,5 +209,7 @@ class AudioData(LightningDataModule):
         inputs = torch.roll(targets, 1, dims=1).masked_fill(targets == PADDING, self.codec.start)
         inputs[:, 0] = self.codec.start
         classes = torch.tensor([number for _, number in windows])
+        if untold:
+            classes[torch.rand(len(windows)) < untold] = len(self.class_names) - 1
         samples = sum(len(window) for window, _ in windows)
         return Batch(inputs + self.codec.levels * classes[:, None], targets, samples)

@@ -92,6 +92,14 @@ def to_mono(clip: Clip, sample_rate: int) -> Tensor:
     return resample(wave, clip.sample_rate, sample_rate)
 
 
+def stretched(wave: Tensor, ratio: float) -> Tensor:
+    """A recording (L,) played slower by ``ratio``, (round(L ratio),): its spectrum is cut off or padded."""
+    if ratio == 1:
+        return wave
+    length = round(len(wave) * ratio)
+    return torch.fft.irfft(torch.fft.rfft(wave), length) * (length / len(wave))
+
+
 def conversions(clips: Iterable[tuple[int, int]], sample_rate: int) -> list[str]:
     """Says in words what was done to a set of files.
 

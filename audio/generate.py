@@ -17,6 +17,7 @@ from audio.files import read_clip, to_mono, write_stream, write_wav
 from audio.listen import add_players, spectrogram_png
 from audio.sampling import Drawn, stream
 from audio.sampling import generate as draw_levels
+from audio.steppers import Guidance
 from audio.trained import Trained, load_trained
 from core import env
 from core.cli import run
@@ -34,6 +35,7 @@ def generate(
     num: int = 4,
     seconds: float = 1.0,
     classes: str | None = None,
+    guidance: float | None = None,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -62,6 +64,8 @@ def generate(
         seconds: Length of what is generated for each, without the prompt.
         classes: What is said, for a model that was trained with labels: one of its classes or several, separated by
             commas, which take turns; 7 is all of 7_theo, 7_lucas and so on. Without it all classes take turns.
+        guidance: How much more than once the class counts, by classifier-free guidance: 0 is not at all, above 0 takes
+            twice the time. By default what the model was made for; for models trained with --data.untold.
         temperature: Divides the logits; 0 takes the most likely level.
         top_k: Draw from so many of the most likely levels; 0 is all.
         top_p: Draw from the most likely levels that together have this probability; 1 is all.
@@ -83,7 +87,8 @@ def generate(
     start = None
     if prompt is not None:
         start = trained.codec.encode(to_mono(read_clip(Path(prompt).expanduser()), trained.sample_rate))
-    wanted = Wanted(trained, starts, max(1, round(seconds * trained.sample_rate)), sampling, start, seed)
+    guide = _guide(trained, guidance)
+    wanted = Wanted(trained, starts, max(1, round(seconds * trained.sample_rate)), sampling, start, guide, seed)
     if stdout:
         _stream(wanted)
         return
@@ -92,6 +97,7 @@ def generate(
     options = {
         "checkpoint": checkpoint or "spoken digits, which come with the project",
         "codec": str(trained.codec), "rate": f"{trained.sample_rate} Hz",
+        "guidance": guide.strength if guide else 0,
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "prompt": prompt or "none",
         "device": env.device_name(where),
     }  # fmt: skip
@@ -117,6 +123,7 @@ class Wanted(NamedTuple):
     length: int  # samples of each
     sampling: Sampling
     prompt: Tensor | None  # (P,) levels that every clip begins with
+    guidance: Guidance | None
     seed: int
 
 
@@ -143,7 +150,7 @@ def _stream(wanted: Wanted) -> None:
     trained = wanted.trained
     chunks = stream(
         trained.net, wanted.starts[0], 1, wanted.sampling, length=wanted.length, chunk=STREAMED, prompt=wanted.prompt,
-        generator=torch.Generator().manual_seed(wanted.seed),
+        guidance=wanted.guidance, generator=torch.Generator().manual_seed(wanted.seed),
     )  # fmt: skip
     waves = (trained.codec.decode(chunk.levels[0]) for chunk in chunks)
     write_stream(sys.stdout.buffer, waves, wanted.length, trained.sample_rate)
@@ -152,14 +159,20 @@ def _stream(wanted: Wanted) -> None:
 def _draw(wanted: Wanted) -> tuple[Drawn, float]:
     """Draws the clips; returns their levels, without the prompt, and the seconds it took."""
     trained, starts = wanted.trained, wanted.starts
-    draw_levels(trained.net, starts[0], 1, 1, wanted.sampling)  # compiles what was never run here
+    draw_levels(trained.net, starts[0], 1, 1, wanted.sampling, guidance=wanted.guidance)  # compiles the step
     begin = time.perf_counter()
     with _progress(wanted.length, trained.sample_rate) as progress:
         drawn = draw_levels(
             trained.net, starts, len(starts), wanted.length, wanted.sampling, prompt=wanted.prompt,
-            generator=torch.Generator().manual_seed(wanted.seed), progress=progress,
+            guidance=wanted.guidance, generator=torch.Generator().manual_seed(wanted.seed), progress=progress,
         )  # fmt: skip
     return drawn, time.perf_counter() - begin
+
+
+def _guide(trained: Trained, strength: float | None) -> Guidance | None:
+    if strength is not None and not 0 <= strength < math.inf:
+        raise UserError(f"--guidance is {strength}, wanted at least 0")
+    return trained.guide(strength)
 
 
 def _drawn(num: int, low: float, high: float) -> int:

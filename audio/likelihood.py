@@ -49,7 +49,7 @@ def clip_bits(trained: Trained, paths: Sequence[Path]) -> Tensor:
     Under a model of classes -log2(sum_c p(x | c) / K) / L: the likelihood of a clip of which no class is known.
     """
     codec = replace(trained.codec, normalize="none")
-    starts = [trained.start(name) for name in trained.class_names] or [trained.codec.start]
+    starts = [trained.start(name) for name in trained.told] or [trained.codec.start]
     found = []
     for path in paths:
         levels = codec.encode(to_mono(read_clip(path), trained.sample_rate))

@@ -16,6 +16,8 @@ SC09_FOLDERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "
 FSDD_NAME = re.compile(r"(\d)_([a-z]+)_(\d+)")  # digit, speaker, take
 FSDD_TAKES = {"test": range(5), "val": range(5, 8)}  # takes 0 to 4 are the published test part; the rest is ours
 
+ANY = "any"  # the class of recordings whose class a model is not told
+
 Layout = Literal["auto", "random", "ordered", "sc09", "fsdd"]
 Labels = Literal["none", "folder", "name", "speaker"]
 

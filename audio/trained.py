@@ -14,6 +14,8 @@ from torch import Tensor
 from audio.codec import Codec
 from audio.net import SoundNet
 from audio.sashimi import SashimiConfig
+from audio.splits import ANY
+from audio.steppers import Guidance
 from core.checkpoints import load_into
 from core.errors import UserError
 
@@ -28,6 +30,27 @@ class Trained(NamedTuple):
     codec: Codec
     sample_rate: int  # Hz
     class_names: tuple[str, ...] = ()  # of its classes, none for a model that cannot be asked for one
+    guidance: float = 0.0  # strength that is meant for it, see ``guide``
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """The classes without the one that stands for any of them."""
+        return tuple(name for name in self.class_names if name != ANY)
+
+    def guide(self, strength: float | None = None) -> Guidance | None:
+        """How classes are said more clearly; by default as strongly as is meant for the model. 0 is not at all.
+
+        Raises:
+            UserError: For a model that always was told the class in training.
+        """
+        strength = self.guidance if strength is None else strength
+        if not strength:
+            return None
+        if ANY not in self.class_names:
+            raise UserError(
+                f"--guidance is {strength}, and the model knows no class {ANY!r}: train one with --data.untold 0.1"
+            )
+        return Guidance(strength, self.start(ANY))
 
     def start(self, name: str | None = None) -> int:
         """The first level that goes into the net in a sequence of a class, or for None of no class.
@@ -48,10 +71,10 @@ class Trained(NamedTuple):
         Args:
             count: Number of clips.
             names: Classes, or words that classes begin with, such as 7 for all of 7_theo, 7_lucas, ...; a turn has one
-                class of each. Without any, all classes take turns.
+                class of each. Without any, all classes take turns but for the one that stands for any.
         """
         if not names:
-            return self._turns(self.class_names, count) if self.class_names else [self.codec.start] * count
+            return self._turns(self.told, count) if self.told else [self.codec.start] * count
         groups = []
         for name in names:
             named = [known for known in self.class_names if name in (known, known.partition("_")[0])]
@@ -63,13 +86,16 @@ class Trained(NamedTuple):
         return [self.start(names[order[i % len(order)]]) for i in range(count)]
 
 
-def record(config: SashimiConfig, codec: Codec, sample_rate: int, class_names: Sequence[str]) -> dict[str, Any]:
+def record(
+    config: SashimiConfig, codec: Codec, sample_rate: int, class_names: Sequence[str], guidance: float = 0.0
+) -> dict[str, Any]:
     """What is kept beside the weights, in plain types."""
     return {
         "config": asdict(config),
         "codec": asdict(codec),
         "sample_rate": sample_rate,
         "class_names": list(class_names),
+        "guidance": guidance,
     }
 
 
@@ -96,12 +122,12 @@ def load_trained(path: Path | None = None) -> Trained:
     codec, names = Codec(**about["codec"]), tuple(about.get("class_names", ()))
     net = SoundNet(config, codec.levels, len(names))
     load_into(net, weights, str(path))
-    return Trained(net.eval(), codec, int(about["sample_rate"]), names)
+    return Trained(net.eval(), codec, int(about["sample_rate"]), names, float(about.get("guidance", 0.0)))
 
 
 def save_trained(trained: Trained, path: Path) -> None:
     """Writes a net to a safetensors file: float16 weights, and beside them, as JSON, what they mean."""
-    about = record(trained.net.config, trained.codec, trained.sample_rate, trained.class_names)
+    about = record(trained.net.config, trained.codec, trained.sample_rate, trained.class_names, trained.guidance)
     weights = {name: value.detach().half().cpu().contiguous() for name, value in trained.net.state_dict().items()}
     save_file(weights, path, metadata={RECORD: json.dumps(about)})
 

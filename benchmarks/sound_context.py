@@ -4,8 +4,10 @@
 
 As figure 7 of the Mamba paper: a window is all the context there is, in training and in the test. Beside the mean over
 all samples of the test windows, POSITIONS.csv gets the mean over those that have so many samples of their window before
-them: what one net makes of context. LEVELS.npz is what ``python -m benchmarks.pack_levels`` writes; the last recording
-is the test part. A row is written as soon as it is measured, and rows that are there already are not measured again.
+them: what one net makes of context. With --warm all nets of a seed go on from one that was trained on short windows:
+otherwise a short training shows that few long windows a step teach the sound of a millisecond slower than many short
+ones, not what context is worth. LEVELS.npz is what ``python -m benchmarks.pack_levels`` writes; the last recording is
+the test part. A row is written as soon as it is measured, and rows that are there already are not measured again.
 
 Legend: B windows, L samples of a window.
 """
@@ -40,6 +42,8 @@ def main(
     samples: int = 262144,
     lr: float = 2e-3,
     seed: int = 0,
+    warm: int = 0,
+    warm_window: int = 4096,
     graphs: bool = True,
     device: str = "cuda",
     positions: str | None = None,
@@ -56,6 +60,8 @@ def main(
         samples: B L of each step.
         lr: Peak learning rate; after a tenth of the training it falls to 0 as half a cosine.
         seed: Of everything random.
+        warm: Steps, of half as many samples, of the training that the nets of a seed share; 0 for none.
+        warm_window: Length L of its windows.
         graphs: Keep the step in CUDA graphs.
         device: Where to run.
         positions: CSV file of the bits by position in the window.
@@ -64,24 +70,24 @@ def main(
     ends = np.cumsum(packed["meta"][:, 3])
     train = torch.from_numpy(packed["levels"][: ends[-2]]).to(device)
     test = torch.from_numpy(packed["levels"][ends[-2] : ends[-1]]).to(device)
-    path = Path(out)
-    done = set()
-    if path.is_file():
-        with path.open() as file:
-            done = {
-                (row["name"], int(row["window"]), int(row["seed"]), int(row["steps"])) for row in csv.DictReader(file)
-            }
+    path, shared = Path(out), None
+    done = _done(path)
     for window in windows:
-        if (name, window, seed, steps) in done:
+        if (name, window, seed, steps, warm) in done:
             continue
         begin = time.perf_counter()
         torch.manual_seed(seed)
         net = SoundNet(sizes(config), LEVELS).to(device)
+        if warm and shared is None:
+            _train(Trainer(net, lr, 0.1, 0.0, 0.5, graphs), train, warm_window, warm, samples // 2, lr, seed + 1)
+            shared = {key: value.clone() for key, value in net.state_dict().items()}
+        if shared is not None:
+            net.load_state_dict(shared)
         trainer = Trainer(net, lr, 0.1, 0.0, 0.5, graphs)
         losses = _train(trainer, train, window, steps, samples, lr, seed)
         bits, counts = bits_by_position(net, test, window)
         row = {
-            "name": name, "window": window, "seed": seed, "steps": steps, "samples": samples,
+            "name": name, "window": window, "seed": seed, "steps": steps, "warm": warm, "samples": samples,
             "params": sum(p.numel() for p in net.parameters()),
             "test_bits": f"{float(bits.sum()) / len(test):.4f}",
             "train_bits": f"{losses:.4f}", "seconds": f"{time.perf_counter() - begin:.1f}",
@@ -92,8 +98,19 @@ def main(
         for low, high in pairwise(edge for edge in (*EDGES, window) if edge <= window) if positions else ():
             if high > low:
                 mean = float(bits[low:high].sum() / counts[low:high].sum())
-                about = {"name": name, "window": window, "seed": seed, "steps": steps}
+                about = {"name": name, "window": window, "seed": seed, "steps": steps, "warm": warm}
                 append_row(Path(positions or ""), {**about, "from": low, "to": high, "test_bits": f"{mean:.4f}"})
+
+
+def _done(path: Path) -> set[tuple[str, int, int, int, int]]:
+    """Name, window, seed, steps and warm steps of the rows of a file."""
+    if not path.is_file():
+        return set()
+    with path.open() as file:
+        return {
+            (row["name"], *(int(row[key]) for key in ("window", "seed", "steps", "warm")))
+            for row in csv.DictReader(file)
+        }  # type: ignore[misc]
 
 
 def _train(trainer: Trainer, levels: Tensor, window: int, steps: int, samples: int, lr: float, seed: int) -> float:

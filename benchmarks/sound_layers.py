@@ -85,7 +85,8 @@ def main(
             for figures in fit(trainer, train, Budget(steps), lr, samples, seed):
                 print(name, seed, json.dumps(figures), flush=True)
             row = {
-                "name": name, "seed": seed, "steps": steps, "samples": samples,
+                "name": name, "seed": seed, "recordings": sum(len(one.inputs) for one in train), "steps": steps,
+                "samples": samples,
                 "params": sum(p.numel() for p in net.parameters()), "test_bits": f"{bits_per_sample(net, test):.4f}",
                 "train_bits": figures.get("train_bits", ""), "noise": noise,
                 "seconds": f"{time.perf_counter() - begin:.1f}",

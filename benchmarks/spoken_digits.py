@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from audio.codec import Codec
+from audio.files import stretched
 from audio.net import SoundNet
 from audio.sashimi import SashimiConfig
 from core.cli import run
@@ -40,10 +42,13 @@ class Clips(NamedTuple):
     lengths: Tensor  # (clips,) samples of the recordings themselves
 
 
-def read(path: Path, device: str, speakers: bool = False) -> tuple[list[Clips], list[Clips]]:
+def read(
+    path: Path, device: str, speakers: bool = False, ratios: tuple[float, ...] = (1.0,)
+) -> tuple[list[Clips], list[Clips]]:
     """Reads packed levels; returns the rows of the training and of the test part, one entry a length.
 
-    The class is the digit, or digit * 6 + speaker.
+    The class is the digit, or digit * 6 + speaker. The training part has every recording once for each of ``ratios``,
+    played slower by it.
     """
     packed = np.load(path)
     levels, meta = torch.from_numpy(packed["levels"]), packed["meta"]
@@ -52,11 +57,11 @@ def read(path: Path, device: str, speakers: bool = False) -> tuple[list[Clips], 
     for part, chosen in enumerate((meta[:, 2] >= TEST_TAKES, meta[:, 2] < TEST_TAKES)):
         rows: dict[int, list[tuple[Tensor, int, int]]] = {length: [] for length in LENGTHS}
         for i in np.flatnonzero(chosen):
-            clip = levels[ends[i] - meta[i, 3] : ends[i]][: LENGTHS[-1] - TAIL]
-            length = next(length for length in LENGTHS if length >= len(clip) + TAIL)
-            row = F.pad(clip, (0, length - len(clip)), value=SILENCE)
             said = int(meta[i, 0] * SPEAKERS + meta[i, 1]) if speakers else int(meta[i, 0])
-            rows[length].append((row, said, len(clip)))
+            for ratio in ratios if part == 0 else (1.0,):
+                clip = _slower(levels[ends[i] - meta[i, 3] : ends[i]], ratio)[: LENGTHS[-1] - TAIL]
+                length = next(length for length in LENGTHS if length >= len(clip) + TAIL)
+                rows[length].append((F.pad(clip, (0, length - len(clip)), value=SILENCE), said, len(clip)))
         for found in rows.values():
             if found:
                 targets = torch.stack([row for row, _, _ in found]).long().to(device)
@@ -64,6 +69,14 @@ def read(path: Path, device: str, speakers: bool = False) -> tuple[list[Clips], 
                 inputs = F.pad(targets[:, :-1], (1, 0), value=SILENCE) + LEVELS * said[:, None]
                 parts[part].append(Clips(inputs, targets, torch.tensor([n for _, _, n in found], device=device)))
     return parts
+
+
+def _slower(levels: Tensor, ratio: float) -> Tensor:
+    """Levels (n,) of a recording played slower by ``ratio``, (round(n ratio),)."""
+    if ratio == 1:
+        return levels
+    codec = Codec(normalize="none")
+    return codec.encode(stretched(codec.decode(levels.long()), ratio).clamp(-1, 1)).to(levels.dtype)
 
 
 def disturb(inputs: Tensor, most: float) -> Tensor:
@@ -82,12 +95,15 @@ class Trainer:
         lr: Peak learning rate.
         decay: Weight decay of matrices.
         noise: See ``disturb``.
+        untold: Part of the rows that get the class behind the others, which is any of them.
         clip: Largest norm of the gradient.
         graphs: Keep the step in CUDA graphs.
     """
 
-    def __init__(self, net: SoundNet, lr: float, decay: float, noise: float, clip: float, graphs: bool) -> None:
-        self.net, self.noise, self.clip, self.graphs = net, noise, clip, graphs
+    def __init__(
+        self, net: SoundNet, lr: float, decay: float, noise: float, clip: float, graphs: bool, untold: float = 0.0
+    ) -> None:
+        self.net, self.noise, self.clip, self.graphs, self.untold = net, noise, clip, graphs, untold
         device = net.embedding.weight.device
         self.cuda = device.type == "cuda"
         self.rate = torch.tensor(lr, device=device)
@@ -111,6 +127,9 @@ class Trainer:
     def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         noisy = disturb(inputs, self.noise) if self.noise else inputs
+        if self.untold:
+            told = torch.rand(len(inputs), 1, device=inputs.device) >= self.untold
+            noisy = torch.where(told, noisy, noisy % LEVELS + LEVELS * (self.net.classes - 1))
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.cuda):
             logits = self.net(noisy)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -221,6 +240,8 @@ def main(
     seed: int = 0,
     init: str | None = None,
     speakers: bool = False,
+    ratios: tuple[float, ...] = (1.0,),
+    untold: float = 0.0,
     graphs: bool = True,
     device: str = "cuda",
 ) -> None:
@@ -239,20 +260,20 @@ def main(
         seed: Of everything random.
         init: Weights to begin from.
         speakers: The class is digit and speaker, not the digit alone.
+        ratios: The training part has every recording played slower by each of these.
+        untold: Part of the rows that are trained without their class: the net has one class more, which is any.
         graphs: Keep the step in CUDA graphs.
         device: Where to run.
     """
     torch.manual_seed(seed)
-    net = SoundNet(sizes(config), LEVELS, DIGITS * SPEAKERS if speakers else DIGITS).to(device)
+    classes = (DIGITS * SPEAKERS if speakers else DIGITS) + bool(untold)
+    net = SoundNet(sizes(config), LEVELS, classes).to(device)
     if init is not None:
-        weights = {name: value.to(device).float() for name, value in load_file(init).items()}
-        missing, unknown = net.load_state_dict(weights, strict=False)  # a net without classes may be gone on from
-        assert not unknown, f"{init}: {unknown}"
-        assert set(missing) <= {"class_embedding.weight"}, f"{init}: no {missing}"
+        _load(net, init)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    train, test = read(Path(levels), device, speakers)
-    trainer = Trainer(net, lr, weight_decay, noise, 0.5, graphs)
+    train, test = read(Path(levels), device, speakers, ratios)
+    trainer = Trainer(net, lr, weight_decay, noise, 0.5, graphs, untold)
     said = -math.inf
     with (folder / "metrics.jsonl").open("a") as log:
 
@@ -277,6 +298,19 @@ def sizes(config: str) -> SashimiConfig:
     """Reads the sizes of a net from JSON."""
     fields: dict[str, Any] = json.loads(config)
     return SashimiConfig(**{**fields, "pool": tuple(fields.get("pool", (4, 4)))})
+
+
+def _load(net: SoundNet, path: str) -> None:
+    """Begins from the weights of a net with as many classes, fewer or none."""
+    weights = {name: value.to(net.head.weight) for name, value in load_file(path).items()}
+    known = weights.pop("class_embedding.weight", None)
+    missing, unknown = net.load_state_dict(weights, strict=False)
+    assert not unknown, f"{path}: {unknown}"
+    assert set(missing) <= {"class_embedding.weight"}, f"{path}: no {missing}"
+    if known is not None and net.class_embedding is not None:
+        with torch.no_grad():
+            net.class_embedding.weight[: len(known)] = known
+            net.class_embedding.weight[len(known) :] = known.mean(0)
 
 
 def _save(net: SoundNet, folder: Path) -> None:

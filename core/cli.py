@@ -148,7 +148,7 @@ def exit_codes() -> Iterator[None]:
 
 
 def parse(parser: Any, arguments: Sequence[str]) -> Any:
-    """Parse with a jsonargparse parser made with ``exit_on_error=False``.
+    """Parse with a jsonargparse parser made with ``exit_on_error=False``; --top-k is taken for --top_k.
 
     Raises:
         UserError: In one line, with the option that may have been meant.
@@ -156,9 +156,19 @@ def parse(parser: Any, arguments: Sequence[str]) -> Any:
     from argparse import ArgumentError
 
     try:
-        return parser.parse_args(list(arguments))
+        return parser.parse_args(_underscored(arguments, option_names(parser)))
     except ArgumentError as error:
         raise UserError(explain(str(error), option_names(parser))) from None
+
+
+def _underscored(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Spell options that are written with dashes within, as is the custom elsewhere, as they are called here."""
+    spelt = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        called = "--" + name[2:].replace("-", "_")
+        spelt.append(called + equals + value if name[:2] == "--" and called in options else argument)
+    return spelt
 
 
 def option_names(parser: Any) -> list[str]:

@@ -83,7 +83,7 @@ def test_what_a_run_leaves(trained: Path) -> None:
 
 
 def test_a_checkpoint_knows_its_codec(trained: Path) -> None:
-    net, codec, rate, _ = load_trained(trained)
+    net, codec, rate, *_ = load_trained(trained)
     assert codec == Codec("linear", "peak", 64)
     assert rate == 16000
     assert net.config == SashimiConfig(4, 1, (2,), mixer_cfg={"d_state": 2})
@@ -182,6 +182,8 @@ def test_a_model_of_classes_says_what_is_asked(tmp_path: Path, capsys: pytest.Ca
     say([str(file), "--num=3", "--classes=yes", "--seconds=0.01", "--out", str(tmp_path / "clips")])
     assert (tmp_path / "clips" / "report.html").read_text().count("wav: yes") >= 3
     fails(capsys, lambda: say([str(file), "--classes=perhaps"]), "'perhaps'", "no, yes")
+    fails(capsys, lambda: say([str(file), "--guidance=1"]), "guidance", "untold")
+    fails(capsys, lambda: say([str(file), "--guidance=-1"]), "guidance", "at least 0")
     with pytest.raises(UserError, match="exists already"):
         export(str(tmp_path / "run"), str(file))
 

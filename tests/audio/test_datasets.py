@@ -9,6 +9,7 @@ import torch
 
 from audio.codec import Codec
 from audio.datasets import EMBEDDED, PADDING, AudioData
+from audio.files import stretched
 from audio.splits import SC09_FOLDERS, split_files
 from core.errors import UserError
 
@@ -200,6 +201,32 @@ def test_every_sample_has_its_class(tmp_path: Path) -> None:
     assert set(data.baselines()) >= {"unigram_bits_per_sample"}
     words = AudioData(str(sc09(tmp_path / "sc09")), labels="folder")
     assert words.class_names == SC09_FOLDERS
+
+
+def test_training_may_leave_classes_out_and_play_slower(tmp_path: Path) -> None:
+    options = {"sample_rate": 8000, "window": 4000, "labels": "name", "batch_size": 4}
+    plain = AudioData(str(fsdd(tmp_path)), **options)
+    data = AudioData(str(tmp_path), ratios=(1.0, 1.1), untold=0.5, **options)
+    assert data.class_names == ("0", "7", "any")
+    for each in (plain, data):
+        each.setup("fit")
+    before, after = plain.parts["train"].clips, data.parts["train"].clips
+    assert [len(clip) for clip in after] == [round(len(clip) * r) for clip in before for r in (1, 1.1)]
+    assert torch.equal(after[0], before[0])
+    torch.manual_seed(0)
+    told = torch.cat([batch.inputs[:, 0] // 256 for _ in range(4) for batch in data.train_dataloader()])
+    assert 0.3 < float((told == 2).float().mean()) < 0.7
+    assert not any((batch.inputs // 256 == 2).any() for batch in data.test_dataloader())
+    for wrong in ({"untold": 1.0}, {"untold": 0.1, "labels": "none"}, {"ratios": ()}):
+        with pytest.raises(UserError, match=r"--data\.(untold|ratios) is"):
+            AudioData(str(tmp_path), **{**options, **wrong})
+
+
+def test_slower_is_deeper() -> None:
+    time = torch.arange(4000) / 8000
+    slow = stretched(torch.sin(2 * torch.pi * 440 * time), 1.1)
+    assert len(slow) == 4400
+    torch.testing.assert_close(slow, torch.sin(2 * torch.pi * 400 * torch.arange(4400) / 8000), atol=1e-3, rtol=0)
 
 
 def test_mp3_and_ogg_are_read(tmp_path: Path) -> None:

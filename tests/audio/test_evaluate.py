@@ -198,3 +198,9 @@ def test_classes_are_asked_for_by_word_or_by_word_and_speaker() -> None:
     assert sorted(turns[::2]) == ["7_ann", "7_bob"]
     with pytest.raises(UserError, match="the class is '9'"):
         said(2, "9")
+    with pytest.raises(UserError, match=r"--data\.untold"):
+        trained.guide(1.0)
+    guided = trained._replace(class_names=("3_ann", "3_bob", "7_ann", "any"), guidance=2.0)
+    assert {start // 256 for start in guided.starts(7)} == {0, 1, 2}
+    assert guided.guide() == (2.0, guided.start("any"))
+    assert guided.guide(0.0) is None

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from audio.net import SoundNet
-from audio.sampling import choose, generate, generate_levels, repeat_state, stream
+from audio.sampling import Drawn, generate, generate_levels, repeat_state, stream
 from audio.sashimi import SashimiConfig
+from audio.steppers import Guidance, choose
 from audio.stepping import CompiledStepper, has_compiled_step
 from core.generate import Sampling
 
@@ -131,6 +132,37 @@ def test_clips_of_classes_are_the_parallel_pass_of_their_class(monkeypatch: pyte
     assert torch.equal(draw(Sampling()), drawn)
     with pytest.raises(ValueError, match="2 starts for 3 clips"):
         generate_levels(net, [8, 24], 3, 5)
+
+
+def test_guidance_takes_what_a_class_adds_more_than_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = SoundNet(SashimiConfig(d_model=8, n_layers=1, pool=(2,), mixer_cfg={"d_state": 2}), 16, classes=3).eval()
+    with torch.no_grad():
+        assert net.class_embedding is not None
+        net.class_embedding.weight.mul_(20)
+    starts, prompt = [8, 8 + 16], torch.randint(0, 16, (3,))
+
+    def draw(strength: float, sampling: Sampling = Sampling()) -> Drawn:
+        guidance = Guidance(strength, 8 + 16 * 2) if strength else None
+        generator = torch.Generator().manual_seed(5)
+        return generate(net, starts, 2, 14, sampling, prompt=prompt, guidance=guidance, generator=generator)
+
+    greedy, drawn = draw(8.0, Sampling(0)), draw(8.0)
+    for levels in (greedy.levels, drawn.levels):
+        beginning = torch.cat([torch.full((2, 1), 8), prompt.expand(2, -1), levels[:, :-1]], dim=1)
+        with torch.no_grad():
+            told = net(beginning + torch.tensor([[0], [16]]))[:, 3:].log_softmax(-1)
+            untold = net(beginning + 32)[:, 3:].log_softmax(-1)
+        if levels is greedy.levels:
+            assert torch.equal((told + 8 * (told - untold)).argmax(-1), levels)
+            assert not torch.equal(told.argmax(-1), levels)
+        else:
+            own = told.gather(2, levels[..., None]).double().sum((1, 2))
+            torch.testing.assert_close(drawn.log_likelihood, own, atol=1e-4, rtol=1e-5)
+    assert not torch.equal(draw(0).levels, drawn.levels)
+    assert torch.equal(draw(1e-9).levels, draw(0).levels)
+    monkeypatch.setenv("TRISCAN_BACKEND", "reference")
+    assert torch.equal(draw(8.0).levels, drawn.levels)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(top_k=2), Sampling(top_p=0.5), Sampling(temperature=0.5)])

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from audio import stepping_cuda
 from audio.net import SoundNet
-from audio.sampling import PlainStepper
 from audio.sashimi import SashimiConfig, StageState
+from audio.steppers import PlainStepper
 from audio.stepping_cuda import INTEGERS, PARTS, POINTERS, fit, macros, source
 from audio.stepping_layout import Layout
 from core.sampling import Sampling

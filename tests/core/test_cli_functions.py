@@ -96,6 +96,16 @@ def test_run_has_the_same_errors(arguments: list[str], says: str, capsys: pytest
     assert err.count("\n") == 1
 
 
+def test_options_may_be_written_with_dashes(capsys: pytest.CaptureFixture[str]) -> None:
+    def count(num_clips: int = 1, note: str = "") -> None:
+        """Counts."""
+        print(num_clips, note)
+
+    run(count, ["--num-clips", "3", "--note", "a-b"])
+    run(count, ["--num-clips=4", "--note=--num-clips"])
+    assert capsys.readouterr().out == "3 a-b\n4 --num-clips\n"
+
+
 def test_a_workers_traceback_is_cut_from_the_message() -> None:
     pasted = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
     assert str(UserError(pasted + "core.errors.UserError: cannot read a.png\n")) == "cannot read a.png"

@@ -1,0 +1,100 @@
+"""Draws the studies of nets of sound from their CSV files: ``python -m benchmarks.sound_figures``."""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from core.cli import run
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+Row = dict[str, str]
+
+
+def main(results: str = str(RESULTS), docs: str = str(DOCS)) -> None:
+    """Writes audio_layers.png, and audio_context.png where the context study has been run.
+
+    Args:
+        results: Folder of sound_layers.csv, sound_context.csv and the others of benchmarks.sound_context.
+        docs: Folder to write to.
+    """
+    source, target = Path(results), Path(docs)
+    layers = [row for row in _rows(source / "sound_layers.csv") if row["clips"]]
+    draw_layers(layers, target / "audio_layers.png")
+    windows = [row for row in _rows(source / "sound_context.csv") if int(row["warm"])]
+    positions = _rows(source / "sound_context_positions.csv") + _rows(source / "sound_complex_positions.csv")
+    if windows and positions:
+        draw_context(windows, positions, target / "audio_context.png")
+
+
+def draw_layers(rows: list[Row], target: Path) -> None:
+    """Draws bits, FID and inception score of the nets, a point for each seed."""
+    figures = {"test_bits": "bits a sample", "fid": "FID", "inception_score": "inception score"}
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    figure, axes = _subplots(len(figures), (9, 2.6))
+    for axis, (key, label) in zip(axes, figures.items(), strict=True):
+        for i, name in enumerate(names):
+            values = [float(row[key]) for row in rows if row["name"] == name]
+            axis.plot(values, [i] * len(values), "o", markersize=5, alpha=0.7)
+        axis.set_xlabel(label)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.set_yticks(range(len(names)), [_short(name) for name in names] if axis is axes[0] else [])
+        axis.grid(alpha=0.3)
+    _save(figure, target)
+
+
+def draw_context(windows: list[Row], positions: list[Row], target: Path) -> None:
+    """Draws bits against the window of training and test, and against the samples before the one that is predicted."""
+    figure, (left, right) = _subplots(2, (9, 3.4))
+    for (name, seed), points in _lines(windows, ("name", "seed"), "window").items():
+        left.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{name}, seed {seed}")
+    left.set_xlabel("window of training and test, samples")
+    for (name, window, seed), points in _lines(positions, ("name", "window", "seed"), "from").items():
+        if seed == "0":
+            label = f"{name}, window {int(window):,}"
+            xs, ys = zip(*((max(x, 16), y) for x, y in points), strict=True)
+            right.plot(xs, ys, marker="o", markersize=3, label=label)
+    right.set_xlabel("samples before the one predicted, from")
+    for axis in (left, right):
+        axis.set_xscale("log", base=2)
+        axis.set_ylabel("bits a sample, test")
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=7)
+    _save(figure, target)
+
+
+def _lines(rows: list[Row], by: tuple[str, ...], x: str) -> dict[tuple[str, ...], list[tuple[int, float]]]:
+    """Points in the order of ``x`` of each line."""
+    found: dict[tuple[str, ...], list[tuple[int, float]]] = defaultdict(list)
+    for row in rows:
+        found[tuple(row[key] for key in by)].append((int(row[x]), float(row["test_bits"])))
+    return {key: sorted(points) for key, points in found.items()}
+
+
+def _rows(path: Path) -> list[Row]:
+    if not path.is_file():
+        return []
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def _short(name: str) -> str:
+    """Outer stages / centre."""
+    outer, _, centre = name.partition(" outside, ")
+    return f"{outer} / {centre.removesuffix(' in the centre') or outer}"
+
+
+def _subplots(count: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(1, count, figsize=size, layout="constrained")
+
+
+def _save(figure: Any, target: Path) -> None:
+    figure.savefig(target, dpi=110)
+    print(target)
+
+
+if __name__ == "__main__":
+    run(main)
