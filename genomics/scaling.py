@@ -30,7 +30,8 @@ SIZES: dict[str, dict[str, int]] = {
     "attention": {"d_model": 128, "n_layer": 6},
 }
 RATES = {"mamba": 8e-3, "mamba2": 8e-3, "mamba3": 8e-3, "hyena": 1e-3, "attention": 2e-3}  # the paper's
-KEY = ("data", "mixer", "context", "seed", "tokens", "rate")
+KEY = ("data", "mixer", "context", "seed", "tokens", "tokens_per_step", "rate")
+AT_ONCE = 1 << 18  # bases that go through a model at a time; the gradients of a step add up
 COLUMNS = (*KEY, "parameters", "perplexity", "seconds", "device", "date")
 
 
@@ -77,7 +78,7 @@ def scaling(
     for mixer in mixers:
         rate = (rates or {}).get(mixer, RATES[mixer])
         for context in contexts:
-            if tuple(map(str, (name, mixer, context, seed, tokens, rate))) in done:
+            if tuple(map(str, (name, mixer, context, seed, tokens, tokens_per_step, rate))) in done:
                 continue
             if most_runs is not None and new >= most_runs:
                 break
@@ -119,8 +120,10 @@ def one_run(
             share = min((step + 1) / warm, max(steps - step, 1) / max(steps - warm, 1))
             for group in optimizer.param_groups:
                 group["lr"] = rate * share
-            nats, count = summed(net, batch.to(device))
-            (nats / count.clamp(min=1)).backward()
+            batch = batch.to(device)
+            total = (targets(batch) != IGNORED).sum().clamp(min=1)
+            for part in batch.split(max(AT_ONCE // context, 1)):
+                (summed(net, part)[0] / total).backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
@@ -129,8 +132,8 @@ def one_run(
                 break
     perplexity = test(net, data, test_tokens, device)
     return {
-        "mixer": mixer, "context": context, "seed": seed, "tokens": tokens, "rate": rate,
-        "parameters": sum(p.numel() for p in net.parameters()), "perplexity": f"{perplexity:.5f}",
+        "mixer": mixer, "context": context, "seed": seed, "tokens": tokens, "tokens_per_step": per_step,
+        "rate": rate, "parameters": sum(p.numel() for p in net.parameters()), "perplexity": f"{perplexity:.5f}",
         "seconds": f"{time.perf_counter() - start:.1f}",
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
@@ -150,15 +153,16 @@ def test(net: torch.nn.Module, data: GenomeData, most: int, device: torch.device
     """Perplexity a base on the test's first windows."""
     nats = count = 0.0
     for batch in data.test_dataloader():
-        one, bases = summed(net, batch.to(device))
-        nats, count = nats + float(one), count + int(bases)
+        for part in batch.split(max(AT_ONCE // data.window, 1)):
+            one, bases = summed(net, part.to(device))
+            nats, count = nats + float(one), count + int(bases)
         if count >= most:
             break
     return float(torch.tensor(nats / max(count, 1)).exp())
 
 
 def read_table(path: Path) -> set[tuple[str, ...]]:
-    """Which runs a table holds: data, mixer, context, seed, tokens and rate of each row.
+    """Which runs a table holds: data, mixer, context, seed, tokens, tokens a step and rate of each row.
 
     Raises:
         UserError: If the file is no such table.

@@ -28,11 +28,11 @@ def test_rows_are_added_once_and_long_contexts_left_out(
         assert [line.split(",")[1:3] for line in lines[1:]] == [
             [m, c] for m in ("mamba", "hyena") for c in ("32", "64")
         ]
-    assert all(3 < float(line.split(",")[7]) < 20 for line in lines[1:])
+    assert all(3 < float(line.split(",")[8]) < 20 for line in lines[1:])
     assert (tmp_path / "t.png").is_file()
     scaling(str(genome), table=str(table), device="cpu", **{**options, "contexts": (32,), "rates": {"hyena": 2e-3}})
-    assert [line.split(",")[1:6] for line in table.read_text().splitlines()[5:]] == [
-        ["hyena", "32", "0", "256", "0.002"]
+    assert [line.split(",")[1:7] for line in table.read_text().splitlines()[5:]] == [
+        ["hyena", "32", "0", "256", "128", "0.002"]
     ]
     assert "at 4,096: left out" in capsys.readouterr().out
     (tmp_path / "other.csv").write_text("a,b\n")
