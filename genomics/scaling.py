@@ -33,7 +33,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 RATES = {"mamba": 8e-3, "mamba2": 8e-3, "mamba3": 8e-3, "hyena": 1e-3, "attention": 2e-3}  # the paper's
 KEY = ("data", "mixer", "context", "seed", "tokens", "tokens_per_step", "lead", "rate")
-AT_ONCE = 1 << 18  # bases that go through a model at a time; the gradients of a step add up
+AT_ONCE = 1 << 17  # bases that go through a model at a time; the gradients of a step add up
 COLUMNS = (*KEY, "parameters", "perplexity", "seconds", "device", "date")
 
 
@@ -118,7 +118,7 @@ def one_run(
     plan = stages(context, tokens, per_step, lead)
     seen, total = 0, sum(size for _, size in plan)
     for length, size in plan:
-        net.set_gradient_checkpointing(device.type == "cuda" and length >= AT_ONCE)
+        net.set_gradient_checkpointing(device.type == "cuda" and length > AT_ONCE)
         rows = min(max(per_step // length, 1), max(sum(len(i) // length for i in data.parts["train"]), 1))
         data.stage_of = lambda at=(length, rows): at
         for batch in itertools.islice(endless(data), max(size // (length * rows), 1)):

@@ -58,12 +58,15 @@ def test_pieces_have_the_whole_blocks_gradients(autocast: bool, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_what_is_forgotten_comes_back_the_same(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_forgotten_comes_back(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the order of a norm's sum: its kernel has other tiles where there is no residual to add."""
     ids, net = tokens(2, 1500).cuda(), model().cuda()
     kept = gradients(net, ids, autocast)
+    again = worst(gradients(net, ids, autocast), kept)
     monkeypatch.setattr("core.block.FORGET_FROM", 1)
-    for ours, theirs in zip(gradients(net, ids, autocast), kept, strict=True):
-        assert torch.equal(ours, theirs)
+    forgetful = worst(gradients(net, ids, autocast), kept)
+    print(f"relative difference: kept twice {again:.1e}, forgotten {forgetful:.1e}")
+    assert forgetful <= (1e-3 if autocast else 1e-6)
 
 
 def test_memory_of_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
