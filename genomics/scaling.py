@@ -31,6 +31,7 @@ SIZES: dict[str, dict[str, int]] = {
     "hyena": {"d_model": 128, "n_layer": 6},
     "attention": {"d_model": 128, "n_layer": 6},
 }
+MARKOV = "markov"  # the baseline's name in the table
 RATES = {"mamba": 8e-3, "mamba2": 8e-3, "mamba3": 8e-3, "hyena": 1e-3, "attention": 2e-3}  # the paper's
 KEY = ("data", "mixer", "context", "seed", "tokens", "tokens_per_step", "lead", "rate")
 AT_ONCE = 1 << 17  # bases that go through a model at a time; the gradients of a step add up
@@ -55,8 +56,9 @@ def scaling(
 ) -> None:
     """Trains each mixer at each context on equal tokens and writes its test perplexity as a row of the table.
 
-    Contexts longer than the training, validation or test part of the sequence are left out, with a message. Beside the
-    table stands its picture, of the same name with .png.
+    The first row is that of the best Markov chain of order 0 to 10 on the same parts. Contexts longer than the
+    training, validation or test part of the sequence are left out, with a message. Beside the table stands its
+    picture, of the same name with .png.
 
     Args:
         fasta: Genome file; null is the excerpt that comes with the package.
@@ -80,6 +82,8 @@ def scaling(
     name = Path(fasta).name if fasta else "excerpt"
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     new = 0
+    if not any(row[:2] == (name, MARKOV) for row in done):
+        append_row(path, markov_row(fasta, name))
     for mixer in mixers:
         rate = (rates or {}).get(mixer, RATES[mixer])
         for context in contexts:
@@ -142,6 +146,18 @@ def one_run(
     }  # fmt: skip
 
 
+def markov_row(fasta: str | None, name: str) -> dict[str, Any]:
+    """The row of the best Markov chain, which has no context, steps or rate."""
+    start = time.perf_counter()
+    data = GenomeData(fasta, window=1024, pad=True, batch_size=1)
+    best = data.baselines()["markov_best_perplexity"]
+    return {
+        **dict.fromkeys(COLUMNS, 0), "data": name, "mixer": MARKOV, "tokens": sum(map(len, data.parts["train"])),
+        "perplexity": f"{best:.5f}", "seconds": f"{time.perf_counter() - start:.1f}", "device": "cpu",
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+
+
 def stages(context: int, tokens: int, per_step: int, lead: float) -> list[tuple[int, int]]:
     """Bases of a window, and of all windows, of the parts of a run: contexts longer than a step get a first part."""
     first = int(lead * tokens)
@@ -201,6 +217,8 @@ def draw(path: Path) -> Figure:
             points[context] = min(points.get(context, value), value)
     figure = Figure(figsize=(5 * len(found), 4), layout="constrained")
     for axis, (data, lines) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        for value in lines.pop(MARKOV, {}).values():
+            axis.axhline(value, color="grey", linestyle="--", label="best Markov chain")
         for label, points in lines.items():
             x, y = zip(*sorted(points.items()), strict=True)
             axis.plot(x, y, marker="o", label=label)
