@@ -70,7 +70,7 @@ def test_what_is_forgotten_comes_back(autocast: bool, monkeypatch: pytest.Monkey
 
 
 def test_memory_of_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forgetting saves an eighth at least, pieces most of what a checkpointed block needs above its inputs."""
+    """Forgetting saves two blocks' convolutions and an input, pieces most of what a block that is computed again needs."""
     ids, net = tokens(1, 1 << 17).cuda(), model().cuda()
 
     def peak() -> float:
@@ -89,6 +89,7 @@ def test_memory_of_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.block.PIECE", 1 << 14)
     found["pieces"] = peak()
     print(", ".join(f"{name} {mib:.0f} MiB" for name, mib in found.items()))
-    assert found["forgetful"] < 0.88 * found["whole"]
+    # At the peak the last block's are there again, and the first block's input has no sum to be computed from.
+    assert found["whole"] - found["forgetful"] >= 2 * 32 + 16
     assert found["checkpointed"] < 0.75 * found["forgetful"]
     assert found["pieces"] < 0.75 * found["checkpointed"]
