@@ -70,7 +70,7 @@ def test_what_is_forgotten_comes_back(autocast: bool, monkeypatch: pytest.Monkey
 
 
 def test_memory_of_long_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forgetting saves two blocks' convolutions and an input, pieces most of what a block that is computed again needs."""
+    """Forgetting saves two convolutions and an input, pieces most of what a block that is computed again needs."""
     ids, net = tokens(1, 1 << 17).cuda(), model().cuda()
 
     def peak() -> float:
