@@ -87,7 +87,7 @@ def forget(t: Tensor, compute: Callable[[], Tensor]) -> None:
 
     Args:
         t: Contiguous. It is not the output of the node that saves it.
-        compute: Returns it anew, bit for bit; may hold detached tensors that are kept in any case.
+        compute: Returns it anew, but for the order of its sums; may hold detached tensors that are kept in any case.
     """
     if _known:
         _known[-1][t.data_ptr()] = (t, Forgotten(compute))

@@ -6,13 +6,12 @@ B batch, L tokens, C channels.
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.backend import has, interpreting
+from kernels.backend import choose, has, interpreting
 
 __all__ = ["fft_length", "gated_convolution", "takes"]
 
@@ -26,12 +25,10 @@ def fft_length(least: int) -> int:
 
 
 def takes(u: Tensor, taps: Tensor) -> bool:
-    """Whether ``gated_convolution`` runs here: with Triton, in float32 or less, an even number of channels.
-
-    No GPU has measured it yet: on one it runs where the variable TRISCAN_BACKEND is ``triton``, and not by itself.
-    """
-    asked = interpreting() or (u.is_cuda and os.environ.get("TRISCAN_BACKEND") == "triton")
-    if torch.compiler.is_compiling() or not asked or not has("triton"):
+    """Whether ``gated_convolution`` runs here: with Triton, in float32 or less, an even number of channels."""
+    if torch.compiler.is_compiling() or not has("triton"):
+        return False
+    if not interpreting() and (not u.is_cuda or choose("auto", u.device)[0] != "triton"):
         return False
     long = u.shape[1] >= SHORTEST or interpreting()
     return long and u.dtype in NARROW and taps.dtype == torch.float32 and taps.shape[1] % 2 == 0

@@ -15,24 +15,25 @@ def test_rows_are_added_once_and_long_contexts_left_out(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     genome, table = tmp_path / "g.fa", tmp_path / "t.csv"
     genome.write_text(">a\n" + "".join(np.random.default_rng(0).choice(list("ACGT"), 4000)) + "\n")
-    options = {"contexts": (32, 64, 4096), "tokens": 256, "tokens_per_step": 128, "d_model": 8, "n_layer": 1,
+    options = {"contexts": (32, 64, 4096), "tokens": 256, "tokens_per_step": 32, "d_model": 8, "n_layer": 1,
                "mixers": ("mamba", "hyena")}  # fmt: skip
     scaling(str(genome), table=str(table), device="cpu", most_runs=1, **options)
     first = table.read_text().splitlines()
     assert first[0] == ",".join(COLUMNS)
-    assert len(first) == 2
+    assert len(first) == 3
+    assert first[1].startswith("g.fa,markov,0,")
     for _ in range(2):
         scaling(str(genome), table=str(table), device="cpu", **options)
         lines = table.read_text().splitlines()
-        assert lines[:2] == first
-        assert [line.split(",")[1:3] for line in lines[1:]] == [
+        assert lines[:3] == first
+        assert [line.split(",")[1:3] for line in lines[2:]] == [
             [m, c] for m in ("mamba", "hyena") for c in ("32", "64")
         ]
-    assert all(3 < float(line.split(",")[7]) < 20 for line in lines[1:])
+    assert all(3 < float(line.split(",")[9]) < 20 for line in lines[1:])
     assert (tmp_path / "t.png").is_file()
     scaling(str(genome), table=str(table), device="cpu", **{**options, "contexts": (32,), "rates": {"hyena": 2e-3}})
-    assert [line.split(",")[1:6] for line in table.read_text().splitlines()[5:]] == [
-        ["hyena", "32", "0", "256", "0.002"]
+    assert [line.split(",")[1:8] for line in table.read_text().splitlines()[6:]] == [
+        ["hyena", "32", "0", "256", "32", "0.8", "0.002"]
     ]
     assert "at 4,096: left out" in capsys.readouterr().out
     (tmp_path / "other.csv").write_text("a,b\n")

@@ -11,6 +11,7 @@ from contract import triton_device
 from torch import Tensor
 
 from core.mixers.hyena import Hyena
+from kernels.backend import interpreting
 from kernels.long_convolution import gated_convolution, takes
 
 DEVICE = triton_device()
@@ -72,3 +73,5 @@ def test_the_layer_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     taps = torch.zeros(50, 3, device=DEVICE)
     assert not takes(torch.zeros(2, 50, 9, device=DEVICE), taps)
     assert not takes(torch.zeros(2, 50, 12, dtype=torch.float64, device=DEVICE), taps.double())
+    monkeypatch.setenv("TRISCAN_BACKEND", "torch")
+    assert takes(torch.zeros(2, 50, 12, device=DEVICE), taps[:, :2]) == interpreting()
