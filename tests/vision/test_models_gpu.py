@@ -8,6 +8,7 @@ import torch
 from accuracy import relative_rms
 
 import vision  # noqa: F401  registers the models
+from vision.models import mixer
 from vision.module import capture
 
 MODULES = ["efficient_vmamba", "local_vim", "local_vmamba", "mamba_nd", "plain_mamba", "vmamba", "vim"]
@@ -102,3 +103,21 @@ def test_captured_training_is_training():
                 p.grad = None
     one = images[:1].cuda()
     torch.testing.assert_close(captured.eval()(one), model.eval()(one), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_both_directions_at_once_are_the_same(graph, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"img_size": 64, "patch_size": 2, "embed_dim": 64, "depth": 3, "num_classes": 5}
+    model = timm.create_model("vim_tiny_patch16_224", **sizes).cuda()
+    images = torch.randn(2, 3, 64, 64, device="cuda")
+    assert mixer._leaves_idle(images.new_empty(2, 1025, 128))
+    with monkeypatch.context() as patch:
+        patch.setattr(mixer, "_leaves_idle", lambda x: False)
+        wanted = gradients(model, images)
+    model.zero_grad()
+    if graph:
+        capture(model, images)
+    for _ in range(3):
+        torch.testing.assert_close(gradients(model, images), wanted)
+        model.zero_grad()
