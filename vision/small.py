@@ -3,7 +3,6 @@
 Dimension letters: B batch, N images of a part, C channels, H W height and width in pixels.
 """
 
-import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from core.errors import UserError
 from core.training.rng import ResumableLoader
+from vision.augment import erase, random_distortions, shift_and_flip
 from vision.data import ImageData
 from vision.files import LAYOUT, find_classes, list_images, read_image
 
@@ -52,9 +52,8 @@ class SmallImages(ImageData):
         batch_size: Images per step and device.
         padding: Training images are shifted by up to so many pixels each way, mirrored at the border.
         horizontal_flip: Probability.
-        rotation: Training images are turned by up to so many degrees either way.
-        zoom: They are enlarged or shrunk by up to this share, mirrored at the border.
-        colour: Brightness, contrast and saturation are multiplied by up to 1 +- so much, each by its own factor.
+        distortions: So many random operations on each training image: turned, sheared, recoloured, posterized, ...
+            (``vision.augment.random_distortions``); 1 is TrivialAugment.
         erasing: Side of a square that is cut out of each training image, in pixels; 0 for none.
         mean: Per channel, subtracted from pixels between 0 and 1.
         std: Per channel, which they are then divided by.
@@ -68,17 +67,16 @@ class SmallImages(ImageData):
         batch_size: int = 512,
         padding: int = 4,
         horizontal_flip: float = 0.5,
-        rotation: float = 0.0,
-        zoom: float = 0.0,
-        colour: float = 0.0,
+        distortions: int = 0,
         erasing: int = 8,
         mean: Sequence[float] = (0.4914, 0.4822, 0.4465),
         std: Sequence[float] = (0.2470, 0.2435, 0.2616),
     ) -> None:
         super().__init__()
         self.root, self.held_out, self.img_size, self.batch_size = root, held_out, img_size, batch_size
-        self.padding, self.horizontal_flip, self.erasing = padding, horizontal_flip, erasing
-        self.rotation, self.zoom, self.colour = rotation, zoom, colour
+        self.padding, self.horizontal_flip, self.distortions, self.erasing = (
+            padding, horizontal_flip, distortions, erasing,
+        )  # fmt: skip
         self.mean, self.std = tuple(mean), tuple(std)
         self.parts: dict[str, Part] = {}
         self._scale: Tensor | None = None  # mean and std where the batches are
@@ -126,10 +124,8 @@ class SmallImages(ImageData):
         if training:
             images = shift_and_flip(images, self.padding, self.horizontal_flip)
         x = images.float() / 255
-        if training and (self.rotation or self.zoom):
-            x = turn_and_zoom(x, self.rotation, self.zoom)
-        if training and self.colour:
-            x = recolour(x, self.colour)
+        if training:
+            x = random_distortions(x, self.distortions)
         if self._scale is None or self._scale.device != x.device:  # once: each copy makes the host wait for the GPU
             self._scale = torch.tensor([self.mean, self.std], device=x.device).view(2, -1, 1, 1)
         x = (x - self._scale[0]) / self._scale[1]
@@ -194,71 +190,3 @@ def hold_out(images: Tensor, labels: Tensor, count: int) -> tuple[Part, Part]:
             )
         kept[rows[torch.randperm(len(rows), generator=generator)[:each]]] = True
     return (images[~kept], labels[~kept]), (images[kept], labels[kept])
-
-
-def shift_and_flip(images: Tensor, padding: int, flip: float) -> Tensor:
-    """Shifts each image by up to ``padding`` pixels each way, mirrored at the border, and flips some.
-
-    Args:
-        images: (B, C, H, W), any dtype.
-        padding: In pixels.
-        flip: Probability of a horizontal flip.
-    """
-    count, _, height, width = images.shape
-    device = images.device
-    offsets = torch.randint(-padding, padding + 1, (2, count, 1), device=device)
-    rows = _mirrored(torch.arange(height, device=device) + offsets[0], height)
-    columns = _mirrored(torch.arange(width, device=device) + offsets[1], width)
-    flipped = torch.rand(count, 1, device=device) < flip
-    columns = torch.where(flipped, columns.flip(1), columns)
-    batch = torch.arange(count, device=device).view(-1, 1, 1)
-    return images.permute(0, 2, 3, 1)[batch, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
-
-
-def _mirrored(index: Tensor, size: int) -> Tensor:
-    index = index.abs()
-    return torch.where(index >= size, 2 * (size - 1) - index, index)
-
-
-def turn_and_zoom(images: Tensor, degrees: float, zoom: float) -> Tensor:
-    """Turns each image about its centre by up to ``degrees`` and scales it by 1 - ``zoom`` to 1 + ``zoom``; bilinear.
-
-    Args:
-        images: (B, C, H, W), floating point.
-        degrees: Largest angle, either way.
-        zoom: Largest share; what the image doesn't cover is mirrored at its border.
-    """
-    angle, scale = images.new_empty(2, len(images)).uniform_(-1, 1)
-    angle, scale = angle * math.radians(degrees), 1 + zoom * scale
-    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
-    ratio = images.shape[2] / images.shape[3]  # places run from -1 to 1 along both sides, whatever their lengths
-    rows = [torch.stack((cos, -sin * ratio, 0 * cos), 1), torch.stack((sin / ratio, cos, 0 * cos), 1)]
-    places = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, places, padding_mode="reflection", align_corners=False)
-
-
-def recolour(images: Tensor, amount: float) -> Tensor:
-    """Multiplies brightness, contrast and saturation of each image by 1 - ``amount`` to 1 + ``amount``.
-
-    Args:
-        images: (B, C, H, W) between 0 and 1.
-        amount: Largest change, a share.
-    """
-    brightness, contrast, saturation = 1 + amount * images.new_empty(3, len(images), 1, 1, 1).uniform_(-1, 1)
-    images = images * brightness
-    grey = images.mean(1, keepdim=True)
-    images = grey + saturation * (images - grey)
-    middle = grey.mean((2, 3), keepdim=True)
-    return (middle + contrast * (images - middle)).clamp(0, 1)
-
-
-def erase(images: Tensor, side: int) -> Tensor:
-    """Sets a square of each image to zero, centred anywhere (cutout; DeVries & Taylor 2017)."""
-    count, _, height, width = images.shape
-    inside = torch.ones(count, 1, height, width, dtype=torch.bool, device=images.device)
-    for axis, size in ((2, height), (3, width)):
-        start = torch.randint(0, size, (count, 1), device=images.device) - side // 2
-        places = torch.arange(size, device=images.device)
-        cut = (places >= start) & (places < start + side)
-        inside &= cut.view(count, 1, *((size, 1) if axis == 2 else (1, size)))
-    return images.masked_fill(inside, 0)

@@ -4,12 +4,14 @@ Dimension letters: B batch, L tokens, H W grid of patches, M = H W, D model widt
 P route positions, R dt rank, W convolution width.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from core import hippo
@@ -17,12 +19,84 @@ from core.mixers.mamba import decay_rates
 
 __all__ = ["RouteMixer", "block_diagonal"]
 
+torch.fx.wrap("scan_ways")
 torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in this module too
 
 
 def block_diagonal(weights: Tensor) -> Tensor:
     """K matrices (K, O, I) as one, (K O, K I): K thin products of strided rows become one that GPUs are good at."""
     return torch.diag_embed(weights.permute(1, 2, 0)).permute(2, 0, 3, 1).flatten(2).flatten(0, 1)
+
+
+def scan_one_way(x: Tensor, z: Tensor, parameters: list[Tensor], backwards: bool, R: int, N: int) -> Tensor:
+    """Convolves and scans tokens (B, L, E) in order, or from the last to the first; gated by z, (B, L, E).
+
+    Args:
+        x: What is scanned.
+        z: The gate.
+        parameters: A_log (E, N), D (E,), weight (E, 1, W) and bias (E,) of the convolution, x_proj (R + 2 N, E), weight
+            (E, R) and bias (E,) of dt_proj.
+        backwards: Which way.
+        R: Rank of the time steps.
+        N: State size.
+    """
+    A_log, D, conv_weight, conv_bias, x_weight, dt_weight, dt_bias = parameters
+    x, _ = torch.ops.triscan.causal_conv1d(
+        x, conv_weight.squeeze(1), conv_bias, None, None, None, None, "silu", backwards, False, "auto"
+    )
+    more = -R % 8
+    if more > 0:  # rows and ranks that are no multiple of 16 bytes take the GPU's slow products
+        x_weight, dt_weight = F.pad(x_weight, [0, 0, 0, more]), F.pad(dt_weight, [0, more])
+    parts = F.linear(x, x_weight)
+    dt, B, C = parts[..., : R + more], parts[..., R : R + N], parts[..., R + N : R + 2 * N]
+    y, _, _ = torch.ops.triscan.selective_scan(
+        x, F.linear(dt, dt_weight), decay_rates(A_log), B.unsqueeze(2), C.unsqueeze(2), D, z, dt_bias, None, None,
+        None, None, None, True, True, "sum", backwards, False, "auto",
+    )  # fmt: skip
+    return y
+
+
+@register_notrace_function
+def scan_ways(x: Tensor, z: Tensor, ways: list[list[Tensor]], backwards: list[bool], R: int, N: int) -> Tensor:
+    """The sum of ``scan_one_way`` over several ``parameters`` and directions; a leaf for tracers.
+
+    Two long scans of few rows leave half of a GPU idle, so they run at the same time there.
+    """
+    if not torch.jit.is_scripting() and len(ways) == 2 and _leaves_idle(x):
+        return _side_by_side(x, z, ways, backwards, R, N)
+    y = scan_one_way(x, z, ways[0], backwards[0], R, N)
+    for k in range(1, len(ways)):
+        y = y + scan_one_way(x, z, ways[k], backwards[k], R, N)
+    return y
+
+
+@torch.jit.ignore
+def _leaves_idle(x: Tensor) -> bool:
+    """Whether one scan of tokens (B, L, E) is too narrow for its GPU, and long enough to be worth a second stream."""
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return False
+    cores = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return x.shape[0] * x.shape[2] < 32 * cores and x.shape[1] >= 1024
+
+
+@torch.jit.ignore
+def _side_by_side(x: Tensor, z: Tensor, ways: list[list[Tensor]], backwards: list[bool], R: int, N: int) -> Tensor:
+    """``scan_ways`` for two, the second on a stream of its own.
+
+    Each use of that stream begins after what the first has to do by then, so memory goes back and forth in order.
+    """
+    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        second = scan_one_way(x, z, ways[1], backwards[1], R, N)
+    first = scan_one_way(x, z, ways[0], backwards[0], R, N)
+    main.wait_stream(side)
+    return first + second
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class RouteMixer(nn.Module):
@@ -138,52 +212,23 @@ class RouteMixer(nn.Module):
             bias, bias_b = self.conv1d.bias, self.conv1d_b.bias
             assert bias is not None  # nn.Conv1d declares it optional
             assert bias_b is not None
-            return self.scan_one_way(
-                x, z, self.A_log, self.D, self.conv1d.weight, bias, self.x_proj.weight, self.dt_proj.weight,
-                self.dt_proj.bias, self.backwards[0],
-            ) + self.scan_one_way(
-                x, z, self.A_b_log, self.D_b, self.conv1d_b.weight, bias_b, self.x_proj_b.weight, self.dt_proj_b.weight,
-                self.dt_proj_b.bias, self.backwards[1],
-            )  # fmt: skip
-        ys = []
-        for k in range(self.K):
-            conv, dt_proj = getattr(self, self.conv_names[k]), getattr(self, self.dt_names[k])
-            A_log, D, x_proj = (getattr(self, names[k]) for names in (self.A_names, self.D_names, self.x_names))
-            ys.append(
-                self.scan_one_way(
-                    x, z, A_log, D, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias,
-                    self.backwards[k],
-                )
-            )  # fmt: skip
-        return sum(ys[1:], ys[0])
-
-    def scan_one_way(
-        self,
-        x: Tensor,
-        z: Tensor,
-        A_log: Tensor,
-        D: Tensor,
-        conv_weight: Tensor,
-        conv_bias: Tensor,
-        x_weight: Tensor,
-        dt_weight: Tensor,
-        dt_bias: Tensor,
-        backwards: bool,
-    ) -> Tensor:
-        """One route's part of ``scan_in_order``."""
-        x, _ = torch.ops.triscan.causal_conv1d(
-            x, conv_weight.squeeze(1), conv_bias, None, None, None, None, "silu", backwards, False, "auto"
-        )
-        R, N, more = self.dt_rank, self.d_state, -self.dt_rank % 8
-        if more > 0:  # rows and ranks that are no multiple of 16 bytes take the GPU's slow products
-            x_weight, dt_weight = F.pad(x_weight, [0, 0, 0, more]), F.pad(dt_weight, [0, more])
-        parts = F.linear(x, x_weight)
-        dt, B, C = parts[..., : R + more], parts[..., R : R + N], parts[..., R + N : R + 2 * N]
-        y, _, _ = torch.ops.triscan.selective_scan(
-            x, F.linear(dt, dt_weight), decay_rates(A_log), B.unsqueeze(2), C.unsqueeze(2), D, z, dt_bias, None, None,
-            None, None, None, True, True, "sum", backwards, False, "auto",
-        )  # fmt: skip
-        return y
+            ways = [
+                [
+                    self.A_log, self.D, self.conv1d.weight, bias, self.x_proj.weight, self.dt_proj.weight,
+                    self.dt_proj.bias,
+                ],
+                [
+                    self.A_b_log, self.D_b, self.conv1d_b.weight, bias_b, self.x_proj_b.weight, self.dt_proj_b.weight,
+                    self.dt_proj_b.bias,
+                ],
+            ]  # fmt: skip
+        else:
+            ways = []
+            for k in range(self.K):
+                conv, dt_proj = getattr(self, self.conv_names[k]), getattr(self, self.dt_names[k])
+                A_log, D, x_proj = (getattr(self, names[k]) for names in (self.A_names, self.D_names, self.x_names))
+                ways.append([A_log, D, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias])
+        return scan_ways(x, z, ways, self.backwards, self.dt_rank, self.d_state)
 
     def scan_along_routes(self, x: Tensor, z: Tensor, grid: list[int]) -> Tensor:
         """Convolves and scans tokens (B, M + 1, E) of a grid along the routes; the gated sum (B, M + 1, E)."""
