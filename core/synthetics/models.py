@@ -33,6 +33,38 @@ from core.mixers import (
 )
 from core.synthetics.tasks import Batch
 
+FEW = 64  # tokens of a vocabulary whose gradient is a matrix product
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a table, whose gradient is a product with the one-hot matrix of the tokens.
+
+    torch's own adds one token's rows up in few threads: where nearly all tokens are one blank, as in selective copying,
+    that takes three quarters of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+        """Looks up tokens (...) in a table (V, D), (..., D)."""
+        ctx.save_for_backward(tokens)
+        ctx.rows = weight.shape[0]
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """The table's gradient."""
+        (tokens,), (grad,) = ctx.saved_tensors, grads
+        hot = tokens.flatten()[:, None] == torch.arange(ctx.rows, device=tokens.device)
+        return hot.to(grad.dtype).t() @ grad.flatten(0, -2), None
+
+
+class FewTokens(nn.Embedding):
+    """The embedding of a small vocabulary, with a gradient that is fast whatever the tokens are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Tokens (...) to vectors (..., D)."""
+        return _Lookup.apply(self.weight, input)  # type: ignore[no-any-return]  a function of autograd has no type
+
 
 class SequenceModel(MambaLM):
     """A small language model whose blocks hold any of the mixers, by name in ``ssm_cfg["layer"]``."""
@@ -104,7 +136,11 @@ def build(entry: dict[str, Any], d_model: int, n_layer: int, vocab_size: int, d_
         d_model=d_model, n_layer=n_layer, vocab_size=vocab_size, d_intermediate=d_intermediate, ssm_cfg=dict(entry),
         tie_embeddings=False,
     )  # fmt: skip
-    return SequenceModel(config)
+    model = SequenceModel(config)
+    if config.padded_vocab_size <= FEW:
+        table = model.get_parameter("backbone.embedding.weight").detach()
+        model.backbone.embedding = FewTokens.from_pretrained(table, freeze=False)
+    return model
 
 
 def longest(model: nn.Module) -> int | None:

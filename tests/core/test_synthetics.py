@@ -180,3 +180,19 @@ def test_graph_gives_the_numbers_of_the_steps(name: str) -> None:
     one, other = (finish(work) for work in works)
     for a, b in zip(one.history, other.history, strict=True):
         assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
+
+
+def test_the_embedding_of_few_tokens_has_the_gradient_of_torch() -> None:
+    few, many = (models.build({"layer": "S4D"}, 8, 1, vocab).backbone.embedding for vocab in (16, 512))
+    assert isinstance(few, models.FewTokens)
+    assert type(many) is torch.nn.Embedding
+    weight = torch.randn(16, 8, dtype=torch.float64)
+    ours, theirs = (
+        kind.from_pretrained(weight.clone(), freeze=False) for kind in (models.FewTokens, torch.nn.Embedding)
+    )
+    tokens, grad = torch.randint(0, 5, (3, 40)), torch.randn(3, 40, 8, dtype=torch.float64)
+    for table in (ours, theirs):
+        found = table(tokens)
+        assert torch.equal(found, weight[tokens])
+        found.backward(grad)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-12, atol=1e-12)
