@@ -157,6 +157,7 @@ def with_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     new_plans(monkeypatch)
     monkeypatch.setattr(Plan, "product_dtype", torch.bfloat16)
     monkeypatch.setattr(triton_boxes, "is_hopper", lambda device: True)
+    monkeypatch.setattr(triton_boxes, "NARROWEST", 16)  # the interpreter copies narrow boxes well
 
 
 LAYOUTS = {  # of x (2, 64, 2, 16) in memory, and whether boxes can be copied from it
@@ -250,6 +251,15 @@ needs_gpu = pytest.mark.skipif(INTERPRETED, reason="needs compiled kernels: a GP
 )
 def test_realistic_sizes(case: Case, dtype: torch.dtype) -> None:
     compare(case, dtype, "triton", DEVICE, products=dtype == torch.bfloat16)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+@pytest.mark.parametrize("state", [16, 32, 64, 128, 256])
+def test_every_size_of_tile(state: int, head_dim: int) -> None:
+    case = Case(B=2, L=256, H=4, P=head_dim, N=state, without="z")
+    compare(case, torch.bfloat16, "triton", DEVICE, products=True)
 
 
 @gpu
