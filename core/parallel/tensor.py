@@ -11,6 +11,7 @@ norm.
 Legend: R ranks, B batch, L length, D model width, F channels of the scan, H heads, G groups, N state.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from core.block import AddNorm, Block, GatedMLP
 from core.lm import Backbone, MambaLM
 from core.loss import linear_cross_entropy
 from core.mixers.mamba2 import Mamba2
-from core.parallel.cuts import Cut, Part, cut_parameter, keep_names, replicate
+from core.parallel.cuts import Cut, Part, cut_of, cut_parameter, keep_names, replicate
 from core.parallel.tensor_group import TensorGroup, spread
 
 
@@ -106,9 +107,17 @@ class _ParallelMamba2(Mamba2):
     def _enter(self, x: Tensor) -> Tensor:
         """The input projection of all tokens."""
         layer = self.in_proj
-        if type(layer) is nn.Linear:  # an adapter or a quantised layer is more than a weight
-            return self.group.enter_through(x, layer.weight, layer.bias)
-        return layer(self.group.enter(x))
+        if type(layer) is not nn.Linear:
+            raise ValueError(
+                f"in_proj: got {type(layer).__name__}, wanted Linear; tensor-parallel layers take no adapters and no "
+                "quantised weights"
+            )
+        bias = None if layer.bias is None else self.group.summed(layer.bias)
+        return self.group.enter_through(x, self.group.summed(layer.weight), bias)
+
+    def _filters(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.group.summed(self.conv1d.weight).squeeze(1), self.conv1d.bias
+        return weight, None if bias is None else self.group.summed(bias)
 
     def _sum(self, y: Tensor) -> Tensor:
         """The layer's output; each rank has added the bias, and one of them is enough."""
@@ -171,8 +180,8 @@ class _ParallelNorm(AddNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self.group.by_token:
             return super().forward(x, residual)
-        bias = None if self.bias is None else spread(self.bias, self.group.mesh)
-        return self.normalise(x, residual, spread(self.weight, self.group.mesh), bias)
+        bias = None if self.bias is None else self.group.summed(self.bias)
+        return self.normalise(x, residual, self.group.summed(self.weight), bias)
 
 
 class _ParallelBlock(Block):
@@ -197,11 +206,20 @@ class _ParallelBackbone(Backbone):
                 f"input_ids: got {input_ids.shape[1]} tokens for {self.group.size} processes that share layers, wanted "
                 "a multiple of that number; pad the sequences"
             )
+        self.group.sum_together(self._held_by_several())
         x, residual = self.group.share_tokens(self.embedding(input_ids)), None
         for layer in self.layers:
             x, residual = layer(x, residual, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
         with self.group.tokens_shared():
             return self.group.gather_tokens(self.norm_f(x, residual)[0])
+
+    def _held_by_several(self) -> Iterator[nn.Parameter]:
+        """Parameters whose gradients ranks add up."""
+        for module in self.modules():
+            if isinstance(module, _ParallelNorm):
+                yield from module.parameters()
+            elif isinstance(module, _ParallelMamba2):
+                yield from (p for p in module.parameters() if cut_of(p) is not None)
 
 
 _PARALLEL = {Mamba2: _ParallelMamba2, GatedMLP: _ParallelMLP, AddNorm: _ParallelNorm, Block: _ParallelBlock,

@@ -3,17 +3,18 @@
 Legend: R ranks, B batch, L length, T = B L tokens, D model width, E width of a projection.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from core.parallel.cuts import cut_of
 from core.parallel.group import in_parts
 from kernels.checks import autocast_dtype
 
@@ -116,6 +117,30 @@ class _GatherProject(torch.autograd.Function):
         return rows, dweight, dbias, None
 
 
+class _SumGradients(torch.autograd.Function):
+    """Parameters; what several ranks hold of their gradients is added up over these ranks, in one message."""
+
+    @staticmethod
+    def forward(ctx: Any, everyone: Any, *parameters: Any) -> tuple[Tensor, ...]:
+        ctx.everyone, ctx.cuts = everyone, [cut_of(p) for p in parameters]
+        return tuple(p.view_as(p) for p in parameters)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        messages: dict[Any, list[Tensor]] = {}
+        totals = [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
+        for cut, total in zip(ctx.cuts, totals, strict=True):
+            rows = [total] if cut is None else cut.shared_rows(total)
+            messages.setdefault(ctx.everyone if cut is None else cut.sharers, []).extend(rows)
+        for group, rows in messages.items():
+            message = torch.cat([t.flatten() for t in rows])
+            dist.all_reduce(message, group=group)
+            for t, found in zip(rows, message.split([t.numel() for t in rows]), strict=True):
+                t.copy_(found.view(t.shape))
+        return None, *totals
+
+
 def spread(t: Tensor, mesh: DeviceMesh) -> Tensor:
     """``t`` itself, which all ranks have; its gradient is the sum over the ranks."""
     return _Spread.apply(t, mesh.get_group())  # type: ignore[return-value]
@@ -134,6 +159,7 @@ class TensorGroup:
         self.mesh, self.rank, self.size = mesh, mesh.get_local_rank(), mesh.size()
         self.by_token = False  # whether activations between layers are this rank's tokens, else all
         self._sharers: dict[int, DeviceMesh] = {self.size: mesh}
+        self._summed: dict[int, Tensor] = {}
 
     @contextmanager
     def tokens_shared(self) -> Iterator[None]:
@@ -152,6 +178,28 @@ class TensorGroup:
             group: Any = dist.new_group(ranks[first : first + count], use_local_synchronization=True)
             self._sharers[count] = DeviceMesh.from_group(group, self.mesh.device_type)
         return self._sharers[count]
+
+    def sum_together(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add the gradients of parameters up in one message, from now until this is called again; see ``summed``."""
+        self._summed = {}
+        found = [p for p in parameters if self._is_summed(p)]
+        if found:
+            self._summed = {id(p): t for p, t in zip(found, self._sum_gradients(found), strict=True)}
+
+    def summed(self, parameter: nn.Parameter) -> Tensor:
+        """A parameter of which ranks have the same, all of it or some rows. Its gradient is the sum over the ranks."""
+        if not self._is_summed(parameter):
+            return parameter
+        found = self._summed.get(id(parameter))
+        return self._sum_gradients([parameter])[0] if found is None else found
+
+    def _is_summed(self, parameter: nn.Parameter) -> bool:
+        cut = cut_of(parameter)
+        shared = cut is None or any(part.shared > 1 for part in cut.parts)
+        return shared and parameter.requires_grad and torch.is_grad_enabled()
+
+    def _sum_gradients(self, parameters: list[nn.Parameter]) -> tuple[Tensor, ...]:
+        return _SumGradients.apply(self.mesh.get_group(), *parameters)  # type: ignore[return-value]
 
     def enter(self, x: Tensor) -> Tensor:
         """What a layer reads, (B, L, D): all tokens. The gradient is the sum over the ranks."""
