@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -179,26 +179,26 @@ class TensorGroup:
             self._sharers[count] = DeviceMesh.from_group(group, self.mesh.device_type)
         return self._sharers[count]
 
-    def sum_together(self, parameters: Iterable[nn.Parameter]) -> None:
+    def sum_together(self, parameters: Iterable[Tensor]) -> None:
         """Add the gradients of parameters up in one message, from now until this is called again; see ``summed``."""
         self._summed = {}
         found = [p for p in parameters if self._is_summed(p)]
         if found:
             self._summed = {id(p): t for p, t in zip(found, self._sum_gradients(found), strict=True)}
 
-    def summed(self, parameter: nn.Parameter) -> Tensor:
+    def summed(self, parameter: Tensor) -> Tensor:
         """A parameter of which ranks have the same, all of it or some rows. Its gradient is the sum over the ranks."""
         if not self._is_summed(parameter):
             return parameter
         found = self._summed.get(id(parameter))
         return self._sum_gradients([parameter])[0] if found is None else found
 
-    def _is_summed(self, parameter: nn.Parameter) -> bool:
+    def _is_summed(self, parameter: Tensor) -> bool:
         cut = cut_of(parameter)
         shared = cut is None or any(part.shared > 1 for part in cut.parts)
         return shared and parameter.requires_grad and torch.is_grad_enabled()
 
-    def _sum_gradients(self, parameters: list[nn.Parameter]) -> tuple[Tensor, ...]:
+    def _sum_gradients(self, parameters: list[Tensor]) -> tuple[Tensor, ...]:
         return _SumGradients.apply(self.mesh.get_group(), *parameters)  # type: ignore[return-value]
 
     def enter(self, x: Tensor) -> Tensor:
