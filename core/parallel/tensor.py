@@ -94,24 +94,18 @@ class _ParallelMamba2(Mamba2):
         cut_parameter(self.out_proj, "weight", Cut(mesh, 1, [mlp, scan]))
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self._sum(super().forward(x, seq_idx, cu_seqlens))
-
-    def forward_state(self, x: Tensor, state: Any, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
-        y, state = super().forward_state(x, state, lengths)
-        return self._sum(y), state
-
-    @torch.no_grad()
-    def decode(self, x: Tensor, state: Any) -> Tensor:
-        return self._sum(super().decode(x, state))
+        y = super().forward(x, seq_idx, cu_seqlens)
+        return self._sum(y) if self.fuses else y  # else _output has added it up
 
     def _enter(self, x: Tensor) -> Tensor:
         """The input projection of all tokens."""
         layer = self.in_proj
-        if type(layer) is not nn.Linear:
-            raise ValueError(
-                f"in_proj: got {type(layer).__name__}, wanted Linear; tensor-parallel layers take no adapters and no "
-                "quantised weights"
-            )
+        for name in ("in_proj", "out_proj"):
+            if type(getattr(self, name)) is not nn.Linear:
+                raise ValueError(
+                    f"{name}: got {type(getattr(self, name)).__name__}, wanted Linear; tensor-parallel layers take no "
+                    "adapters and no quantised weights"
+                )
         bias = None if layer.bias is None else self.group.summed(layer.bias)
         return self.group.enter_through(x, self.group.summed(layer.weight), bias)
 
@@ -132,19 +126,23 @@ class _ParallelMamba2(Mamba2):
 
     def _output(self, mlp: Tensor, y: Tensor, z: Tensor) -> Tensor:
         """As one rank does it; where a norm's group spans several, with a mean square that they share."""
-        norm = self.norm
-        if norm is None or self.spanning == 1:
-            return super()._output(mlp, y, z)
-        y = y.flatten(2)  # gated by the scan already, unless the norm comes first
-        y = _SharedNorm.apply(y, norm.eps, self.group.sharers(self.spanning))  # type: ignore[assignment]
-        gain = norm.weight
-        if norm.norm_before_gate:
-            y = y * F.silu(z)
+        norm, y = self.norm, y.flatten(2)  # gated by the scan already, unless the norm comes first
+        gain: Tensor | None = None
+        if norm is not None and self.spanning > 1:
+            y = _SharedNorm.apply(y, norm.eps, self.group.sharers(self.spanning))  # type: ignore[assignment]
+            gain = norm.weight
+            if norm.norm_before_gate:
+                y = y * F.silu(z)
+        elif norm is not None:
+            y = norm(y, z)
         if self.d_mlp > 0:
             z0, x0 = mlp.chunk(2, dim=-1)
             y = torch.cat([F.silu(z0) * x0, y], dim=-1)
-            gain = torch.cat([gain.new_ones(self.d_mlp), gain])
-        return F.linear(y, self.out_proj.weight * gain, self.out_proj.bias)  # the norm's weight costs no pass over y
+            gain = None if gain is None else torch.cat([gain.new_ones(self.d_mlp), gain])
+        weight = self.out_proj.weight
+        if gain is not None:  # the norm's weight costs no pass over y
+            weight = weight * gain
+        return self.group.leave_through(y, weight, self.out_proj.bias)
 
 
 class _ParallelMLP(GatedMLP):

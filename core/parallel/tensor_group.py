@@ -15,106 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from core.parallel.cuts import cut_of
+from core.parallel.exchange import Gather, GatherProject, ProjectScatter, Scatter, Spread, Sum
 from core.parallel.group import in_parts
 from kernels.checks import autocast_dtype
-
-
-def _gathered(rows: Tensor, group: Any) -> Tensor:
-    """(T / R, D) -> (T, D), the rows of all ranks."""
-    rows = rows.contiguous()
-    found = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(found, rows, group=group)
-    return found
-
-
-def _scattered(rows: Tensor, group: Any, wait: bool = True) -> tuple[Tensor, Any]:
-    """(T, D) -> (T / R, D), this rank's rows of the sum over the ranks, and what to wait for before they are read."""
-    found = rows.new_empty(rows.shape[0] // dist.get_world_size(group), *rows.shape[1:])
-    return found, dist.reduce_scatter_tensor(found, rows.contiguous(), group=group, async_op=not wait)
-
-
-def _own(rows: Tensor, group: Any) -> Tensor:
-    """This rank's rows."""
-    return rows.chunk(dist.get_world_size(group))[dist.get_rank(group)]
-
-
-class _Spread(torch.autograd.Function):
-    """What all ranks have; the gradient is the sum over the ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return t.view_as(t)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over the ranks, which all of them use in the same way."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
-        total = t.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _Gather(torch.autograd.Function):
-    """All rows; the gradient of this rank's is that of all ranks' uses if ``adds``, else of one's: they do the same."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Any, adds: bool) -> Tensor:
-        ctx.group, ctx.adds = group, adds
-        return _gathered(rows, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _scattered(grad, ctx.group)[0] if ctx.adds else _own(grad, ctx.group), None, None
-
-
-class _Scatter(torch.autograd.Function):
-    """This rank's rows, of the sum over the ranks if ``adds``, else of what all ranks have."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Any, adds: bool) -> Tensor:
-        ctx.group = group
-        return _scattered(rows, group)[0] if adds else _own(rows, group).clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gathered(grad, ctx.group), None, None
-
-
-class _GatherProject(torch.autograd.Function):
-    """All rows through a linear layer. The gradient travels while that of the weight is computed."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, group: Any) -> Tensor:
-        every = _gathered(rows, group)
-        ctx.group, ctx.has_bias = group, bias is not None
-        ctx.save_for_backward(every, weight)
-        return F.linear(every, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        every, weight = ctx.saved_tensors
-        rows, work = _scattered(grad @ weight, ctx.group, wait=False)
-        dweight, dbias = grad.mT @ every, grad.sum(0) if ctx.has_bias else None
-        work.wait()
-        return rows, dweight, dbias, None
 
 
 class _SumGradients(torch.autograd.Function):
@@ -143,7 +46,7 @@ class _SumGradients(torch.autograd.Function):
 
 def spread(t: Tensor, mesh: DeviceMesh) -> Tensor:
     """``t`` itself, which all ranks have; its gradient is the sum over the ranks."""
-    return _Spread.apply(t, mesh.get_group())  # type: ignore[return-value]
+    return Spread.apply(t, mesh.get_group())  # type: ignore[return-value]
 
 
 class TensorGroup:
@@ -204,30 +107,40 @@ class TensorGroup:
     def enter(self, x: Tensor) -> Tensor:
         """What a layer reads, (B, L, D): all tokens. The gradient is the sum over the ranks."""
         _refuse_parts()
-        return self._by_rows(_Gather, x, True) if self.by_token else spread(x, self.mesh)
+        return self._by_rows(Gather, x, True) if self.by_token else spread(x, self.mesh)
 
     def enter_through(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What a layer reads, (B, L, D), through its linear projection (E, D): (B, L, E)."""
         _refuse_parts()
         if not self.by_token:
             return F.linear(spread(x, self.mesh), weight, bias)
+        return self._through(GatherProject, x, weight, bias)
+
+    def leave_through(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What a layer writes: the sum over the ranks of y (B, L, E) through its projection (D, E), and a bias."""
+        if self.by_token:
+            return self._through(ProjectScatter, y, weight, bias)
+        total = self.add_up(F.linear(y, weight))
+        return total if bias is None else total + bias.to(total.dtype)
+
+    def _through(self, function: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = autocast_dtype(x.device)
         if dtype is not None:
             x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))  # type: ignore[assignment]
-        y: Any = _GatherProject.apply(x.flatten(0, 1), weight, bias, self.mesh.get_group())
-        return y.view(x.shape[0], -1, y.shape[1])
+        rows = function.apply(x.flatten(0, 1), weight, bias, self.mesh.get_group())
+        return rows.view(x.shape[0], -1, rows.shape[1])
 
     def leave(self, y: Tensor) -> Tensor:
         """What a layer writes: the sum over the ranks of y (B, L, D)."""
-        return self._by_rows(_Scatter, y, True) if self.by_token else self.add_up(y)
+        return self._by_rows(Scatter, y, True) if self.by_token else self.add_up(y)
 
     def share_tokens(self, x: Tensor) -> Tensor:
         """This rank's tokens of (B, L, D) that all ranks have. A token is a row of (B L, D): its place is free."""
-        return self._by_rows(_Scatter, x, False)
+        return self._by_rows(Scatter, x, False)
 
     def gather_tokens(self, x: Tensor) -> Tensor:
         """All tokens (B, L, D) of those that ranks have, for computations that are the same on all ranks."""
-        return self._by_rows(_Gather, x, False)
+        return self._by_rows(Gather, x, False)
 
     def _by_rows(self, function: Any, x: Tensor, adds: bool) -> Tensor:
         rows = function.apply(x.flatten(0, 1), self.mesh.get_group(), adds)
@@ -235,7 +148,7 @@ class TensorGroup:
 
     def add_up(self, total: Tensor) -> Tensor:
         """The sum over the ranks of shares of a loss or an output; the gradient goes to this rank's."""
-        return _Sum.apply(total, self.mesh.get_group())  # type: ignore[return-value]
+        return Sum.apply(total, self.mesh.get_group())  # type: ignore[return-value]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise TypeError("a tensor-parallel model cannot be copied; copy it before it is cut")
