@@ -80,8 +80,8 @@ def _scattered(rows: Tensor, group: Any) -> Tensor:
     return scattering.result()
 
 
-def _own(rows: Tensor, group: Any) -> Tensor:
-    """This rank's rows."""
+def own(rows: Tensor, group: Any) -> Tensor:
+    """This rank's rows of those of all ranks."""
     ranks = dist.get_world_size(group)
     blocks = rows.unflatten(0, (_pieces(rows.shape[0], group), ranks, -1))
     return blocks[:, dist.get_rank(group)].flatten(0, 1)
@@ -129,7 +129,7 @@ class Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _scattered(grad, ctx.group) if ctx.adds else _own(grad, ctx.group), None, None
+        return _scattered(grad, ctx.group) if ctx.adds else own(grad, ctx.group), None, None
 
 
 class Scatter(torch.autograd.Function):
@@ -138,7 +138,7 @@ class Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: Any, adds: bool) -> Tensor:
         ctx.group = group
-        return _scattered(rows, group) if adds else _own(rows, group).clone()
+        return _scattered(rows, group) if adds else own(rows, group).clone()
 
     @staticmethod
     @once_differentiable

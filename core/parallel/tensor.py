@@ -276,9 +276,6 @@ def head_loss(net: MambaLM, hidden: Tensor, wanted: Tensor, ignore_index: int = 
     group, weight = getattr(net.backbone, "group", None), net.lm_head.weight
     if group is None:
         return linear_cross_entropy(hidden, weight, wanted, ignore_index=ignore_index, reduction="sum")
-    rows, targets = hidden.flatten(0, 1), wanted.flatten()
-    own = slice(*(len(targets) * rank // group.size for rank in (group.rank, group.rank + 1)))
-    total = linear_cross_entropy(
-        rows[own], spread(weight, group.mesh), targets[own], ignore_index=ignore_index, reduction="sum"
-    )
+    rows, targets = group.own_rows(hidden.flatten(0, 1)), group.own_rows(wanted.flatten())
+    total = linear_cross_entropy(rows, spread(weight, group.mesh), targets, ignore_index=ignore_index, reduction="sum")
     return group.add_up(total)

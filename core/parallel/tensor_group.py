@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from core.parallel.cuts import cut_of
-from core.parallel.exchange import Gather, GatherProject, ProjectScatter, Scatter, Spread, Sum
+from core.parallel.exchange import Gather, GatherProject, ProjectScatter, Scatter, Spread, Sum, own
 from core.parallel.group import in_parts
 from kernels.checks import autocast_dtype
 
@@ -141,6 +141,10 @@ class TensorGroup:
     def gather_tokens(self, x: Tensor) -> Tensor:
         """All tokens (B, L, D) of those that ranks have, for computations that are the same on all ranks."""
         return self._by_rows(Gather, x, False)
+
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """This rank's of the rows (B L, ...) that all ranks have, those of its tokens."""
+        return own(rows, self.mesh.get_group())
 
     def _by_rows(self, function: Any, x: Tensor, adds: bool) -> Tensor:
         rows = function.apply(x.flatten(0, 1), self.mesh.get_group(), adds)
