@@ -3,7 +3,7 @@
 Legend: R ranks, B batch, L length, T = B L tokens, D model width, E width of a projection.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,111 +14,39 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
+from core.parallel.cuts import cut_of
+from core.parallel.exchange import Gather, GatherProject, ProjectScatter, Scatter, Spread, Sum, own
 from core.parallel.group import in_parts
 from kernels.checks import autocast_dtype
 
 
-def _gathered(rows: Tensor, group: Any) -> Tensor:
-    """(T / R, D) -> (T, D), the rows of all ranks."""
-    rows = rows.contiguous()
-    found = rows.new_empty(dist.get_world_size(group) * rows.shape[0], *rows.shape[1:])
-    dist.all_gather_into_tensor(found, rows, group=group)
-    return found
-
-
-def _scattered(rows: Tensor, group: Any, wait: bool = True) -> tuple[Tensor, Any]:
-    """(T, D) -> (T / R, D), this rank's rows of the sum over the ranks, and what to wait for before they are read."""
-    found = rows.new_empty(rows.shape[0] // dist.get_world_size(group), *rows.shape[1:])
-    return found, dist.reduce_scatter_tensor(found, rows.contiguous(), group=group, async_op=not wait)
-
-
-def _own(rows: Tensor, group: Any) -> Tensor:
-    """This rank's rows."""
-    return rows.chunk(dist.get_world_size(group))[dist.get_rank(group)]
-
-
-class _Spread(torch.autograd.Function):
-    """What all ranks have; the gradient is the sum over the ranks."""
+class _SumGradients(torch.autograd.Function):
+    """Parameters; what several ranks hold of their gradients is added up over these ranks, in one message."""
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return t.view_as(t)
+    def forward(ctx: Any, everyone: Any, *parameters: Any) -> tuple[Tensor, ...]:
+        ctx.everyone, ctx.cuts = everyone, [cut_of(p) for p in parameters]
+        return tuple(p.view_as(p) for p in parameters)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over the ranks, which all of them use in the same way."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, group: Any) -> Tensor:
-        total = t.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-class _Gather(torch.autograd.Function):
-    """All rows; the gradient of this rank's is that of all ranks' uses if ``adds``, else of one's: they do the same."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Any, adds: bool) -> Tensor:
-        ctx.group, ctx.adds = group, adds
-        return _gathered(rows, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _scattered(grad, ctx.group)[0] if ctx.adds else _own(grad, ctx.group), None, None
-
-
-class _Scatter(torch.autograd.Function):
-    """This rank's rows, of the sum over the ranks if ``adds``, else of what all ranks have."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: Any, adds: bool) -> Tensor:
-        ctx.group = group
-        return _scattered(rows, group)[0] if adds else _own(rows, group).clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gathered(grad, ctx.group), None, None
-
-
-class _GatherProject(torch.autograd.Function):
-    """All rows through a linear layer. The gradient travels while that of the weight is computed."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, group: Any) -> Tensor:
-        every = _gathered(rows, group)
-        ctx.group, ctx.has_bias = group, bias is not None
-        ctx.save_for_backward(every, weight)
-        return F.linear(every, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        every, weight = ctx.saved_tensors
-        rows, work = _scattered(grad @ weight, ctx.group, wait=False)
-        dweight, dbias = grad.mT @ every, grad.sum(0) if ctx.has_bias else None
-        work.wait()
-        return rows, dweight, dbias, None
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        messages: dict[Any, list[Tensor]] = {}
+        totals = [grad.clone(memory_format=torch.contiguous_format) for grad in grads]
+        for cut, total in zip(ctx.cuts, totals, strict=True):
+            rows = [total] if cut is None else cut.shared_rows(total)
+            messages.setdefault(ctx.everyone if cut is None else cut.sharers, []).extend(rows)
+        for group, rows in messages.items():
+            message = torch.cat([t.flatten() for t in rows])
+            dist.all_reduce(message, group=group)
+            for t, found in zip(rows, message.split([t.numel() for t in rows]), strict=True):
+                t.copy_(found.view(t.shape))
+        return None, *totals
 
 
 def spread(t: Tensor, mesh: DeviceMesh) -> Tensor:
     """``t`` itself, which all ranks have; its gradient is the sum over the ranks."""
-    return _Spread.apply(t, mesh.get_group())  # type: ignore[return-value]
+    return Spread.apply(t, mesh.get_group())  # type: ignore[return-value]
 
 
 class TensorGroup:
@@ -134,6 +62,7 @@ class TensorGroup:
         self.mesh, self.rank, self.size = mesh, mesh.get_local_rank(), mesh.size()
         self.by_token = False  # whether activations between layers are this rank's tokens, else all
         self._sharers: dict[int, DeviceMesh] = {self.size: mesh}
+        self._summed: dict[int, Tensor] = {}
 
     @contextmanager
     def tokens_shared(self) -> Iterator[None]:
@@ -153,33 +82,69 @@ class TensorGroup:
             self._sharers[count] = DeviceMesh.from_group(group, self.mesh.device_type)
         return self._sharers[count]
 
+    def sum_together(self, parameters: Iterable[Tensor]) -> None:
+        """Add the gradients of parameters up in one message, from now until this is called again; see ``summed``."""
+        self._summed = {}
+        found = [p for p in parameters if self._is_summed(p)]
+        if found:
+            self._summed = {id(p): t for p, t in zip(found, self._sum_gradients(found), strict=True)}
+
+    def summed(self, parameter: Tensor) -> Tensor:
+        """A parameter of which ranks have the same, all of it or some rows. Its gradient is the sum over the ranks."""
+        if not self._is_summed(parameter):
+            return parameter
+        found = self._summed.get(id(parameter))
+        return self._sum_gradients([parameter])[0] if found is None else found
+
+    def _is_summed(self, parameter: Tensor) -> bool:
+        cut = cut_of(parameter)
+        shared = cut is None or any(part.shared > 1 for part in cut.parts)
+        return shared and parameter.requires_grad and torch.is_grad_enabled()
+
+    def _sum_gradients(self, parameters: list[Tensor]) -> tuple[Tensor, ...]:
+        return _SumGradients.apply(self.mesh.get_group(), *parameters)  # type: ignore[return-value]
+
     def enter(self, x: Tensor) -> Tensor:
         """What a layer reads, (B, L, D): all tokens. The gradient is the sum over the ranks."""
         _refuse_parts()
-        return self._by_rows(_Gather, x, True) if self.by_token else spread(x, self.mesh)
+        return self._by_rows(Gather, x, True) if self.by_token else spread(x, self.mesh)
 
     def enter_through(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What a layer reads, (B, L, D), through its linear projection (E, D): (B, L, E)."""
         _refuse_parts()
         if not self.by_token:
             return F.linear(spread(x, self.mesh), weight, bias)
+        return self._through(GatherProject, x, weight, bias)
+
+    def leave_through(self, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What a layer writes: the sum over the ranks of y (B, L, E) through its projection (D, E), and a bias."""
+        if self.by_token:
+            return self._through(ProjectScatter, y, weight, bias)
+        total = self.add_up(F.linear(y, weight))
+        return total if bias is None else total + bias.to(total.dtype)
+
+    def _through(self, function: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         dtype = autocast_dtype(x.device)
         if dtype is not None:
             x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))  # type: ignore[assignment]
-        y: Any = _GatherProject.apply(x.flatten(0, 1), weight, bias, self.mesh.get_group())
-        return y.view(x.shape[0], -1, y.shape[1])
+        rows = function.apply(x.flatten(0, 1), weight, bias, self.mesh.get_group())
+        return rows.view(x.shape[0], -1, rows.shape[1])
 
     def leave(self, y: Tensor) -> Tensor:
         """What a layer writes: the sum over the ranks of y (B, L, D)."""
-        return self._by_rows(_Scatter, y, True) if self.by_token else self.add_up(y)
+        return self._by_rows(Scatter, y, True) if self.by_token else self.add_up(y)
 
     def share_tokens(self, x: Tensor) -> Tensor:
         """This rank's tokens of (B, L, D) that all ranks have. A token is a row of (B L, D): its place is free."""
-        return self._by_rows(_Scatter, x, False)
+        return self._by_rows(Scatter, x, False)
 
     def gather_tokens(self, x: Tensor) -> Tensor:
         """All tokens (B, L, D) of those that ranks have, for computations that are the same on all ranks."""
-        return self._by_rows(_Gather, x, False)
+        return self._by_rows(Gather, x, False)
+
+    def own_rows(self, rows: Tensor) -> Tensor:
+        """This rank's of the rows (B L, ...) that all ranks have, those of its tokens."""
+        return own(rows, self.mesh.get_group())
 
     def _by_rows(self, function: Any, x: Tensor, adds: bool) -> Tensor:
         rows = function.apply(x.flatten(0, 1), self.mesh.get_group(), adds)
@@ -187,7 +152,7 @@ class TensorGroup:
 
     def add_up(self, total: Tensor) -> Tensor:
         """The sum over the ranks of shares of a loss or an output; the gradient goes to this rank's."""
-        return _Sum.apply(total, self.mesh.get_group())  # type: ignore[return-value]
+        return Sum.apply(total, self.mesh.get_group())  # type: ignore[return-value]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise TypeError("a tensor-parallel model cannot be copied; copy it before it is cut")
