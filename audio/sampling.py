@@ -175,25 +175,28 @@ def prefill(
     logits = logits[:, -1]
     if len(starts) < count:  # the clips share all there is so far: it is read once, and its state repeated
         logits, state = logits.repeat(count, 1), repeat_state(state, count)
-    stepper = _stepper(net, logits, state, classes[:, 0].expand(count))
-    return stepper if guidance is None else GuidedStepper(stepper, logits, guidance.strength)
+    return _stepper(net, logits, state, classes[:, 0].expand(count), guidance.strength if guidance else 0.0)
 
 
-def _stepper(net: SoundNet, logits: Tensor, state: Any, classes: Tensor) -> Stepper:
-    """What draws levels after ``state``: compiled where possible; classes are (B,)."""
+def _stepper(net: SoundNet, logits: Tensor, state: Any, classes: Tensor, strength: float) -> Stepper:
+    """What draws levels after ``state``: compiled where possible; classes are (B,), with guidance (2 B,)."""
     device = net.embedding.weight.device
     backend = resolve("selective_scan", "auto", device)
     if device.type == "cuda" and backend in ("cuda", "triton"):
         from audio.stepping_cuda import CudaStepper, has_cuda_step
 
         if has_cuda_step(net):
-            return CudaStepper(net, state, logits, classes)
+            return _guided(CudaStepper(net, state, logits, classes), logits, strength)
     if backend == "cpu":
         from audio.stepping import CompiledStepper, has_compiled_step  # needs numba, which other backends do without
 
         if has_compiled_step(net):
-            return CompiledStepper(net, state, logits, classes)
-    return PlainStepper(net, state, logits, classes)
+            return CompiledStepper(net, state, logits, classes, strength)
+    return _guided(PlainStepper(net, state, logits, classes), logits, strength)
+
+
+def _guided(stepper: Stepper, logits: Tensor, strength: float) -> Stepper:
+    return GuidedStepper(stepper, logits, strength) if strength else stepper
 
 
 def repeat_state(state: Any, count: int) -> Any:

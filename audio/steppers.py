@@ -113,9 +113,9 @@ class GuidedStepper:
         """See ``Stepper``; the likelihood is that of the net told the class, without guidance."""
         drawn = []
         for t in range(uniform.shape[1]):
-            told, untold = self._logits.float().log_softmax(dim=-1).chunk(2)
+            told, untold = self._logits.float().chunk(2)
             levels = choose(told + self._strength * (told - untold), sampling, uniform[:, t])
-            self.log_likelihood += told.cpu().double().gather(1, levels[:, None])[:, 0]
+            self.log_likelihood += told.cpu().double().log_softmax(dim=-1).gather(1, levels[:, None])[:, 0]
             self.step(levels)
             drawn.append(levels)
         return torch.stack(drawn, dim=1)

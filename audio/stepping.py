@@ -37,18 +37,26 @@ class CompiledStepper:
         state: State of the clips, copied.
         logits: (B, Q) what the net said last; needed to ``draw``.
         classes: (B,) int64 classes of the clips; 0 by default.
+        strength: Of guidance (``audio.steppers.Guidance``); above 0 there are states, logits and classes of 2 B clips:
+            those that are told their class, then the same ones untold.
     """
 
     def __init__(
-        self, net: SoundNet, state: StageState, logits: Tensor | None = None, classes: Tensor | None = None
+        self,
+        net: SoundNet,
+        state: StageState,
+        logits: Tensor | None = None,
+        classes: Tensor | None = None,
+        strength: float = 0.0,
     ) -> None:
         self._packed, self._unet = Packed(net, state), net.config.unet
+        self._strength = np.float32(strength)
         count = len(self._packed.state)
         self._offset = np.zeros(count, np.int64)
         if classes is not None:
             self._offset[:] = classes.numpy() * net.levels
         self._logits = np.zeros((count, net.levels), np.float32)
-        self._likelihood = np.zeros(count)
+        self._likelihood = np.zeros(count // 2 if strength else count)
         if logits is not None:
             self._logits[:] = logits.numpy()
 
@@ -60,7 +68,7 @@ class CompiledStepper:
     def step(self, levels: Tensor) -> Tensor:
         """Advances every clip by one level (B,) int64; returns logits (B, Q) float32."""
         self._run(levels[:, None].numpy().copy(), np.zeros((len(levels), 0)), Sampling(), False)
-        return torch.from_numpy(self._logits.copy())
+        return torch.from_numpy(self._logits[: len(levels)].copy())
 
     def draw(self, uniform: Tensor, sampling: Sampling) -> Tensor:
         """Draws the next T levels of every clip.
@@ -81,6 +89,6 @@ class CompiledStepper:
         how = float(sampling.temperature), int(sampling.top_k), float(sampling.top_p), float(sampling.min_p)
         parts = min(count, torch.get_num_threads())
         edges = [count * i // parts for i in range(parts + 1)]
-        arrays = (p.blocks, p.stages, p.weights, p.state, p.phase, p.ends, self._logits, self._offset)
+        arrays = (p.blocks, p.stages, p.weights, p.state, p.phase, p.ends, self._logits, self._offset, self._strength)
         given = levels, uniform, how, draw, self._unet, self._likelihood
         threads.run(advance, [(a, b, *given, *arrays) for a, b in pairwise(edges)])

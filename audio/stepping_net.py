@@ -108,16 +108,27 @@ def advance(
     ends,
     logits,
     offset,
+    strength,
 ):
-    """Takes the clips ``first:stop`` through levels (B, T), or draws these first."""
+    """Takes the clips ``first:stop`` through levels (B, T), or draws these first.
+
+    With guidance of a strength above 0 the states behind the first B are those of the same clips untold.
+    """
     widest = max(2 * blocks[:, INNER].max(), (stages[:, POOL] * stages[:, WIDE]).max(), stages[:, WIDE].max())
     widest = max(widest, (blocks[:, RANK] + 2 * blocks[:, STATE]).max())
     room = np.empty((8, widest), np.float32)
     skips = np.empty(((stages[:, BLOCKS] + 1).sum(), stages[:, WIDE].max()), np.float32)
     for b in range(first, stop):
+        untold = b + len(levels)
         for t in range(levels.shape[1]):
             if draw:
-                levels[b, t] = choose(logits[b], uniform[b, t], *how)
+                said = logits[b]
+                if strength > 0:
+                    said = said + strength * (said - logits[untold])
+                levels[b, t] = choose(said, uniform[b, t], *how)
                 likelihood[b] += log_probability(logits[b], levels[b, t])
             level = offset[b] + levels[b, t]
             step(level, unet, blocks, stages, w, state[b], phase[b], ends, room, skips, logits[b])
+            if strength > 0:
+                level = offset[untold] + levels[b, t]
+                step(level, unet, blocks, stages, w, state[untold], phase[untold], ends, room, skips, logits[untold])

@@ -6,6 +6,7 @@ import torch
 from audio.net import SoundNet
 from audio.sampling import generate_levels
 from audio.sashimi import SashimiConfig
+from audio.steppers import Guidance
 from audio.stepping_cuda import CudaStepper, has_cuda_step
 from core.generate import Sampling
 
@@ -43,13 +44,16 @@ def test_steps_equal_the_parallel_pass_after_every_prefix(name: str, clips: int)
 
 
 @torch.no_grad()
-def test_clips_of_classes_are_those_of_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("guidance", [None, Guidance(1.5, 8 + 32)])
+def test_clips_of_classes_are_those_of_the_plain_loop(
+    monkeypatch: pytest.MonkeyPatch, guidance: Guidance | None
+) -> None:
     torch.manual_seed(0)
     net = SoundNet(NETS["small"], 32, classes=3).eval().cuda()
     starts = [8 + 32 * 2, 8, 8 + 32, 8, 8 + 32 * 2]
 
     def draw() -> torch.Tensor:
-        return generate_levels(net, starts, 5, 60, generator=torch.Generator().manual_seed(5))
+        return generate_levels(net, starts, 5, 60, guidance=guidance, generator=torch.Generator().manual_seed(5))
 
     got = draw()
     monkeypatch.setenv("TRISCAN_BACKEND", "reference")
