@@ -77,6 +77,8 @@ def scaling(
         device: cpu, cuda, or auto.
         table: The table, which is made or gone on with.
     """
+    if not 0 <= lead < 1:
+        raise UserError(f"--lead is {lead}; wanted a share from 0 to below 1")
     path = Path(table)
     done = read_table(path)
     name = Path(fasta).name if fasta else "excerpt"
@@ -137,6 +139,7 @@ def one_run(
             torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+    data.batch_size = max(AT_ONCE // context, 1)
     perplexity = test(net, data, test_tokens, device)
     return {
         "mixer": mixer, "context": context, "seed": seed, "tokens": tokens, "tokens_per_step": per_step, "lead": lead,
@@ -184,9 +187,8 @@ def test(net: torch.nn.Module, data: GenomeData, most: int, device: torch.device
     """Perplexity a base on the test's first windows."""
     nats = count = 0.0
     for batch in data.test_dataloader():
-        for part in batch.split(max(AT_ONCE // data.window, 1)):
-            one, bases = summed(net, part.to(device))
-            nats, count = nats + float(one), count + int(bases)
+        one, bases = summed(net, batch.to(device))
+        nats, count = nats + float(one), count + int(bases)
         if count >= most:
             break
     return float(torch.tensor(nats / max(count, 1)).exp())

@@ -39,3 +39,5 @@ def test_rows_are_added_once_and_long_contexts_left_out(
     (tmp_path / "other.csv").write_text("a,b\n")
     with pytest.raises(UserError, match="is no table of this command"):
         scaling(str(genome), table=str(tmp_path / "other.csv"))
+    with pytest.raises(UserError, match="--lead is 1; wanted"):
+        scaling(str(genome), table=str(table), lead=1)
