@@ -209,28 +209,3 @@ def test_the_stem_for_small_images_keeps_their_size():
 
 def test_routes_are_cross_scan():
     assert micro().layers[0].blocks[0].op.routes == ",".join(CROSS)
-
-
-def test_batch_norms_take_the_stream_and_the_statistics_of_a_batch():
-    model = micro(stem="small", norm="batch").train()
-    assert not [n for n, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm) and "out_norm" not in n]
-    norm = model.layers[0].blocks[0].norm2
-    x, residual = torch.randn(2, 4, 6, 16).bfloat16(), torch.randn(2, 4, 6, 16)
-    y, stream = norm(x, residual)
-    assert (y.dtype, stream.dtype) == (torch.bfloat16, torch.float32)
-    torch.testing.assert_close(stream, residual + x.float())
-    wanted = (stream - stream.mean((0, 1, 2))) / (stream.var((0, 1, 2), correction=0) + norm.eps).sqrt()
-    torch.testing.assert_close(y, wanted.bfloat16())
-    images = torch.randn(3, 3, 8, 8)
-    for _ in range(200):  # running statistics come to those of the batch
-        wanted = model(images)
-    torch.testing.assert_close(model.eval()(images), wanted, rtol=0.05, atol=0.02)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"norm": "group"}, "norm: got 'group'"), ({"norm": "batch", "stem": "patch"}, "wanted stem")],
-)
-def test_norms_that_there_are_not(options, message):
-    with pytest.raises(ValueError, match=message):
-        micro(**options)

@@ -22,18 +22,7 @@ from core.mixers.mamba import decay_rates
 from vision.models.mixer import block_diagonal
 from vision.routes import check_routes
 
-__all__ = [
-    "SS2D",
-    "SSD2D",
-    "AddBatchNorm",
-    "BatchNorm",
-    "ChannelAttention",
-    "Conv2d",
-    "DepthwiseConv2d",
-    "LayerNorm",
-    "MapMixer",
-    "PatchMerging",
-]
+__all__ = ["SS2D", "SSD2D", "ChannelAttention", "Conv2d", "DepthwiseConv2d", "LayerNorm", "MapMixer", "PatchMerging"]
 
 torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in this module too
 
@@ -72,32 +61,6 @@ class LayerNorm(nn.LayerNorm):
             x, self.weight, self.bias, None, gate, "layer", self.eps, 0, True, False, "auto"
         )
         return y
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation of maps (B, H, W, C), in the input's dtype; statistics over all pixels of a batch."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.normalise(x)
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """``forward``, written out, as TorchScript knows no ``super``."""
-        momentum = self.momentum
-        assert momentum is not None  # nn.BatchNorm2d declares it optional
-        y = F.batch_norm(
-            x.permute(0, 3, 1, 2), self.running_mean, self.running_var, self.weight, self.bias, self.training,
-            momentum, self.eps,
-        )  # fmt: skip
-        return y.permute(0, 2, 3, 1)
-
-
-class AddBatchNorm(BatchNorm):
-    """Adds a branch to the residual stream and normalises the sum over the batch, as ``core.block.AddNorm`` does."""
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:  # pyright: ignore
-        """norm(x + residual) in x's dtype, and x + residual, float32 or wider; maps (B, H, W, C)."""
-        stream = x.to(torch.promote_types(x.dtype, torch.float32)) if residual is None else residual + x
-        return self.normalise(stream).to(x.dtype), stream
 
 
 @torch.fx.wrap

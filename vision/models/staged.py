@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from core.block import AddNorm
 from vision.models.loading import configurations
-from vision.models.ss2d import AddBatchNorm, BatchNorm, LayerNorm, MapMixer
+from vision.models.ss2d import LayerNorm, MapMixer
 
 __all__ = ["MixerBlock", "Mlp", "Stage", "StagedBackbone", "build", "default_cfg"]
 
@@ -48,7 +48,6 @@ class MixerBlock(nn.Module):
         op: The mixer.
         mlp: The second branch; None leaves it out.
         drop_path: Probability with which a branch is dropped.
-        norm: ``layer``, or ``batch`` for batch normalisation.
         device: Where the norms' parameters live.
         dtype: Their dtype.
     """
@@ -59,19 +58,12 @@ class MixerBlock(nn.Module):
         op: nn.Module,
         mlp: nn.Module | None = None,
         drop_path: float = 0.0,
-        norm: str = "layer",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-
-        def add_norm() -> nn.Module:
-            if norm == "batch":
-                return AddBatchNorm(dim, device=device, dtype=dtype)
-            return AddNorm(dim, "layer", device=device, dtype=dtype)
-
-        self.norm, self.op = add_norm(), op
-        self.norm2 = None if mlp is None else add_norm()
+        self.norm, self.op = AddNorm(dim, "layer", device=device, dtype=dtype), op
+        self.norm2 = None if mlp is None else AddNorm(dim, "layer", device=device, dtype=dtype)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -123,7 +115,6 @@ class StagedBackbone(nn.Module):
         global_pool: ``avg``, or an empty string for the map itself.
         drop_rate: Dropout before the classifier.
         reduction: Pixels of the image to one of the first stage, each way.
-        norm: Of the last map: ``layer`` or ``batch``.
         device: Where the parameters live.
         dtype: Their dtype.
 
@@ -141,7 +132,6 @@ class StagedBackbone(nn.Module):
         global_pool: str,
         drop_rate: float,
         reduction: int = 4,
-        norm: str = "layer",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -150,7 +140,7 @@ class StagedBackbone(nn.Module):
         self.num_features = self.head_hidden_size = dims[-1]
         self.output_fmt, self.feature_dim = "NHWC", -1
         self.patch_embed, self.layers = patch_embed, nn.ModuleList(layers)
-        self.norm: nn.Module = (BatchNorm if norm == "batch" else LayerNorm)(dims[-1], device=device, dtype=dtype)
+        self.norm: nn.Module = LayerNorm(dims[-1], device=device, dtype=dtype)
         self.feature_info = [
             {"module": f"layers.{i}", "num_chs": dim, "reduction": reduction * 2**i} for i, dim in enumerate(dims)
         ]

@@ -19,13 +19,12 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision.models.loading import fit_to_model, unwrap
-from vision.models.ss2d import SS2D, SSD2D, BatchNorm, Conv2d, LayerNorm, PatchMerging
+from vision.models.ss2d import SS2D, SSD2D, Conv2d, LayerNorm, PatchMerging
 from vision.models.staged import MixerBlock, Mlp, Stage, StagedBackbone, build, default_cfg
 
 __all__ = ["VMamba"]
 
 CROSS = ("raster", "columns", "raster_reversed", "columns_reversed")  # cross-scan, section 4.2
-NORMS = {"layer": LayerNorm, "batch": BatchNorm}
 
 
 class VMamba(StagedBackbone):
@@ -46,8 +45,6 @@ class VMamba(StagedBackbone):
         stem: ``patch``, one 4 x 4 convolution and merging of 2 x 2 pixels between the stages; ``conv``, two 3 x 3
             convolutions and one between the stages; ``small``, as ``conv``, but the stem keeps the image's size, for
             images of few pixels.
-        norm: ``layer``, or ``batch`` for batch normalisation outside the mixers, which suits small images learnt from
-            scratch.
         routes: Names of the scan routes, from ``vision.routes``; each has parameters of its own.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth of the last block; earlier ones have less, linearly.
@@ -55,7 +52,7 @@ class VMamba(StagedBackbone):
         dtype: Their dtype.
 
     Raises:
-        ValueError: For unknown routes, mixers, stems or norms, another pooling, or widths that heads don't divide.
+        ValueError: For unknown routes, mixers or stems, another pooling, or widths that heads don't divide.
     """
 
     def __init__(
@@ -72,7 +69,6 @@ class VMamba(StagedBackbone):
         gated: bool = False,
         conv_bias: bool = False,
         stem: Literal["patch", "conv", "small"] = "conv",
-        norm: Literal["layer", "batch"] = "layer",
         routes: Sequence[str] = CROSS,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -84,26 +80,22 @@ class VMamba(StagedBackbone):
             raise ValueError(f"mixer: got {mixer!r}, wanted 's6' or 'ssd'")
         if stem not in ("patch", "conv", "small"):
             raise ValueError(f"stem: got {stem!r}, wanted 'patch', 'conv' or 'small'")
-        if norm not in ("layer", "batch"):
-            raise ValueError(f"norm: got {norm!r}, wanted 'layer' or 'batch'")
-        if norm == "batch" and stem == "patch":
-            raise ValueError("norm: got 'batch' with stem 'patch', wanted stem 'conv' or 'small'")
         stride = 1 if stem == "small" else 2
         widths = [dims * 2**i for i in range(len(depths))] if isinstance(dims, int) else list(dims)
-        first, op = widths[0], SS2D if mixer == "s6" else SSD2D
+        op = SS2D if mixer == "s6" else SSD2D
 
         def block(dim: int, rate: float) -> MixerBlock:
             mlp = Mlp(dim, int(mlp_ratio * dim), **dd) if mlp_ratio else None
-            return MixerBlock(dim, op(dim, routes, d_state, expand, conv_bias, gated, **dd), mlp, rate, norm, **dd)
+            return MixerBlock(dim, op(dim, routes, d_state, expand, conv_bias, gated, **dd), mlp, rate, **dd)
 
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         super().__init__(
-            patch_stem(in_chans, first, **dd) if stem == "patch" else _conv_stem(in_chans, first, stride, norm, **dd),
+            patch_stem(in_chans, widths[0], **dd) if stem == "patch" else _conv_stem(in_chans, widths[0], stride, **dd),
             [
-                Stage([block(dim, r) for r in stage], _downsample(stem, dim, after, norm, **dd) if after else None)
+                Stage([block(dim, rate) for rate in stage], _downsample(stem, dim, after, **dd) if after else None)
                 for dim, after, stage in zip(widths, [*widths[1:], 0], rates, strict=True)
             ],
-            widths, in_chans, num_classes, global_pool, drop_rate, 1 if stem == "small" else 4, norm, **dd,
+            widths, in_chans, num_classes, global_pool, drop_rate, 1 if stem == "small" else 4, **dd,
         )  # fmt: skip
 
 
@@ -112,27 +104,27 @@ def patch_stem(in_chans: int, dim: int, **dd: Any) -> nn.Module:
     return nn.Sequential(OrderedDict([("0", Conv2d(in_chans, dim, 4, 4, **dd)), ("2", LayerNorm(dim, **dd))]))
 
 
-def _conv_stem(in_chans: int, dim: int, stride: int, norm: str, **dd: Any) -> nn.Module:
+def _conv_stem(in_chans: int, dim: int, stride: int, **dd: Any) -> nn.Module:
     """Two 3 x 3 convolutions of that stride, each with a norm, GELU between them; sizes are rounded up."""
-    half, Norm = dim // 2, NORMS[norm]
+    half = dim // 2
     return nn.Sequential(
         OrderedDict(
             [
                 ("0", Conv2d(in_chans, half, 3, stride, 1, **dd)),
-                ("2", Norm(half, **dd)),
+                ("2", LayerNorm(half, **dd)),
                 ("4", nn.GELU()),
                 ("5", Conv2d(half, dim, 3, stride, 1, **dd)),
-                ("7", Norm(dim, **dd)),
+                ("7", LayerNorm(dim, **dd)),
             ]
         )
     )
 
 
-def _downsample(stem: str, dim: int, out_dim: int, norm: str, **dd: Any) -> nn.Module:
+def _downsample(stem: str, dim: int, out_dim: int, **dd: Any) -> nn.Module:
     """Between two stages, to half the size, rounded up."""
     if stem == "patch":
         return PatchMerging(dim, out_dim, **dd)
-    return nn.Sequential(OrderedDict([("1", Conv2d(dim, out_dim, 3, 2, 1, **dd)), ("3", NORMS[norm](out_dim, **dd))]))
+    return nn.Sequential(OrderedDict([("1", Conv2d(dim, out_dim, 3, 2, 1, **dd)), ("3", LayerNorm(out_dim, **dd))]))
 
 
 RENAMED = (  # old names, of other layouts or of early files, and ours; in this order
