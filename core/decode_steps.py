@@ -1,7 +1,7 @@
 """Steps of a decoder's layers: one token through a block, its mixer's state updated in place.
 
 The step of a Mamba or Mamba-2 layer is three kernels for a few rows and seven or five for many, see ``kernels.decode``;
-other layers run their ``decode``.
+other layers run their ``decode``. Models of such layers alone have shorter steps of many rows: ``core.decode_rows``.
 
 Legend: B batch, D model width.
 """
@@ -79,11 +79,11 @@ class FusedStep(PlainStep):
         return both, convolved, stream, None if following is None else F.linear(convolved, following).unsqueeze(1)
 
 
-class DecayStep(FusedStep):
+class DecayStep(PlainStep):
     """A block whose decay rates are kept."""
 
-    def __init__(self, layer: Block, state: Any, few: bool) -> None:
-        super().__init__(layer, state, few)
+    def __init__(self, layer: Block, state: Any, *few: bool) -> None:
+        super().__init__(layer, state, *few)
         assert isinstance(layer.mixer, Mamba | Mamba2)
         self.A = decay_rates(layer.mixer.A_log)
 
@@ -93,7 +93,7 @@ class DecayStep(FusedStep):
         self.A.copy_(decay_rates(self.layer.mixer.A_log))
 
 
-class MambaStep(DecayStep):
+class MambaStep(DecayStep, FusedStep):
     """A Mamba block in three kernels, or seven."""
 
     @staticmethod
@@ -118,7 +118,25 @@ class MambaStep(DecayStep):
         return self.layer.apply_mlp(m.out_proj(y), stream)
 
 
-class Mamba2Step(DecayStep):
+class SsdStep(DecayStep):
+    """A Mamba-2 block whose state takes one step by ``state_update``."""
+
+    def update(self, convolved: Tensor, dt: Tensor, z: Tensor | None) -> Tensor:
+        """The scan's output (B, E) for the convolved [x, B, C], the raw dt (B, H), and a gate (B, E) or none."""
+        m = self.layer.mixer
+        assert isinstance(m, Mamba2)
+        size = m.ngroups * m.d_state
+        u, B, C = convolved.split([m.d_ssm, size, size], dim=-1)
+        heads, groups = (1, m.nheads, m.headdim), (1, m.ngroups, m.d_state)
+        D = m.D.unflatten(0, (m.nheads, m.headdim)) if m.D_has_hdim else m.D
+        return state_update(
+            self.state.ssm, u.unflatten(1, heads), dt.unsqueeze(1), self.A, B.unflatten(1, groups),
+            C.unflatten(1, groups), D, None if z is None else z.unflatten(1, heads), m.dt_bias,
+            dt_limit=(m.dt_min, m.dt_max),
+        ).flatten(1)  # fmt: skip
+
+
+class Mamba2Step(SsdStep, FusedStep):
     """A Mamba-2 block in three kernels, or five."""
 
     @staticmethod
@@ -131,16 +149,8 @@ class Mamba2Step(DecayStep):
         m = self.layer.mixer
         assert isinstance(m, Mamba2)
         both, convolved, stream, _ = self.project_in(x, residual, m.d_ssm, None)
-        size = m.ngroups * m.d_state
-        z, dt = both[:, : m.d_ssm], both[:, -m.nheads :]
-        u, B, C = convolved.split([m.d_ssm, size, size], dim=-1)
-        heads, groups = (1, m.nheads, m.headdim), (1, m.ngroups, m.d_state)
-        D = m.D.unflatten(0, (m.nheads, m.headdim)) if m.D_has_hdim else m.D
-        y = state_update(
-            self.state.ssm, u.unflatten(1, heads), dt.unsqueeze(1), self.A, B.unflatten(1, groups),
-            C.unflatten(1, groups), D, None if m.norm else z.unflatten(1, heads), m.dt_bias,
-            dt_limit=(m.dt_min, m.dt_max),
-        ).flatten(1)  # fmt: skip
+        z = both[:, : m.d_ssm]
+        y = self.update(convolved, both[:, -m.nheads :], None if m.norm else z)
         if m.norm is None:
             x = project(y, m.out_proj.weight, m.out_proj.bias)[0] if self.few else m.out_proj(y)
         elif self.few:
