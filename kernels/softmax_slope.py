@@ -27,7 +27,7 @@ def _softmax_slope_kernel(logits, targets, losses, slope, units, ignored, UNIT: 
     logits, slope = logits + row * V, slope + row * (2 * V)
     target = tl.load(targets + row)
     counts = target != ignored
-    wanted = tl.load(logits + target, mask=counts, other=0.0)
+    wanted = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan"))
     lane = tl.arange(0, BLOCK)
     most, total = tl.full((BLOCK,), -1e38, tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
@@ -56,7 +56,7 @@ def softmax_slope(logits: Tensor, targets: Tensor, dtype: torch.dtype, ignore_in
         logits: (T, V) float32, contiguous; overwritten.
         targets: (T,) int64.
         dtype: Of the gradient, 16 bits.
-        ignore_index: Rows with this target have no loss and no gradient.
+        ignore_index: Rows with this target have no loss and no gradient. A target that is no index has the loss NaN.
 
     Returns:
         Losses (T,) float32, and the gradient (T, V), a view of the logits' memory with twice as long rows.

@@ -128,7 +128,7 @@ def project_rows(
         eps: Added to the mean square.
         residual: (B, O) to which y is added.
         conv: As in ``project``; not beside a residual.
-        backend: See ``project``. Triton takes no float64.
+        backend: See ``project``; float64 takes the reference in any case.
 
     Returns:
         y, or residual + y if there is a residual, (B, O) in x's dtype; and residual + y in residual's dtype, or None.
@@ -145,7 +145,7 @@ def project_rows(
     _check_conv(conv, batch, outputs)
     if conv is not None and residual is not None:
         raise ValueError("residual and conv: got both, wanted one; a convolved output is no branch of the stream")
-    if _name(backend, x) == "triton":
+    if x.dtype != torch.float64 and _name(backend, x) == "triton":
         from kernels.decode import rows
 
         return rows.project_rows(x, weight, bias, norm_weight, eps, residual, conv, True)
@@ -174,7 +174,7 @@ def project_parts(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor
     """
     check_float(x, weight=weight)
     check_shape("weight", weight, (weight.shape[0], x.shape[1]), "(O, K)")
-    if _name(backend, x) == "triton":
+    if x.dtype != torch.float64 and _name(backend, x) == "triton":
         from kernels.decode import rows
 
         return rows.project_rows(x, weight, None, None, 0.0, None, None, False)[0]

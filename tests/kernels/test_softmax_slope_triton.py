@@ -28,3 +28,4 @@ def test_slope_over_the_logits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     assert wide.grad is not None
     assert slope.dtype == dtype
     torch.testing.assert_close(slope, wide.grad.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
+    assert softmax_slope.softmax_slope(logits, targets.clamp(min=0) + 150, dtype, -100)[0].isnan().all()
