@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core.decode_rows import hidden_of, many, rows_steps
 from core.decode_steps import FEW_ROWS, layer_step, narrowed
 from core.lm import MambaLM
 from core.prompt import copy_state, weights_key
@@ -69,9 +68,7 @@ class Decoder:
         self.generator = torch.Generator(head.device)
         fused = head.is_cuda if fused is None else fused
         states = [narrowed(state, state_dtype) for state in model.init_state(batch, max_length=room)]
-        rows = rows_steps(model, states) if fused and many(model, batch) else None
-        self.rows = rows is not None
-        self.steps = rows or [
+        self.steps = [
             layer_step(layer, state, batch, fused) for layer, state in zip(model.backbone.layers, states, strict=True)
         ]
         self.few = fused and batch <= FEW_ROWS and model.backbone.norm_f.kind == "rms"
@@ -131,17 +128,13 @@ class Decoder:
 
     def _advance(self) -> None:
         model, norm = self.model, self.model.backbone.norm_f
-        if self.rows:
-            logits = model.lm_head(hidden_of(model, self.steps, self.tokens))
+        x, residual = model.backbone.embedding(self.tokens), None
+        for step in self.steps:
+            x, residual = step(x, residual)
+        if self.few:
+            logits, _, _ = project(x, model.lm_head.weight, residual=residual, norm_weight=norm.weight, eps=norm.eps)
         else:
-            x, residual = model.backbone.embedding(self.tokens), None
-            for step in self.steps:
-                x, residual = step(x, residual)
-            if self.few:
-                weight = norm.weight
-                logits, _, _ = project(x, model.lm_head.weight, residual=residual, norm_weight=weight, eps=norm.eps)
-            else:
-                logits = model.lm_head(norm(x, residual)[0])
+            logits = model.lm_head(norm(x, residual)[0])
         self.logits.copy_(logits[:, : self.logits.shape[1]])  # the head's padding rows are no tokens
 
     def _draw(self) -> None:

@@ -1,7 +1,7 @@
 """Steps of a decoder's layers: one token through a block, its mixer's state updated in place.
 
-The step of a Mamba or Mamba-2 layer is three kernels for a few rows and seven or five for many, see ``kernels.decode``;
-other layers run their ``decode``. Models of such layers alone have shorter steps of many rows: ``core.decode_rows``.
+The step of a Mamba or Mamba-2 layer is three kernels for a few rows and six for many, see ``kernels.decode``;
+other layers run their ``decode``.
 
 Legend: B batch, D model width.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from core.block import Block, start_stream
@@ -19,7 +18,7 @@ from core.mixers import Mamba, Mamba2
 from core.mixers.mamba import MambaState, decay_rates
 from core.mixers.mamba2 import Mamba2State
 from kernels import conv_update
-from kernels.decode import Conv, project, scan_step
+from kernels.decode import Conv, project, project_parts, scan_step
 from kernels.state_update import state_update
 
 FEW_ROWS = 4  # up to here a projection with everything fused into it beats a matrix product between other kernels
@@ -76,25 +75,11 @@ class FusedStep(PlainStep):
         x, stream = norm(x, residual)
         both = m.in_proj(x)
         convolved = conv_update(both[:, None, channels], conv.state, conv.weight, conv.bias, activation="silu")[:, 0]
-        return both, convolved, stream, None if following is None else F.linear(convolved, following).unsqueeze(1)
+        return both, convolved, stream, None if following is None else project_parts(convolved, following)
 
 
-class DecayStep(PlainStep):
-    """A block whose decay rates are kept."""
-
-    def __init__(self, layer: Block, state: Any, *few: bool) -> None:
-        super().__init__(layer, state, *few)
-        assert isinstance(layer.mixer, Mamba | Mamba2)
-        self.A = decay_rates(layer.mixer.A_log)
-
-    def refresh(self) -> None:
-        """Computes the decay rates again."""
-        assert isinstance(self.layer.mixer, Mamba | Mamba2)
-        self.A.copy_(decay_rates(self.layer.mixer.A_log))
-
-
-class MambaStep(DecayStep, FusedStep):
-    """A Mamba block in three kernels, or seven."""
+class MambaStep(FusedStep):
+    """A Mamba block in three kernels, or six."""
 
     @staticmethod
     def supports(layer: Block) -> bool:
@@ -107,37 +92,23 @@ class MambaStep(DecayStep, FusedStep):
         both, u, stream, low = self.project_in(x, residual, 0, m.x_proj.weight)
         assert low is not None
         z = both[:, m.d_inner :]
-        if self.few:
-            y = scan_step(low, u, z, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, self.state.ssm)
-            return self.layer.apply_mlp(project(y, m.out_proj.weight, m.out_proj.bias)[0], stream)
-        dt, B, C = low.split([m.dt_rank, m.d_state, m.d_state], dim=-1)
-        y = state_update(
-            self.state.ssm, u.unsqueeze(1), F.linear(dt, m.dt_proj.weight), self.A, B.unsqueeze(1), C.unsqueeze(1),
-            m.D, z.unsqueeze(1), m.dt_proj.bias,
-        ).squeeze(1)  # fmt: skip
-        return self.layer.apply_mlp(m.out_proj(y), stream)
+        y = scan_step(low, u, z, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, self.state.ssm)
+        x = project(y, m.out_proj.weight, m.out_proj.bias)[0] if self.few else m.out_proj(y)
+        return self.layer.apply_mlp(x, stream)
 
 
-class SsdStep(DecayStep):
-    """A Mamba-2 block whose state takes one step by ``state_update``."""
+class Mamba2Step(FusedStep):
+    """A Mamba-2 block in three kernels, or six. Its decay rates are kept."""
 
-    def update(self, convolved: Tensor, dt: Tensor, z: Tensor | None) -> Tensor:
-        """The scan's output (B, E) for the convolved [x, B, C], the raw dt (B, H), and a gate (B, E) or none."""
-        m = self.layer.mixer
-        assert isinstance(m, Mamba2)
-        size = m.ngroups * m.d_state
-        u, B, C = convolved.split([m.d_ssm, size, size], dim=-1)
-        heads, groups = (1, m.nheads, m.headdim), (1, m.ngroups, m.d_state)
-        D = m.D.unflatten(0, (m.nheads, m.headdim)) if m.D_has_hdim else m.D
-        return state_update(
-            self.state.ssm, u.unflatten(1, heads), dt.unsqueeze(1), self.A, B.unflatten(1, groups),
-            C.unflatten(1, groups), D, None if z is None else z.unflatten(1, heads), m.dt_bias,
-            dt_limit=(m.dt_min, m.dt_max),
-        ).flatten(1)  # fmt: skip
+    def __init__(self, layer: Block, state: Any, few: bool) -> None:
+        super().__init__(layer, state, few)
+        assert isinstance(layer.mixer, Mamba2)
+        self.A = decay_rates(layer.mixer.A_log)
 
-
-class Mamba2Step(SsdStep, FusedStep):
-    """A Mamba-2 block in three kernels, or five."""
+    def refresh(self) -> None:
+        """Computes the decay rates again."""
+        assert isinstance(self.layer.mixer, Mamba2)
+        self.A.copy_(decay_rates(self.layer.mixer.A_log))
 
     @staticmethod
     def supports(layer: Block) -> bool:
@@ -149,8 +120,16 @@ class Mamba2Step(SsdStep, FusedStep):
         m = self.layer.mixer
         assert isinstance(m, Mamba2)
         both, convolved, stream, _ = self.project_in(x, residual, m.d_ssm, None)
-        z = both[:, : m.d_ssm]
-        y = self.update(convolved, both[:, -m.nheads :], None if m.norm else z)
+        size = m.ngroups * m.d_state
+        z, dt = both[:, : m.d_ssm], both[:, -m.nheads :]
+        u, B, C = convolved.split([m.d_ssm, size, size], dim=-1)
+        heads, groups = (1, m.nheads, m.headdim), (1, m.ngroups, m.d_state)
+        D = m.D.unflatten(0, (m.nheads, m.headdim)) if m.D_has_hdim else m.D
+        y = state_update(
+            self.state.ssm, u.unflatten(1, heads), dt.unsqueeze(1), self.A, B.unflatten(1, groups),
+            C.unflatten(1, groups), D, None if m.norm else z.unflatten(1, heads), m.dt_bias,
+            dt_limit=(m.dt_min, m.dt_max),
+        ).flatten(1)  # fmt: skip
         if m.norm is None:
             x = project(y, m.out_proj.weight, m.out_proj.bias)[0] if self.few else m.out_proj(y)
         elif self.few:

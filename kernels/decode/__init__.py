@@ -2,9 +2,9 @@
 
 At a batch of a few rows a step reads every weight once; what it costs beside that is kernel launches. ``project`` takes
 the addition to the residual stream, the norm and the gate in front of a product, and the convolution's step behind it,
-so that a Mamba layer is three launches (project, ``scan_step``, project). For many rows there is ``project_rows``, a
-matrix product that adds to the residual stream behind it. For inference: no gradients, and the states that are passed
-in are updated in place.
+so that a Mamba layer is three launches (project, ``scan_step``, project). For many rows there are matrix products,
+``project_parts``, and ``scan_step`` in tiles of rows. For inference: no gradients, and the states that are passed in
+are updated in place.
 
 Legend: B batch, K inputs, O outputs, C convolved channels, W convolution width, E inner width, N state, R dt rank,
 P outputs of a following projection.
@@ -22,7 +22,7 @@ from kernels.backend import choose
 from kernels.checks import check_float, check_shape
 from kernels.decode import reference
 
-__all__ = ["Conv", "largest", "project", "project_parts", "project_rows", "scan_step"]
+__all__ = ["Conv", "largest", "project", "project_parts", "scan_step"]
 
 SCAN_ROWS = 5  # from here on a step of the scan takes tiles of many rows
 
@@ -86,7 +86,13 @@ def project(
     check_shape("norm_weight", norm_weight, (inputs,), "(K,)")
     if groups < 1 or inputs % groups:
         raise ValueError(f"groups: got {groups}, wanted a divisor of K = {inputs}")
-    channels = _check_conv(conv, batch, outputs)
+    channels = 0
+    if conv is not None:
+        channels, width = conv.weight.shape
+        check_shape("conv.bias", conv.bias, (channels,), "(C,)")
+        check_shape("conv.state", conv.state, (batch, width - 1, channels), "(B, W - 1, C)")
+        if not 0 <= conv.first <= outputs - channels:
+            raise ValueError(f"conv.first: got {conv.first}, wanted 0 to O - C = {outputs - channels}")
     if following is not None:
         check_shape("following", following, (following.shape[0], channels), "(P, C)")
     if _name(backend, x) == "triton":
@@ -105,79 +111,26 @@ def project(
     return y, None if residual is None else total.to(residual.dtype), part
 
 
-def project_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm_weight: Tensor | None = None,
-    eps: float = 1e-5,
-    residual: Tensor | None = None,
-    conv: Conv | None = None,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor | None]:
-    """``y = n(x) W^T + bias`` for many rows, added to the residual stream, or with a convolution's step on some of y.
-
-    n is RMSNorm if ``norm_weight`` is given. Sums are float32 (float64 for float64); what is multiplied has x's dtype.
-
-    Args:
-        x: (B, K); rows may be strided.
-        weight: (O, K).
-        bias: (O,).
-        norm_weight: (K,).
-        eps: Added to the mean square.
-        residual: (B, O) to which y is added.
-        conv: As in ``project``; not beside a residual.
-        backend: See ``project``; float64 takes the reference in any case.
-
-    Returns:
-        y, or residual + y if there is a residual, (B, O) in x's dtype; and residual + y in residual's dtype, or None.
-
-    Raises:
-        ValueError: If a shape, dtype or device does not fit.
-    """
-    batch, inputs, outputs = *x.shape, weight.shape[0]
-    check_float(x, weight=weight, bias=bias, residual=residual, norm_weight=norm_weight)
-    check_shape("weight", weight, (outputs, inputs), "(O, K)")
-    check_shape("bias", bias, (outputs,), "(O,)")
-    check_shape("residual", residual, (batch, outputs), "(B, O)")
-    check_shape("norm_weight", norm_weight, (inputs,), "(K,)")
-    _check_conv(conv, batch, outputs)
-    if conv is not None and residual is not None:
-        raise ValueError("residual and conv: got both, wanted one; a convolved output is no branch of the stream")
-    if x.dtype != torch.float64 and _name(backend, x) == "triton":
-        from kernels.decode import rows
-
-        return rows.project_rows(x, weight, bias, norm_weight, eps, residual, conv, True)
-    s, _ = reference.normalised(x, None, None, norm_weight, 1, False, eps)
-    y = F.linear(s, reference.wide(weight), None if bias is None else reference.wide(bias))
-    if residual is not None:
-        total = reference.wide(residual) + y
-        return total.to(x.dtype), total.to(residual.dtype)
-    y = y.to(x.dtype)
-    if conv is not None:
-        mixed = y[:, conv.first : conv.first + conv.weight.shape[0]]
-        mixed.copy_(reference.conv_step(mixed, conv.weight, conv.bias, conv.state))
-    return y, None
-
-
 def project_parts(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
     """``x W^T`` for many rows and few outputs, as parts (B, parts, O) that are to be added up: ``scan_step`` does.
 
     Args:
         x: (B, K); rows may be strided.
         weight: (O, K).
-        backend: See ``project_rows``.
+        backend: See ``project``; float64 takes the reference in any case.
 
     Returns:
         float32, or float64 for float64.
+
+    Raises:
+        ValueError: If a shape, dtype or device does not fit.
     """
     check_float(x, weight=weight)
     check_shape("weight", weight, (weight.shape[0], x.shape[1]), "(O, K)")
     if x.dtype != torch.float64 and _name(backend, x) == "triton":
         from kernels.decode import rows
 
-        return rows.project_rows(x, weight, None, None, 0.0, None, None, False)[0]
+        return rows.project_parts(x, weight)
     return F.linear(reference.wide(x), reference.wide(weight)).unsqueeze(1)
 
 
@@ -248,18 +201,6 @@ def largest(x: Tensor, *, backend: str = "auto") -> Tensor:
 
         return triton.largest(x)
     return x.argmax(dim=-1)
-
-
-def _check_conv(conv: Conv | None, batch: int, outputs: int) -> int:
-    """The number of convolved channels."""
-    if conv is None:
-        return 0
-    channels, width = conv.weight.shape
-    check_shape("conv.bias", conv.bias, (channels,), "(C,)")
-    check_shape("conv.state", conv.state, (batch, width - 1, channels), "(B, W - 1, C)")
-    if not 0 <= conv.first <= outputs - channels:
-        raise ValueError(f"conv.first: got {conv.first}, wanted 0 to O - C = {outputs - channels}")
-    return channels
 
 
 def _name(backend: str, x: Tensor) -> str:

@@ -1,10 +1,7 @@
-"""The decoding ops on GPUs for many rows: matrix products with the kernels around them fused.
+"""The scan's step on GPUs for many rows: the projections in front of it are products on tensor cores.
 
-At 64 rows a step still reads every weight once, but each is used 64 times: tensor cores, and no longer one row after
-the other. Where a projection of few rows takes the norm of a sum in front of it, one of many rows has added its outputs
-to the residual stream already, so that nobody reads two tensors to multiply one; the norm's square sums come along in
-the loop over the inputs, and divide the products when it ends. Weights (and states) are asked for in L2 before the
-kernel in front is waited for. Parts of sums go in a fixed order; addresses are int64.
+Weights and states are asked for in L2 before the kernel in front is waited for. Parts of sums go in a fixed order;
+addresses are int64.
 
 Legend: as in ``kernels.decode``; a tile is BM rows of BO outputs, over BK inputs at a time.
 """
@@ -14,8 +11,6 @@ Legend: as in ``kernels.decode``; a tile is BM rows of BO outputs, over BK input
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -23,70 +18,39 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.backend import dependent_launch
-from kernels.decode.shared import conv_tile, silu, slots
 from kernels.early import prefetch
 from kernels.selective_scan.triton_steps import softplus
 
+INPUTS, OUTPUTS = 64, 16  # of a tile of ``_parts_kernel``
+ROWS, CHANNELS = 16, 64  # of a tile of ``_scan_rows_kernel``
+
 
 @triton.jit
-def _project_rows_kernel(
-    x_ptr, norm_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, total_ptr, conv_weight_ptr, conv_bias_ptr,
-    conv_state_ptr, B, O, K, sx, first, C, each,
-    eps: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, W: tl.constexpr,
-    HAS_CONV_BIAS: tl.constexpr, BM: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr,
-    LINE: tl.constexpr, PDL: tl.constexpr,
+def _parts_kernel(
+    x_ptr, weight_ptr, y_ptr, B, O, K, sx, each,
+    BM: tl.constexpr, BO: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (outputs, rows, part of the inputs): its share of y (B, parts, O), and all that follows on it."""
+    """Program (outputs, rows, part of the inputs): its share of y (B, parts, O)."""
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     b = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)
     begin = tl.program_id(2) * each
     end = tl.minimum(begin + each, K)
-    m_o, m_b = o < O, b < B
+    m_b = (b < B)[:, None]
     weights = weight_ptr + tl.minimum(o, O - 1).to(tl.int64) * K
-    c = o - first
-    m_c = (c >= 0) & (c < C) & m_o
-    bias = tl.zeros((BO,), tl.float32)
-    conv_bias = tl.zeros((BO,), tl.float32)
     if PDL:
         gdc_launch_dependents()
         for line in range(begin, end, LINE):
             prefetch(weights + line)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + o, mask=m_o, other=0.0).to(tl.float32)
-    if HAS_CONV_BIAS:
-        conv_bias = tl.load(conv_bias_ptr + c, mask=m_c, other=0.0).to(tl.float32)
-    taps = slots(conv_weight_ptr, 1, (c * W)[None, :], m_c[None, :], W)
-    if PDL:
         gdc_wait()
-    tile = m_b[:, None] & m_o[None, :]
-    at = b[:, None] * O + o[None, :]
-    m_bc = m_b[:, None] & m_c[None, :]
-    state_at = conv_state_ptr + b[:, None] * ((W - 1) * C)
-    past = slots(state_at, C, c[None, :], m_bc, W - 1)
     acc = tl.zeros((BM, BO), tl.float32)
-    square = tl.zeros((BM,), tl.float32)
     for start in range(begin, end, BK):
         k = start + tl.arange(0, BK)
         m_k = k < end
-        s = tl.load(x_ptr + b[:, None] * sx + k[None, :], mask=m_b[:, None] & m_k[None, :], other=0.0)
+        s = tl.load(x_ptr + b[:, None] * sx + k[None, :], mask=m_b & m_k[None, :], other=0.0)
         w = tl.load(weights[None, :] + k[:, None], mask=m_k[:, None], other=0.0)
-        if HAS_NORM:
-            wide = s.to(tl.float32)
-            square += tl.sum(wide * wide, 1)
-            s = wide * tl.load(norm_ptr + k, mask=m_k, other=0.0).to(tl.float32)[None, :]
         acc = tl.dot(s.to(DOT), w.to(DOT), acc, input_precision="ieee")
-    if HAS_NORM:
-        acc *= tl.rsqrt(square / K + eps)[:, None]
-    acc += bias[None, :]
-    if HAS_RESIDUAL:
-        acc += tl.load(residual_ptr + at, mask=tile, other=0.0).to(tl.float32)
-        tl.store(total_ptr + at, acc, mask=tile)
-    if W > 0:
-        acc = acc.to(y_ptr.dtype.element_ty).to(tl.float32)  # the convolution reads what a prompt's would
-        mixed = conv_tile(acc, conv_bias[None, :], taps, past, state_at, c[None, :], m_bc, C, W, tl.float32)
-        acc = tl.where(m_c[None, :], mixed, acc)
     parts = tl.num_programs(2)
-    tl.store(y_ptr + (b[:, None] * parts + tl.program_id(2)) * O + o[None, :], acc, mask=tile)
+    tl.store(y_ptr + (b[:, None] * parts + tl.program_id(2)) * O + o[None, :], acc, mask=m_b & (o < O)[None, :])
 
 
 @triton.jit
@@ -130,77 +94,37 @@ def _scan_rows_kernel(
     dt = softplus(dt + bias[None, :])
     h = tl.exp(dt[:, :, None] * A[None, :, :]) * h + (dt * x)[:, :, None] * keys[:, None, :]
     tl.store(state_at, h, mask=live)
-    y = (tl.sum(h * queries[:, None, :], 2) + D[None, :] * x) * silu(z)
+    y = (tl.sum(h * queries[:, None, :], 2) + D[None, :] * x) * z / (1 + tl.exp(-z))
     tl.store(y_ptr + b[:, None] * E + e[None, :], y, mask=m_be)
 
 
-class Tiles(NamedTuple):
-    """How a projection is cut."""
-
-    rows: int  # BM
-    outputs: int  # BO
-    inputs: int  # BK
-    parts: int  # of the inputs, each with a sum of its own
-    warps: int
-    stages: int
-
-
-def tiles(batch: int, outputs: int, inputs: int, whole: bool) -> Tiles:
-    """A rule on the sizes: as many programs as a GPU has multiprocessors, or half of that where sums are whole."""
-    rows = max(16, min(64, triton.next_power_of_2(batch)))
-    wide = 32 if outputs >= 2048 else 16
-    programs = triton.cdiv(batch, rows) * triton.cdiv(outputs, wide)
-    parts = 1 if whole else max(1, min(8, 64 // programs, triton.cdiv(inputs, 128)))
-    return Tiles(rows, wide, 128, parts, 4, 4)
-
-
-def _products(x: Tensor) -> Any:
-    """What is multiplied: x's own dtype, but for Triton's interpreter, which has no 16-bit products."""
-    return getattr(tl, str(x.dtype).removeprefix("torch.")) if x.is_cuda else tl.float32
-
-
-def project_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    eps: float,
-    residual: Tensor | None,
-    conv: tuple[Tensor, Tensor | None, Tensor, int] | None,
-    whole: bool,
-    cut: Tiles | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Outputs (B, O), or float32 parts (B, parts, O) of their sums, and residual + outputs if there is a residual."""
+def project_parts(x: Tensor, weight: Tensor) -> Tensor:
+    """Float32 parts (B, parts, O) of the products, so many that they fill half of a GPU."""
     (batch, inputs), outputs = x.shape, weight.shape[0]
-    cut = tiles(batch, outputs, inputs, whole) if cut is None else cut
-    shape, dtype = ((batch, outputs), x.dtype) if whole else ((batch, cut.parts, outputs), torch.float32)
-    y = torch.empty(shape, dtype=dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(residual)
-    conv_weight, conv_bias, conv_state, first = (x, None, x, 0) if conv is None else conv
-    channels, width = (0, 0) if conv is None else conv_weight.shape
-    each = triton.cdiv(triton.cdiv(inputs, cut.parts), cut.inputs) * cut.inputs
-    grid = (triton.cdiv(outputs, cut.outputs), triton.cdiv(batch, cut.rows), cut.parts)
-    _project_rows_kernel[grid](
-        x, *(x if t is None else t for t in (norm_weight,)), weight, *(x if t is None else t for t in (bias, residual)),
-        y, y if total is None else total, conv_weight, x if conv_bias is None else conv_bias, conv_state,
-        batch, outputs, inputs, x.stride(0), first, channels, each,
-        eps=eps, HAS_NORM=norm_weight is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-        W=width, HAS_CONV_BIAS=conv_bias is not None, BM=cut.rows, BO=cut.outputs, BK=cut.inputs, DOT=_products(x),
-        LINE=128 // weight.element_size(), num_warps=cut.warps, num_stages=cut.stages, **dependent_launch(x),
+    rows = max(16, min(64, triton.next_power_of_2(batch)))
+    programs = triton.cdiv(batch, rows) * triton.cdiv(outputs, OUTPUTS)
+    parts = max(1, min(8, 64 // programs, triton.cdiv(inputs, 2 * INPUTS)))
+    each = triton.cdiv(triton.cdiv(inputs, parts), INPUTS) * INPUTS
+    y = torch.empty((batch, triton.cdiv(inputs, each), outputs), dtype=torch.float32, device=x.device)
+    # Triton's interpreter has no 16-bit products.
+    dtype = getattr(tl, str(x.dtype).removeprefix("torch.")) if x.is_cuda else tl.float32
+    _parts_kernel[(triton.cdiv(outputs, OUTPUTS), triton.cdiv(batch, rows), y.shape[1])](
+        x, weight, y, batch, outputs, inputs, x.stride(0), each, BM=rows, BO=OUTPUTS, BK=INPUTS, DOT=dtype,
+        LINE=128 // weight.element_size(), num_warps=4, num_stages=4, **dependent_launch(x),
     )  # fmt: skip
-    return y, total
+    return y
 
 
 def scan_rows(
-    low: Tensor, x: Tensor, z: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, state: Tensor,
-    rows: int = 16, channels: int = 32, warps: int = 4,
-) -> Tensor:  # fmt: skip
+    low: Tensor, x: Tensor, z: Tensor, dt_weight: Tensor, dt_bias: Tensor, A_log: Tensor, D: Tensor, state: Tensor
+) -> Tensor:
     """``scan_step`` with tiles of many rows: their time steps are a matrix product."""
     (batch, inner), (rank, n) = x.shape, (dt_weight.shape[1], A_log.shape[1])
     y = torch.empty(batch, inner, dtype=x.dtype, device=x.device)
-    _scan_rows_kernel[(triton.cdiv(inner, channels), triton.cdiv(batch, rows))](
+    channels = CHANNELS if n <= 16 else 16
+    _scan_rows_kernel[(triton.cdiv(inner, channels), triton.cdiv(batch, ROWS))](
         low, x, z, dt_weight, dt_bias, A_log, D, state, y, batch, inner, low.shape[1], x.stride(0), z.stride(0),
-        R=rank, N=n, BLOCK_R=max(16, triton.next_power_of_2(rank)), BLOCK_N=triton.next_power_of_2(n), BM=rows,
-        BE=channels, PRECISION="tf32x3" if x.is_cuda else "ieee", num_warps=warps, **dependent_launch(x),
+        R=rank, N=n, BLOCK_R=max(16, triton.next_power_of_2(rank)), BLOCK_N=triton.next_power_of_2(n), BM=ROWS,
+        BE=channels, PRECISION="tf32x3" if x.is_cuda else "ieee", num_warps=8, **dependent_launch(x),
     )  # fmt: skip
     return y

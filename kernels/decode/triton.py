@@ -21,10 +21,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.backend import dependent_launch
-from kernels.decode.shared import conv_tile, silu, slots
 from kernels.selective_scan.triton_steps import softplus
 
 TILE = 8192  # weights that a program of 4 warps holds: 64 a thread
+
+
+@triton.jit
+def _silu(x):
+    return x / (1 + tl.exp(-x))
 
 
 @triton.jit
@@ -40,7 +44,7 @@ def _input(
         tl.store(total_ptr + k, s, mask=m_k & store_total)
     gate = s
     if HAS_GATE:
-        gate = silu(tl.load(gate_ptr + k, mask=m_k, other=0.0).to(ACC))
+        gate = _silu(tl.load(gate_ptr + k, mask=m_k, other=0.0).to(ACC))
         if not GATE_LAST:
             s *= gate
     if HAS_NORM:
@@ -54,6 +58,29 @@ def _input(
     if HAS_GATE and GATE_LAST:
         s *= gate
     return s
+
+
+@triton.jit
+def _slots(ptr, step, c, m_c, NUMBER: tl.constexpr):
+    """``NUMBER`` rows of channels c, ``step`` apart, as a tuple."""
+    rows = ()
+    for j in tl.static_range(NUMBER):
+        rows = rows + (tl.load(ptr + j * step + c, mask=m_c, other=0.0),)  # noqa: RUF005  Triton has no unpacking
+    return rows
+
+
+@triton.jit
+def _conv(value, bias, taps, past, state_ptr, c, m_c, C, W: tl.constexpr, ACC: tl.constexpr):
+    """silu of the convolution's output (BLOCK,) for the new input ``value``; the state's slots move by one."""
+    y = bias + value * taps[W - 1].to(ACC)
+    for j in tl.static_range(W - 1):
+        y += past[j].to(ACC) * taps[j].to(ACC)
+    tl.debug_barrier()  # where channels are fewer than threads, several have loaded a slot and one stores it
+    for j in tl.static_range(1, W - 1):
+        tl.store(state_ptr + (j - 1) * C + c, past[j], mask=m_c)
+    if W > 1:
+        tl.store(state_ptr + (W - 2) * C + c, value, mask=m_c)
+    return _silu(y)
 
 
 @triton.jit
@@ -86,7 +113,7 @@ def _project_kernel(
     conv_bias = tl.zeros((BLOCK_O,), ACC)
     if HAS_CONV_BIAS:
         conv_bias = tl.load(conv_bias_ptr + c, mask=m_c, other=0.0).to(ACC)
-    taps = slots(conv_weight_ptr, 1, c * W, m_c, W)
+    taps = _slots(conv_weight_ptr, 1, c * W, m_c, W)
     if BLOCK_P > 0:
         p = tl.arange(0, BLOCK_P)
         after = tl.load(next_ptr + p[:, None] * C + c[None, :], mask=(p < P)[:, None] & m_c[None, :], other=0.0)
@@ -95,7 +122,7 @@ def _project_kernel(
     for b in range(B):
         row = tl.cast(b, tl.int64)
         state_at = conv_state_ptr + row * (W - 1) * C
-        past = slots(state_at, C, c, m_c, W - 1)
+        past = _slots(state_at, C, c, m_c, W - 1)
         s = _input(
             x_ptr + row * sx, residual_ptr + row * K, gate_ptr + row * sgate, norm, total_ptr + row * K, pid == 0,
             k, m_k, K, eps, GROUPS, HAS_RESIDUAL, HAS_GATE, HAS_NORM, GATE_LAST, ACC,
@@ -103,7 +130,7 @@ def _project_kernel(
         y = tl.sum(weight.to(ACC) * s[None, :], 1) + bias
         if W > 0:
             y = y.to(y_ptr.dtype.element_ty).to(ACC)  # the convolution reads what a prompt's would
-            y = tl.where(m_c, conv_tile(y, conv_bias, taps, past, state_at, c, m_c, C, W, ACC), y)
+            y = tl.where(m_c, _conv(y, conv_bias, taps, past, state_at, c, m_c, C, W, ACC), y)
         tl.store(y_ptr + row * O + o, y, mask=m_o)
         if BLOCK_P > 0:
             y = tl.where(m_c, y.to(y_ptr.dtype.element_ty).to(ACC), 0.0)
@@ -165,9 +192,9 @@ def _scan_kernel(
     dt = tl.sum(weight.to(ACC) * low[None, :], 1) + bias
     dt = softplus(dt)
     h = tl.exp(dt[:, None] * A) * h + (dt * x)[:, None] * B[None, :]
-    tl.debug_barrier()  # see conv_tile
+    tl.debug_barrier()  # see _conv
     tl.store(state_at, h, mask=m_en)
-    y = (tl.sum(h * C[None, :], 1) + D * x) * silu(z)
+    y = (tl.sum(h * C[None, :], 1) + D * x) * _silu(z)
     tl.store(y_ptr + b * E + e, y, mask=m_e)
 
 

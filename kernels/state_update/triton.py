@@ -25,6 +25,9 @@ from kernels.selective_scan.triton_steps import softplus
 from kernels.state_update.problem import Problem
 
 
+MANY = 1 << 24  # states from which on tiles are a quarter as large
+
+
 @triton.jit
 def _time_step(dt, bias, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
     """dt after bias, softplus and limits."""
@@ -127,9 +130,11 @@ class Shape(NamedTuple):
 
 
 def shape_of(p: Problem) -> Shape:
-    """A rule on the sizes: tiles of 8192 states, smaller ones where there would be few programs."""
+    """A rule on the sizes: tiles of 8192 states, smaller ones where there would be few programs, or very many."""
     batch, _, heads, width = p.x.shape
     columns = triton.next_power_of_2(p.state.shape[3])
+    if batch * heads * width * columns >= MANY:  # the last programs of all are over sooner
+        return Shape(max(1, min(triton.next_power_of_2(width), 2048 // columns)), columns, 2)
     rows = max(1, min(triton.next_power_of_2(width), 8192 // columns))
     while rows > 4 and batch * heads * triton.cdiv(width, rows) < 512:
         rows //= 2

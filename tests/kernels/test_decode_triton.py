@@ -8,7 +8,7 @@ from accuracy import assert_as_accurate
 from contract import triton_device
 from torch import Tensor
 
-from kernels.decode import Conv, largest, project, project_parts, project_rows, scan_step
+from kernels.decode import Conv, largest, project, project_parts, scan_step
 
 DEVICE = triton_device()
 DTYPES = [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
@@ -96,43 +96,12 @@ def compare(name: str, got: Tensor, plain: Tensor, truth: Tensor) -> None:
         assert_as_accurate(name, got, plain, truth)
 
 
-ROWS = {  # of project_rows
-    "norm": dict(batch=5, inputs=200, outputs=40, norm=True, bias=True),
-    "stream": dict(batch=70, inputs=150, outputs=17, norm=True, stream=True),
-    "stream alone": dict(batch=19, inputs=33, outputs=24, stream=True, bias=True),
-    "conv": dict(batch=18, inputs=130, outputs=90, width=4, first=21, channels=50, norm=True),
-    "short conv": dict(batch=6, inputs=16, outputs=16, width=1, first=0, channels=16),
-}
-WIDE_ROWS = [torch.float32, torch.bfloat16]  # float64 has no products there
-
-
-@pytest.mark.parametrize("dtype", WIDE_ROWS)
-@pytest.mark.parametrize("name", ROWS)
-def test_project_rows(name: str, dtype: torch.dtype) -> None:
-    case = ROWS[name]
-
-    def run(dtype: torch.dtype, backend: str, wide: bool = False) -> dict[str, Tensor]:
-        made = arguments(case, dtype)
-        stream = draw("stream", case["batch"], case["outputs"]).to(DEVICE, torch.float32) if "stream" in case else None
-        given = {name: made[name] for name in ("x", "weight", "bias", "norm_weight")} | {"residual": stream}
-        given |= {"conv": made["conv"]} if "conv" in made else {}
-        given = widened(given) if wide else given
-        y, total = project_rows(**given, backend=backend)
-        found = {"y": y, "total": total, "state": given["conv"].state if "conv" in given else None}
-        return {name: t for name, t in found.items() if t is not None and t.numel()}
-
-    truth, plain, got = run(dtype, "reference", wide=True), run(dtype, "reference"), run(dtype, "triton")
-    assert got.keys() == truth.keys()
-    for key in got:  # the stream is float32, its summands are products of what was rounded
-        compare(f"{name} {key}", got[key].to(dtype), plain[key].to(dtype), truth[key])
-
-
-@pytest.mark.parametrize("dtype", WIDE_ROWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("batch", "inputs", "outputs"), [(5, 300, 40), (70, 1000, 17)])
 def test_project_parts(batch: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
     made = arguments(dict(batch=batch, inputs=inputs, outputs=outputs), dtype)
     x, weight = made["x"], made["weight"]
-    truth = project_parts(x.double(), weight.double(), backend="reference")
+    truth = project_parts(x.double(), weight.double())
     parts = project_parts(x, weight, backend="triton")
     assert parts.shape == (batch, parts.shape[1], outputs)
     assert parts.shape[1] > 1
@@ -153,7 +122,9 @@ def scan_arguments(dtype: torch.dtype, batch: int, inner: int, rank: int, n: int
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
-@pytest.mark.parametrize("sizes", [(1, 5, 1, 3, 1), (2, 40, 3, 4, 37), (9, 7, 2, 16, 2), (19, 40, 5, 7, 3)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 5, 1, 3, 1), (2, 40, 3, 4, 37), (9, 7, 2, 16, 2), (19, 70, 5, 7, 3), (6, 20, 3, 40, 1)]
+)
 def test_scan_step(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     made = scan_arguments(dtype, *sizes)
     made["dt_bias"] -= 6  # small steps, which a plain log(1 + exp) loses
