@@ -24,7 +24,6 @@ from kernels.early import prefetch
 from kernels.selective_scan.triton_steps import softplus
 from kernels.state_update.problem import Problem
 
-
 MANY = 1 << 24  # states from which on tiles are a quarter as large
 
 
