@@ -1,6 +1,6 @@
 """Steps of a decoder's layers: one token through a block, its mixer's state updated in place.
 
-The step of a Mamba or Mamba-2 layer is three kernels for a few rows and seven or five for many, see ``kernels.decode``;
+The step of a Mamba or Mamba-2 layer is three kernels for a few rows and six for many, see ``kernels.decode``;
 other layers run their ``decode``.
 
 Legend: B batch, D model width.
@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from core.block import Block, start_stream
@@ -19,7 +18,7 @@ from core.mixers import Mamba, Mamba2
 from core.mixers.mamba import MambaState, decay_rates
 from core.mixers.mamba2 import Mamba2State
 from kernels import conv_update
-from kernels.decode import Conv, project, scan_step
+from kernels.decode import Conv, project, project_parts, scan_step
 from kernels.state_update import state_update
 
 FEW_ROWS = 4  # up to here a projection with everything fused into it beats a matrix product between other kernels
@@ -76,25 +75,11 @@ class FusedStep(PlainStep):
         x, stream = norm(x, residual)
         both = m.in_proj(x)
         convolved = conv_update(both[:, None, channels], conv.state, conv.weight, conv.bias, activation="silu")[:, 0]
-        return both, convolved, stream, None if following is None else F.linear(convolved, following).unsqueeze(1)
+        return both, convolved, stream, None if following is None else project_parts(convolved, following)
 
 
-class DecayStep(FusedStep):
-    """A block whose decay rates are kept."""
-
-    def __init__(self, layer: Block, state: Any, few: bool) -> None:
-        super().__init__(layer, state, few)
-        assert isinstance(layer.mixer, Mamba | Mamba2)
-        self.A = decay_rates(layer.mixer.A_log)
-
-    def refresh(self) -> None:
-        """Computes the decay rates again."""
-        assert isinstance(self.layer.mixer, Mamba | Mamba2)
-        self.A.copy_(decay_rates(self.layer.mixer.A_log))
-
-
-class MambaStep(DecayStep):
-    """A Mamba block in three kernels, or seven."""
+class MambaStep(FusedStep):
+    """A Mamba block in three kernels, or six."""
 
     @staticmethod
     def supports(layer: Block) -> bool:
@@ -107,19 +92,23 @@ class MambaStep(DecayStep):
         both, u, stream, low = self.project_in(x, residual, 0, m.x_proj.weight)
         assert low is not None
         z = both[:, m.d_inner :]
-        if self.few:
-            y = scan_step(low, u, z, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, self.state.ssm)
-            return self.layer.apply_mlp(project(y, m.out_proj.weight, m.out_proj.bias)[0], stream)
-        dt, B, C = low.split([m.dt_rank, m.d_state, m.d_state], dim=-1)
-        y = state_update(
-            self.state.ssm, u.unsqueeze(1), F.linear(dt, m.dt_proj.weight), self.A, B.unsqueeze(1), C.unsqueeze(1),
-            m.D, z.unsqueeze(1), m.dt_proj.bias,
-        ).squeeze(1)  # fmt: skip
-        return self.layer.apply_mlp(m.out_proj(y), stream)
+        y = scan_step(low, u, z, m.dt_proj.weight, m.dt_proj.bias, m.A_log, m.D, self.state.ssm)
+        x = project(y, m.out_proj.weight, m.out_proj.bias)[0] if self.few else m.out_proj(y)
+        return self.layer.apply_mlp(x, stream)
 
 
-class Mamba2Step(DecayStep):
-    """A Mamba-2 block in three kernels, or five."""
+class Mamba2Step(FusedStep):
+    """A Mamba-2 block in three kernels, or six. Its decay rates are kept."""
+
+    def __init__(self, layer: Block, state: Any, few: bool) -> None:
+        super().__init__(layer, state, few)
+        assert isinstance(layer.mixer, Mamba2)
+        self.A = decay_rates(layer.mixer.A_log)
+
+    def refresh(self) -> None:
+        """Computes the decay rates again."""
+        assert isinstance(self.layer.mixer, Mamba2)
+        self.A.copy_(decay_rates(self.layer.mixer.A_log))
 
     @staticmethod
     def supports(layer: Block) -> bool:

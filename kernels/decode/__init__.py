@@ -2,8 +2,9 @@
 
 At a batch of a few rows a step reads every weight once; what it costs beside that is kernel launches. ``project`` takes
 the addition to the residual stream, the norm and the gate in front of a product, and the convolution's step behind it,
-so that a Mamba layer is three launches (project, ``scan_step``, project). For inference: no gradients, and the states
-that are passed in are updated in place.
+so that a Mamba layer is three launches (project, ``scan_step``, project). For many rows there are matrix products,
+``project_parts``, and ``scan_step`` in tiles of rows. For inference: no gradients, and the states that are passed in
+are updated in place.
 
 Legend: B batch, K inputs, O outputs, C convolved channels, W convolution width, E inner width, N state, R dt rank,
 P outputs of a following projection.
@@ -21,7 +22,9 @@ from kernels.backend import choose
 from kernels.checks import check_float, check_shape
 from kernels.decode import reference
 
-__all__ = ["Conv", "largest", "project", "scan_step"]
+__all__ = ["Conv", "largest", "project", "project_parts", "scan_step"]
+
+SCAN_ROWS = 5  # from here on a step of the scan takes tiles of many rows
 
 
 class Conv(NamedTuple):
@@ -108,6 +111,29 @@ def project(
     return y, None if residual is None else total.to(residual.dtype), part
 
 
+def project_parts(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
+    """``x W^T`` for many rows and few outputs, as parts (B, parts, O) that are to be added up: ``scan_step`` does.
+
+    Args:
+        x: (B, K); rows may be strided.
+        weight: (O, K).
+        backend: See ``project``; float64 takes the reference in any case.
+
+    Returns:
+        float32, or float64 for float64.
+
+    Raises:
+        ValueError: If a shape, dtype or device does not fit.
+    """
+    check_float(x, weight=weight)
+    check_shape("weight", weight, (weight.shape[0], x.shape[1]), "(O, K)")
+    if x.dtype != torch.float64 and _name(backend, x) == "triton":
+        from kernels.decode import rows
+
+        return rows.project_parts(x, weight)
+    return F.linear(reference.wide(x), reference.wide(weight)).unsqueeze(1)
+
+
 def scan_step(
     low: Tensor,
     x: Tensor,
@@ -148,8 +174,10 @@ def scan_step(
     check_shape("D", D, (inner,), "(E,)")
     check_shape("state", state, (batch, inner, n), "(B, E, N)")
     if _name(backend, x) == "triton":
-        from kernels.decode import triton
+        from kernels.decode import rows, triton
 
+        if batch >= SCAN_ROWS and n <= 64 and x.dtype != torch.float64:
+            return rows.scan_rows(low, x, z, dt_weight, dt_bias, A_log, D, state)
         return triton.scan_step(low, x, z, dt_weight, dt_bias, A_log, D, state)
     return reference.scan_step(low, x, z, dt_weight, dt_bias, A_log, D, state).to(x.dtype)
 

@@ -1,6 +1,8 @@
-"""The last kernel of ``ssd``'s backward on GPUs, in plain Triton: gradients of dt, and by chunks of A, D and dt_bias.
+"""The last kernels of ``ssd``'s backward on GPUs, in plain Triton: gradients of dt, and by chunks of A, D and dt_bias;
+the sums of the parts of dB and dC.
 
-It reads what ``inner_kernel`` and ``outer_kernel`` leave for each position; ``triton_gradients.py`` has the formulas.
+The first reads what ``inner_kernel`` and ``outer_kernel`` leave for each position; ``triton_gradients.py`` has the
+formulas.
 
 B batch, L tokens, H heads, P head dim, G groups, K routes, T scan positions, Q positions of a chunk.
 """
@@ -13,6 +15,8 @@ import triton
 import triton.language as tl
 
 from kernels.ssd.triton_steps import read_dt, read_tokens
+
+JOINED = 1024  # numbers of a program of ``join_kernel``
 
 
 @triton.jit
@@ -79,3 +83,18 @@ def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, 
         tl.store(dbias + chunk, tl.sum(slope, 1), mask=live)
     if HAS_D:
         tl.store(dD + chunk, tl.sum(tl.load(four + 3, mask=known, other=0), 1), mask=live)
+
+
+@triton.jit
+def join_kernel(dB, dC, B_sum, C_sum, parts, size, BLOCK: tl.constexpr):
+    """Adds up the parts (parts, size) of dB and of dC, in their order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < size
+    source = dB if tl.program_id(1) == 0 else dC
+    total = tl.load(source + at, mask=live, other=0)
+    for part in range(1, parts):
+        total += tl.load(source + part * size + at, mask=live, other=0)
+    if tl.program_id(1) == 0:
+        tl.store(B_sum + at, total, mask=live)
+    else:
+        tl.store(C_sum + at, total, mask=live)

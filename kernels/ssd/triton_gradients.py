@@ -71,16 +71,15 @@ def state_tile(states, box, number, block, column, P, N, p, n, FULL: tl.constexp
 
 
 @triton.jit
-def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, dx_box, steps, tokens, owner, h_in, g_in,
-                 dx, dz, dB, dC, dD, vectors, xs, ys, zs, Bs, Cs, t_b, t_k, d_h, per_row, first_chunk, plane, K, H,
-                 G, L, T, first, sign, P, N, parts, heads_each, part_size, TABLE: tl.constexpr, NEAR: tl.constexpr,
+def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, steps, tokens, owner, h_in, g_in,
+                 dx, dz, within, dD, vectors, xs, ys, zs, Bs, Cs, t_b, t_k, d_h, per_row, first_chunk, plane, K, H, G,
+                 L, T, first, sign, P, N, parts, heads_each, half, TABLE: tl.constexpr, NEAR: tl.constexpr,
                  RESTART: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
                  FULL: tl.constexpr, TMA: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr,
                  DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-                 BLOCKS: tl.constexpr, PIECES: tl.constexpr, WEIGHED: tl.constexpr,
-                 BOXED_DX: tl.constexpr):  # fmt: skip
-    """What pairs of a chunk's positions bring about, and dx: dx, dz (B, L, K, H, P), a part of dB and dC (2 parts, B,
-    L, K, G, N). One program a chunk, route, group, part of its heads.
+                 BLOCKS: tl.constexpr, PIECES: tl.constexpr, WEIGHED: tl.constexpr):  # fmt: skip
+    """What pairs of a chunk's positions bring about, and dx: dx, dz (B, L, K, H, P), and in ``within``, a sum for each
+    program, their share of dC and dB (2, programs, Q, N). One program a chunk, route, group, part of its heads.
 
     vectors is for ``ddt_kernel``: after what ``outer_kernel`` leaves, four numbers a position: the chunk's own <x, u>;
     da's sum over pairs (EXACT; else their sum over j, from which it follows with the first); <x, u> from g; the
@@ -96,11 +95,10 @@ def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, d
     stop = tl.minimum(begin + heads_each, (group + 1) * (H // G))
     vector, each, number = ((b * K + k) * H * per_row + c) * Q, per_row * Q, (local * K + k) * H
     x, dy, z = x + b * xs[0] + k * xs[2], dy + b * ys[0] + k * ys[2], z + b * zs[0]
-    rows, keys = (b * L * K + k) * H * P, part * part_size + ((b * L + origin) * K + k) * G * N + group * N
-    keys = keys + token[:, None] * (K * G * N)
+    rows = (b * L * K + k) * H * P
     chunk, skip_at = ((first_chunk + local) * K + k) * H, k * H * d_h
     line, key = (b * L + c * Q).to(tl.int32), (group * N).to(tl.int32)
-    dx, dz, dB, dC, four_at = dx + rows, dz + rows, dB + keys, dC + keys, vectors + PIECES * plane
+    dx, dz, four_at = dx + rows, dz + rows, vectors + PIECES * plane
     n = tl.arange(0, BN)
     real: tl.constexpr = steps.dtype.element_ty
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
@@ -166,9 +164,7 @@ def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, d
                 if WIDE_D:
                     tl.store(dD + (chunk + head) * P + p, tl.sum(dyf.to(real) * xf, 0), mask=in_p)
             at = (origin * K * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
-            if TMA and BOXED_DX:
-                dx_box.store([line, column], u.to(dx.dtype.element_ty))
-            elif FULL:
+            if FULL:  # not in boxes: two programs would not fit into shared memory
                 tl.store(dx + at, u)
             else:
                 tl.store(dx + at, u, mask=there[:, None] & in_p[None, :])
@@ -187,20 +183,21 @@ def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, d
     T_sum = tl.where(i >= j, T_sum, 0.0)
     Bv = tile_rows(B_at, Bs, B_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
     Cv = tile_rows(C_at, Cs, C_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
-    live = there[:, None] & (n < N)[None, :]
-    tl.store(dC + n[None, :], product(T_sum, Bv, DOT, PRECISION), mask=live)
-    tl.store(dB + n[None, :], product(tl.trans(T_sum), Cv, DOT, PRECISION), mask=live)
+    to, live = within + (pid * Q + i) * N + n[None, :], (i >= 0) & (n < N)[None, :]
+    tl.store(to, product(T_sum, Bv, DOT, PRECISION), mask=live)
+    tl.store(to + half, product(tl.trans(T_sum), Cv, DOT, PRECISION), mask=live)
 
 
 @triton.jit
-def outer_kernel(x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, tokens, owner, h_in, g_in, h_to_g, dB, dC,
-                 vectors, xs, ys, zs, Bs, Cs, t_b, t_k, per_row, first_chunk, plane, K, H, G, L, T, first, sign, P, N,
-                 parts, heads_each, part_size, TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr,
-                 PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
-                 TMA: tl.constexpr, HAS_Z: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
-                 BP: tl.constexpr, BO: tl.constexpr, BLOCKS: tl.constexpr, PIECES: tl.constexpr):  # fmt: skip
-    """What goes through a chunk's borders: a part of dB and dC (2 parts, B, L, K, G, N), and da's from h and from h to
-    g. One program a chunk, route, group, part of its heads, piece of BO states.
+def outer_kernel(x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, tokens, owner, h_in, g_in, within,
+                 h_to_g, dB, dC, vectors, xs, ys, zs, Bs, Cs, t_b, t_k, per_row, first_chunk, plane, K, H, G, L, T,
+                 first, sign, P, N, parts, heads_each, part_size, half, TABLE: tl.constexpr, NEAR: tl.constexpr,
+                 RESTART: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
+                 FULL: tl.constexpr, TMA: tl.constexpr, HAS_Z: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+                 Q: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, BLOCKS: tl.constexpr,
+                 PIECES: tl.constexpr):  # fmt: skip
+    """What goes through a chunk's borders: dB and dC (parts, B, L, K, G, N), onto what ``within`` holds, and da's from
+    h and from h to g. One program a chunk, route, group, part of its heads, piece of BO states.
 
     vectors begins with what comes from h (PIECES, B, K, H, chunks, Q); h_to_g (chunks, K, H, PIECES) is what passes a
     whole chunk.
@@ -220,7 +217,9 @@ def outer_kernel(x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, toke
     real: tl.constexpr = steps.dtype.element_ty
     Cv = tile_rows(C + b * Cs[0] + k * Cs[2] + group * Cs[3], Cs, C_part, line, (group * N).to(tl.int32) + states,
                    origin, token, there, n, n < N, FULL, TMA).to(DOT)  # fmt: skip
-    dBv, dCv = tl.zeros([Q, BO], real), tl.zeros([Q, BO], real)
+    inside = within + (pid * Q + tl.arange(0, Q)[:, None]) * N + n[None, :]
+    live = (tl.arange(0, Q) >= 0)[:, None] & (n < N)[None, :]
+    dCv, dBv = tl.load(inside, mask=live, other=0), tl.load(inside + half, mask=live, other=0)
     for head in range(begin, stop):
         _step, _high, _low, _segment, enter, _leave, weight, through = decays(
             steps + vector + head * each, plane, entry, Q, EXACT, FOLDED, RESTART
@@ -248,7 +247,7 @@ def outer_kernel(x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, toke
                 passing += tl.sum(tl.where(rows[:, None] == rows[None, :], both, 0.0))
         tl.store(h_to_g + (chunk + head) * PIECES + piece, through * passing)
         tl.store(vectors + piece * plane + vector + head * each + tl.arange(0, Q), from_h * enter)
-    keys = (parts + part) * part_size + ((b * L + origin) * K + k) * G * N + group * N
+    keys = part * part_size + ((b * L + origin) * K + k) * G * N + group * N
     to, live = keys + (token[:, None] * (K * G * N) + n[None, :]), there[:, None] & (n < N)[None, :]
     tl.store(dC + to, dCv, mask=live)
     tl.store(dB + to, dBv, mask=live)

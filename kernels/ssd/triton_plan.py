@@ -118,9 +118,9 @@ class Plan(Sizes):
         )  # fmt: skip
         return steps
 
-    def by_chunk(self, t: Tensor) -> Tensor:
-        """Memory for one tensor like t a chunk."""
-        return torch.empty((self.rows * self.per_row, *t.shape), dtype=self.p.dtype, device=t.device)
+    def by_chunk(self, t: Tensor, count: int = 1) -> Tensor:
+        """Memory for ``count`` tensors like t a chunk, ``(count, chunks, ...)``."""
+        return torch.empty((count, self.rows * self.per_row, *t.shape), dtype=self.p.dtype, device=t.device)
 
     @kept
     def boxed(self) -> bool:

@@ -19,7 +19,7 @@ from kernels.ssd.problem import Problem
 CHUNK = {torch.bfloat16: 64, torch.float32: 32, torch.float64: 16}  # Q by the dtype of products; all divide SLOT
 SHORTEST = 8  # chunks of a segment in the forward, at least
 SHORT = 32  # and in the backward, at most
-PIECE = 64  # columns of the state that a program of ``outer_kernel`` holds
+PIECE = 64  # columns of a large state, or of one in float32, that a program of ``outer_kernel`` holds
 STATES = 64  # rows of the state that a program of ``states_kernel`` holds
 
 
@@ -129,7 +129,8 @@ class Sizes:
     @kept
     def piece(self) -> int:
         """Columns of the state that a program of the backward's ``outer_kernel`` holds."""
-        return min(power(self.p.state), PIECE)
+        state = power(self.p.state)
+        return state if state <= 128 and self.product_dtype == torch.bfloat16 else min(state, PIECE)
 
     @kept
     def pipeline(self) -> dict[str, int]:
@@ -140,9 +141,12 @@ class Sizes:
 
     @kept
     def segments(self) -> Segments:
-        """How the forward cuts the rows: where there are fewer programs than multiprocessors, into two rounds."""
+        """How the forward cuts the rows: where there are fewer programs than multiprocessors, into two rounds.
+
+        No program more: two fit into a multiprocessor, and a third round would take as long for a few as for all.
+        """
         programs, many = max(1, self.rows * self.programs), cores(self.p.x.device)
-        return self.cut(max(SHORTEST, self.per_row * programs // (4 * many)))
+        return self.cut(max(SHORTEST, -(-self.per_row // max(1, 4 * many // programs))))
 
     @kept
     def short_segments(self) -> Segments:

@@ -4,7 +4,8 @@
     backwards   g  = (decay through the chunk) g' + sum_i (decay from its start to i) dy_i C_i^T
 
 (Dao & Gu 2024, section 6, steps 2 and 3, in one.) Where rows and heads are few, a row is cut into segments that are
-walked at the same time: first from zero to their ends (``STORE`` off), then ``carry_kernel`` joins them.
+walked at the same time: first from zero to their ends (``STORE`` off), from where on anything is left there, then
+``carry_kernel`` joins them.
 
 B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk, S
 sequences, BP rows of the state that a program holds.
@@ -19,6 +20,26 @@ import triton
 import triton.language as tl
 
 from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tokens
+
+GONE = tl.constexpr(150.0)  # what has decayed by two to this is less than the smallest float32
+LOOK = tl.constexpr(64)  # chunks whose decays are looked at together
+
+
+@triton.jit
+def remembered(steps, plane, begin, stop, ADJOINT: tl.constexpr, Q: tl.constexpr):
+    """The first step of a walk over the chunks begin to stop of which something is left at its end, and what is left
+    of the state before it: 0 where it is not the first of all."""
+    real: tl.constexpr = steps.dtype.element_ty
+    since, total = begin, tl.zeros((), real)
+    for number in range(tl.cdiv(stop - begin, LOOK)):
+        back = stop - 1 - (number * LOOK + tl.arange(0, LOOK))
+        inside = back >= begin
+        c = begin + stop - 1 - back if ADJOINT else back
+        exponents = tl.load(steps + plane + c * Q + Q - 1, mask=inside, other=0)
+        gone = inside & (total + tl.cumsum(exponents, 0) <= -GONE)
+        since = tl.maximum(since, tl.max(tl.where(gone, back, begin), 0))
+        total += tl.sum(exponents, 0)
+    return since, tl.where(since > begin, 0.0, 1.0).to(real)
 
 
 @triton.jit
@@ -40,8 +61,10 @@ def walk(rows, r_l, r_p, rows_box, columns, z, z_l, z_p, keys, k_l, k_n, keys_bo
     h = tl.zeros(tile.shape, real)
     if HAS_ENTER:
         h = tl.load(enter_from + tile, mask=live, other=0)
-    left = tl.full((), 1.0, real)
-    for step_number in range(begin, stop):
+    since, left = begin, tl.full((), 1.0, real)
+    if not STORE and not PACKED and FOLDED:  # folded: no step is negative, and all exponents of a head have one sign
+        since, left = remembered(steps, plane, begin, stop, ADJOINT, Q)
+    for step_number in range(since, stop):
         c = begin + stop - 1 - step_number if ADJOINT else step_number
         if PACKED:
             s = tl.load(owner + 1 + c)

@@ -20,8 +20,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.backend import dependent_launch
+from kernels.early import prefetch
 from kernels.selective_scan.triton_steps import softplus
 from kernels.state_update.problem import Problem
+
+MANY = 1 << 24  # states from which on tiles are a quarter as large
 
 
 @triton.jit
@@ -42,17 +45,20 @@ def _update_kernel(
     C_b, C_t, C_g, C_n, D_h, D_p, z_b, z_t, z_h, z_p, bias_h, bias_p, T, H, P, N, per_group, blocks,
     TIED_DT: tl.constexpr, TIED_A: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_INDEX: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    ACC: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
+    ACC: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, LINES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (b, h, block of P) updates ``state[indices[b], h]`` and writes ``y[b, :, h]``."""
-    if PDL:  # a projection behind it may fetch its weights; whatever is read here another kernel may have made
-        gdc_launch_dependents()
-        gdc_wait()
     pid = tl.program_id(0)
     head = pid // blocks  # 32 bits: a division of 64 takes a hundred instructions
     block, h, b = (pid % blocks).to(tl.int64), (head % H).to(tl.int64), (head // H).to(tl.int64)
     p, n = block * BP + tl.arange(0, BP), tl.arange(0, BN)
     m_p, m_n = p < P, n < N
+    if PDL:  # a projection behind it may fetch its weights; whatever is read here another kernel may have made
+        gdc_launch_dependents()
+        if not HAS_INDEX:
+            begin = tl.minimum(tl.arange(0, LINES) * (BN // LINES), N - 1)
+            prefetch(state + b * s_b + h * s_h + tl.minimum(p, P - 1)[:, None] * s_p + begin[None, :] * s_n)
+        gdc_wait()
     y += (b * T * H + h) * P + p
     row = b
     if HAS_INDEX:
@@ -123,9 +129,11 @@ class Shape(NamedTuple):
 
 
 def shape_of(p: Problem) -> Shape:
-    """A rule on the sizes: tiles of 8192 states, smaller ones where there would be few programs."""
+    """A rule on the sizes: tiles of 8192 states, smaller ones where there would be few programs, or very many."""
     batch, _, heads, width = p.x.shape
     columns = triton.next_power_of_2(p.state.shape[3])
+    if batch * heads * width * columns >= MANY:  # the last programs of all are over sooner
+        return Shape(max(1, min(triton.next_power_of_2(width), 2048 // columns)), columns, 2)
     rows = max(1, min(triton.next_power_of_2(width), 8192 // columns))
     while rows > 4 and batch * heads * triton.cdiv(width, rows) < 512:
         rows //= 2
@@ -157,7 +165,8 @@ def update(p: Problem) -> Tensor:
             HAS_D=p.D is not None, HAS_Z=p.z is not None, HAS_BIAS=p.dt_bias is not None,
             HAS_INDEX=p.indices is not None, SOFTPLUS=p.dt_softplus, CLAMP=p.clamped, LOW=p.dt_limit[0],
             HIGH=p.dt_limit[1], ACC=tl.float64 if p.dtype == torch.float64 else tl.float32, BP=shape.rows,
-            BN=shape.columns, num_warps=shape.warps, **dependent_launch(p.x),
+            BN=shape.columns, LINES=max(1, shape.columns * p.state.element_size() // 128), num_warps=shape.warps,
+            **dependent_launch(p.x),
         )  # fmt: skip
     return y
 

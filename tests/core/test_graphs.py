@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from core.lm import MambaConfig, MambaLM
+from core.loss import linear_cross_entropy
 from core.training.graphs import capture
 
 
@@ -42,3 +44,27 @@ def test_training_batches_of_one_shape_replay(monkeypatch: pytest.MonkeyPatch) -
         net(full)
     net.eval()(full)
     assert replayed == [full.shape]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
+@pytest.mark.parametrize("ssm_cfg", [dict(layer="Mamba1", d_state=8), dict(layer="Mamba2", d_state=16, headdim=16)])
+def test_a_language_model_by_graphs(ssm_cfg: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = MambaLM(MambaConfig(d_model=32, n_layer=2, vocab_size=50, ssm_cfg=ssm_cfg), device="cuda")
+    backbone: Any = model.backbone
+
+    def gradients(ids: Tensor) -> list[Tensor | None]:
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = linear_cross_entropy(backbone(ids)[:, :-1], model.lm_head.weight, ids[:, 1:])
+        loss.backward()
+        return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+    first, second = torch.randint(50, (2, 3, 70), device="cuda")
+    want = [gradients(first), gradients(second)]
+    with torch.autocast("cuda", torch.bfloat16):
+        capture(backbone, first)
+    assert "forward" in vars(backbone)
+    for _ in range(2):
+        torch.testing.assert_close([gradients(first), gradients(second)], want, rtol=1e-2, atol=1e-5)

@@ -8,7 +8,7 @@ from accuracy import assert_as_accurate
 from contract import triton_device
 from torch import Tensor
 
-from kernels.decode import Conv, largest, project, scan_step
+from kernels.decode import Conv, largest, project, project_parts, scan_step
 
 DEVICE = triton_device()
 DTYPES = [torch.float64, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
@@ -96,6 +96,18 @@ def compare(name: str, got: Tensor, plain: Tensor, truth: Tensor) -> None:
         assert_as_accurate(name, got, plain, truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "inputs", "outputs"), [(5, 300, 40), (70, 1000, 17)])
+def test_project_parts(batch: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+    made = arguments(dict(batch=batch, inputs=inputs, outputs=outputs), dtype)
+    x, weight = made["x"], made["weight"]
+    truth = project_parts(x.double(), weight.double())
+    parts = project_parts(x, weight, backend="triton")
+    assert parts.shape == (batch, parts.shape[1], outputs)
+    assert parts.shape[1] > 1
+    compare("parts", parts.sum(1), project_parts(x, weight, backend="reference").squeeze(1), truth.squeeze(1))
+
+
 def scan_arguments(dtype: torch.dtype, batch: int, inner: int, rank: int, n: int, parts: int) -> dict[str, Tensor]:
     both = draw("xz", batch, 2 * inner)
     shapes = {"dt_weight": (inner, rank), "dt_bias": (inner,), "A_log": (inner, n), "D": (inner,)}
@@ -110,7 +122,9 @@ def scan_arguments(dtype: torch.dtype, batch: int, inner: int, rank: int, n: int
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
-@pytest.mark.parametrize("sizes", [(1, 5, 1, 3, 1), (2, 40, 3, 4, 37), (9, 7, 2, 16, 2)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 5, 1, 3, 1), (2, 40, 3, 4, 37), (9, 7, 2, 16, 2), (19, 70, 5, 7, 3), (6, 20, 3, 40, 1)]
+)
 def test_scan_step(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     made = scan_arguments(dtype, *sizes)
     made["dt_bias"] -= 6  # small steps, which a plain log(1 + exp) loses

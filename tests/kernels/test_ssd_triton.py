@@ -19,7 +19,7 @@ from ssd_cases import CASES, ROUNDED, ROWS, Case, compare, run
 
 from kernels import ssd
 from kernels.plans import Plans
-from kernels.ssd import triton, triton_backward, triton_boxes, triton_plan, triton_sizes
+from kernels.ssd import triton, triton_backward, triton_boxes, triton_plan, triton_sizes, triton_states
 from kernels.ssd.triton_plan import Plan
 from kernels.ssd.triton_sizes import Segments
 
@@ -133,6 +133,36 @@ EMULATED = {
 def test_bfloat16_products_are_accurate_enough(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with_hopper(monkeypatch)
     compare(EMULATED[name], torch.bfloat16, "triton", products=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels have real bfloat16 products: test_realistic_sizes")
+@pytest.mark.parametrize("turns", [False, True], ids=["at_once", "in_turns"])
+def test_boxes_in_segments(turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_hopper(monkeypatch)
+    in_segments(monkeypatch, 2)
+    if turns:
+        monkeypatch.setattr(triton_plan, "WORKSPACE", 1)
+    compare(Case(B=1, L=256, H=2, P=16, N=128), torch.bfloat16, "triton", products=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels keep the constant")
+def test_what_has_decayed_is_not_walked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_hopper(monkeypatch)
+    monkeypatch.setitem(triton_sizes.CHUNK, torch.bfloat16, 16)
+    in_segments(monkeypatch, 2)
+    case = Case(B=1, L=256, H=2, P=16, N=16, G=2)
+    for gone, right in (
+        (20.0, True),
+        (-math.inf, False),
+    ):  # bits of a bfloat16 result; then only a last chunk is walked
+        monkeypatch.setattr(triton_states, "GONE", tl.constexpr(gone))
+        if right:
+            compare(case, torch.bfloat16, "triton", products=True)
+        else:
+            with pytest.raises(AssertionError, match="error"):
+                compare(case, torch.bfloat16, "triton", products=True)
 
 
 def with_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
