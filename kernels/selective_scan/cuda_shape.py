@@ -62,7 +62,7 @@ class Shape(NamedTuple):
     def backward_words(self, ends: bool) -> int:
         """Words of shared memory of the backward, or of its first pass."""
         T, states = self.part, self.lanes * self.states
-        staged = CHUNK * (rows(2 * self.width) + self.width + 2 * states + 1)
+        staged = CHUNK * (rows(2 * self.width) + self.width + 2 * states + 1) + 16
         if ends:
             return staged + 4
         starts = CHUNK // T * self.width * states

@@ -15,11 +15,11 @@ from scan_options import CASES, FULL, check, inputs, run
 
 from kernels import nvrtc, selective_scan
 from kernels.plans import Plans
-from kernels.selective_scan import cuda_launch, cuda_shape, op
+from kernels.selective_scan import cuda_launch, cuda_shape, cuda_sums, op
 from kernels.selective_scan.problem import CHUNK
 
 MACROS = {
-    "S": 4, "CH": 2, "LN": 4, "NW": 4, "EXTRA": 4, "V": 4, "VN": 4, "BLOCKS": 2, "TX": "bf16", "TDT": "f16",
+    "S": 4, "CH": 2, "LN": 4, "NW": 4, "EXTRA": 4, "V": 4, "VS": 4, "VN": 4, "BLOCKS": 2, "TX": "bf16", "TDT": "f16",
     "TB": "bf16", "TC": "float", "TZ": "float", "TY": "bf16", "TDY": "bf16", "TDX": "bf16", "TDZ": "float", "HAS_D": 1,
     "HAS_Z": 1, "HAS_BIAS": 1, "HAS_INITIAL": 1, "CONST_B": 0, "CONST_C": 0, "SOFTPLUS": 1,
     "TABLE": 1, "PACKED": 1, "AT_TOKEN": 0, "PRECISE": 0, "ENDS": 0, "EXACT": 0, "T": 8, "CUT": 0, "WHOLE_N": 0,
@@ -192,6 +192,7 @@ def cut_in(segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_segments_at_once_equal_one(segments: int, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_in(segments, monkeypatch)
+    monkeypatch.setattr(cuda_sums, "LEAST", 1)  # and in slices
     check(inputs(B=2, L=10 * CHUNK + 5, D=40, N=16, options=FULL), "cuda", "cuda", torch.float32, reverse=reverse)
 
 
@@ -283,6 +284,33 @@ def test_bits_repeat() -> None:
     tensors = inputs(B=1, L=CHUNK + 3, D=33, N=16, K=2, options=FULL)
     first, second = (run(tensors, "cuda", torch.bfloat16, "cuda") for _ in range(2))
     assert all(torch.equal(t, second[name]) for name, t in first.items())
+
+
+@gpu
+@needs_gpu
+def test_kernels_that_start_early_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments, slices and sums follow each other, each started before the one before has ended."""
+    cut_in(2, monkeypatch)
+    monkeypatch.setattr(cuda_sums, "LEAST", 1)
+    tensors = inputs(B=2, L=9 * CHUNK, D=64, N=16, options="D z bias")
+    leaves = {n: t.cuda().float().requires_grad_() for n, t in tensors.items()}
+
+    def step() -> list[torch.Tensor]:
+        y = selective_scan(**leaves, backend="cuda")
+        return [y, *torch.autograd.grad(y, list(leaves.values()), torch.zeros_like(y).fill_(0.5))]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = [t.clone() for t in step()]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(20):
+        for t in captured:
+            t.fill_(torch.nan)
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
 @gpu

@@ -12,7 +12,7 @@ from scan_options import FULL, check, inputs
 from kernels import nvrtc
 from kernels.backend import interpreting
 from kernels.plans import Plans
-from kernels.selective_scan import cuda, cuda_few, cuda_launch, cuda_shape, cuda_straight, op
+from kernels.selective_scan import cuda, cuda_few, cuda_launch, cuda_shape, cuda_straight, cuda_sums, op
 from kernels.selective_scan.problem import CHUNK
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="steps come from a Triton kernel: set TRITON_INTERPRET=1")
@@ -64,6 +64,7 @@ def test_slices_within_segments(short: bool, monkeypatch: pytest.MonkeyPatch) ->
     rule, supports = cuda_launch.shape_of, cuda_straight.supports
     monkeypatch.setattr(cuda_launch, "shape_of", lambda *args: rule(*args)._replace(segments=2))
     monkeypatch.setattr(cuda_straight, "supports", lambda p: short and supports(p))
+    monkeypatch.setattr(cuda_sums, "LEAST", 4)
     check(inputs(B=1, L=17 * CHUNK + 5, D=34, N=16, options=FULL), "auto", "cpu", BF16, reverse=True)
 
 
