@@ -65,24 +65,28 @@ def test_shapes_hold_the_state_and_fit_the_gpu(state: int, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("sizes", "each", "lanes", "segments"),
+    ("sizes", "each", "lanes", "segments", "warps"),
     [
-        ((16, 2048, 8, 8), 2, 4, 1),  # short and many
-        ((16, 2048, 2, 8), 1, 4, 4),  # too few blocks of two channels a thread
-        ((64, 1536, 8, 32), 2, 8, 1),
-        ((16, 2048, 1, 64), 1, 8, 1),  # one walk
-        ((16, 2048, 1, 1024), 1, 4, 6),
-        ((16, 1536, 8, 32), 1, 4, 1),
+        ((16, 2048, 8, 8), 2, 4, 1, 8),  # short and many
+        ((16, 2048, 2, 8), 1, 4, 4, 4),  # too few blocks of two channels a thread
+        ((64, 1536, 8, 32), 2, 8, 1, 4),
+        ((16, 2048, 1, 64), 1, 8, 1, 4),  # one walk
+        ((16, 2048, 1, 1024), 1, 4, 6, 12),
+        ((16, 1536, 8, 32), 1, 4, 1, 12),  # a block to a multiprocessor
+        ((16, 1536, 9, 32), 1, 4, 1, 4),  # more than one
+        ((16, 128, 4, 2048), 1, 4, 16, 4),  # channels that don't fill it
     ],
 )
 def test_form_of_the_forward(
-    sizes: tuple[int, int, int, int], each: int, lanes: int, segments: int, monkeypatch: pytest.MonkeyPatch
+    sizes: tuple[int, int, int, int], each: int, lanes: int, segments: int, warps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cuda_shape, "properties", lambda device: (132, 227 << 10))
     rule, device = cuda_shape.shape_of.__wrapped__, torch.device("cuda")
     shape = rule(*sizes, False, False, False, device)
-    assert (shape.each, shape.lanes, shape.segments) == (each, lanes, segments)
-    assert rule(16, 2048, 1, 64, False, False, False, device, True).lanes == 4  # steps that are looked up
+    assert (shape.each, shape.lanes, shape.segments, shape.warps) == (each, lanes, segments, warps)
+    assert 4 * shape.forward_words <= 227 << 10
+    looked_up = rule(16, 2048, 1, 64, False, False, False, device, True)
+    assert (looked_up.lanes, looked_up.warps) == (4, 4)
 
 
 gpu = pytest.mark.gpu
@@ -250,6 +254,18 @@ def test_two_channels_a_thread(batch: int, state: int, reverse: bool) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_one_walk_where_channels_just_fill_the_gpu(reverse: bool) -> None:
     check(inputs(B=1, L=17 * CHUNK + 5, D=1700, N=16, options=FULL), "cuda", "cuda", torch.bfloat16, reverse=reverse)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_twelve_warps_that_walk(segments: int, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_in(segments, monkeypatch)
+    rule, joined = cuda_launch.shape_of, dict(tile=32, warps=12, extra=12, resident=1, width=96, blocks=3)
+    monkeypatch.setattr(cuda_launch, "shape_of", lambda *a: rule(*a) if a[5] else rule(*a)._replace(**joined))
+    tensors = inputs(B=2, L=9 * CHUNK + 5, D=200, N=16, options=FULL)
+    check(tensors, "cuda", "cuda", torch.bfloat16, reverse=reverse)
 
 
 @gpu

@@ -69,12 +69,14 @@ def test_slices_within_segments(short: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["two channels a thread", "one walk"])
+@pytest.mark.parametrize("form", ["two channels a thread", "one walk", "twelve warps"])
 def test_forms_of_the_forward(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = cuda_launch.shape_of
     changed = dict(each=2, warps=2, extra=2, width=32, blocks=2)
     if form == "one walk":
         changed = dict(lanes=8, states=2, warps=4, extra=8, width=16, blocks=3, tile=CHUNK)
+    if form == "twelve warps":
+        changed = dict(warps=12, extra=12, width=96, blocks=1, tile=CHUNK // 2)
 
     def shape_of(*args: Any) -> cuda_shape.Shape:
         return rule(*args) if args[5] else rule(*args)._replace(**changed)
