@@ -22,8 +22,28 @@ import torch
 SHARED_MEMORY = 48 << 10  # bytes a block may use without asking for more
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
+EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
 _Pointer = ctypes.c_void_p * 1
 _thread = threading.local()  # whether this thread has a CUDA context
+
+
+class _Attribute(ctypes.Structure):
+    """``CUlaunchAttribute``, of a whole number."""
+
+    _fields_ = (("id", ctypes.c_int), ("gap", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60))
+
+
+class _Config(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+_early = _Attribute(EARLY, 0, 1)
 
 
 @functools.cache
@@ -129,10 +149,12 @@ class Kernel:
         name: The kernel's name (``extern "C"``).
         shared: Bytes of dynamic shared memory of a block.
         device: Index of the GPU.
+        early: Whether it may start before what was launched before it has ended, which it waits for by itself
+            (``griddepcontrol.wait``, from compute capability 9.0 on).
     """
 
-    def __init__(self, code: bytes, name: str, shared: int, device: int) -> None:
-        self.shared, self.code, self.device = shared, code, device
+    def __init__(self, code: bytes, name: str, shared: int, device: int, early: bool = False) -> None:
+        self.shared, self.code, self.device, self.early = shared, code, device, early
         self._enter()
         module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         driver = _driver()
@@ -171,21 +193,27 @@ class Kernel:
             _thread.entered = True
         argument = _Pointer(fields.buffer_info()[0])
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
-        status = _driver().cuLaunchKernel(
-            self.function, blocks, 1, 1, threads, 1, 1, self.shared, stream, argument, None
-        )
+        if self.early:
+            attributes = ctypes.addressof(_early)
+            config = _Config((blocks, 1, 1), (threads, 1, 1), self.shared, stream.value, attributes, 1)
+            status = _driver().cuLaunchKernelEx(ctypes.byref(config), self.function, argument, None)
+        else:
+            status = _driver().cuLaunchKernel(
+                self.function, blocks, 1, 1, threads, 1, 1, self.shared, stream, argument, None
+            )
         if status:
             self._check(status, f"launch {blocks} blocks of {threads} threads")
 
 
 @functools.cache
-def _loaded(source: str, name: str, macros: tuple[str, ...], shared: int, device: int) -> Kernel:
+def _loaded(source: str, name: str, macros: tuple[str, ...], shared: int, device: int, early: bool) -> Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     suffix = "a" if major >= 9 else ""
-    return Kernel(_cached_cubin(source, macros, f"sm_{major}{minor}{suffix}"), name, shared, device)
+    code = _cached_cubin(source, macros, f"sm_{major}{minor}{suffix}")
+    return Kernel(code, name, shared, device, early and major >= 9)
 
 
-def kernel(source: str, name: str, macros: tuple[str, ...] = (), shared: int = 0) -> Kernel:
+def kernel(source: str, name: str, macros: tuple[str, ...] = (), shared: int = 0, early: bool = False) -> Kernel:
     """A kernel for the current device, compiled on first use.
 
     Args:
@@ -193,5 +221,6 @@ def kernel(source: str, name: str, macros: tuple[str, ...] = (), shared: int = 0
         name: An ``extern "C"`` kernel in it.
         macros: What is defined above it, such as ``N 16``.
         shared: Bytes of dynamic shared memory of a block.
+        early: Whether it waits by itself for what was launched before it, where the GPU can (see ``Kernel``).
     """
-    return _loaded(source, name, macros, shared, torch.cuda.current_device())
+    return _loaded(source, name, macros, shared, torch.cuda.current_device(), early)

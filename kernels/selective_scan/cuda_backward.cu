@@ -77,6 +77,7 @@ constexpr bool LOCAL = EXTRA == 0 && 4 * GR * T / V >= 32;  // the rows of a par
 constexpr int Y_ROW = PADDED(BD * LN) + 4, UW_ROW = PADDED(2 * BD * LN) + 8;
 // Floats of a step's dB and dC and of a part's, so that lanes that write at once meet different banks.
 constexpr int SUM_ROW = 2 * NP + 4, SUM_ROWS = T * SUM_ROW + 16;
+constexpr int TO_C = CHUNK * NP + 16;  // floats from B to C, likewise
 
 extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) {
     constexpr int PARTS = CHUNK / T, TURNS = NT > T * RT ? NT / (T * RT) : 1;  // threads take turns at the gradients
@@ -84,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     float(*s_chan)[PADDED(2 * BD)] = reinterpret_cast<float(*)[PADDED(2 * BD)]>(memory);      // dt, dt x
     float(*s_dy)[BD] = reinterpret_cast<float(*)[BD]>(s_chan + CHUNK);                        // before the gate
     float(*s_B)[NP] = reinterpret_cast<float(*)[NP]>(s_dy + CHUNK);
-    float(*s_C)[NP] = s_B + CHUNK;  // also the sums of dB and dC, in their places
+    float(*s_C)[NP] = reinterpret_cast<float(*)[NP]>(&s_B[0][0] + TO_C);  // also the sums of dB and dC, in their places
     float(*s_h)[WALKERS][S] = reinterpret_cast<float(*)[WALKERS][S]>(s_C + CHUNK);                     // states before parts
     float(*s_y)[Y_ROW] = reinterpret_cast<float(*)[Y_ROW]>(s_h + (ENDS ? 0 : PARTS));
     float(*s_uw)[UW_ROW] = reinterpret_cast<float(*)[UW_ROW]>(s_y + (ENDS ? 0 : T));
@@ -93,6 +94,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     i64* s_read = s_stored + 1;                                                   // and added up
     float* s_keep = reinterpret_cast<float*>(s_read + 1);
 
+    follow();
     const Place p(a);
     if (ENDS && p.seg == 0) return;  // nobody asks what leaves the first
     const int tid = threadIdx.x, lane = tid & 31, d = p.d0 + p.ch;
@@ -102,17 +104,18 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     const int row0 = (LOCAL ? lane : tid) / WR, col = (LOCAL ? tid / 32 * (4 * GR) : 0) + tid % WR * V, dc = p.d0 + col;
     const int row_chan = slot_of(2 * col), row_y = slot_of(col * LN), row_uw = slot_of(2 * col * LN);
     const bool channel = dc < p.dend, own = p.walks() && d < p.dend;
+    // What this thread stages of a slot: whole rows of the block, side by side, so that a warp's reads touch few lines.
+    constexpr int RS = BD / VS;
+    const int stage0 = tid / RS, stage_col = tid % RS * VS, shift = p.d0 + stage_col - dc;
+    const bool staged = p.d0 + stage_col < p.dend;
     const int begin = (int)(p.from(a, p.seg) + a.lo), end = (int)p.from(a, p.seg + 1);  // of this launch's slice
     const int first = min(begin, end);
     int last = min(begin + (int)(a.hi - a.lo), end);
     const int shares = PACKED ? 0 : (int)(p.s * a.segments + p.seg) * (int)(a.hi - a.lo) - begin;  // of a slot, in this launch
 
-    float bias[V], skip[V], sum_D[V] = {}, sum_bias[V] = {};
+    float skip[V], sum_D[V] = {}, sum_bias[V] = {};
 #pragma unroll
-    for (int i = 0; i < V; i++) {
-        bias[i] = HAS_BIAS && channel ? reinterpret_cast<const float*>(a.bias)[p.k * a.channels + dc + i] : 0.0f;
-        skip[i] = HAS_D && channel ? reinterpret_cast<const float*>(a.D)[p.k * a.channels + dc + i] : 0.0f;
-    }
+    for (int i = 0; i < V; i++) skip[i] = HAS_D && channel ? reinterpret_cast<const float*>(a.D)[p.k * a.channels + dc + i] : 0.0f;
     const Rates of_channels[CH] = {Rates(a, p, own)}, &rates = of_channels[0];  // CH is 1 here
     float g[S], B[S], C[S], sum_A[S] = {}, sum_B[S] = {}, sum_C[S] = {};
     Sum total = 0;
@@ -165,7 +168,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
             bool live = own && (WHOLE_N || p.q * S + i < (int)a.N);
             h[i] = live ? *saved_at(a, p, slot, i) : 0.0f;
         }
-        constexpr int ROWS = (CHUNK * RT + NT - 1) / NT, BROWS = (CHUNK * BT + NT - 1) / NT, ONCE = PRECISE ? 4 : 8;  // rows
+        constexpr int ROWS = (CHUNK * RS + NT - 1) / NT, BROWS = (CHUNK * BT + NT - 1) / NT;
+        constexpr int ONCE = (PRECISE ? 4 : 8) * 2 / (VS == 4 ? 4 : 2);  // rows
         Raw<TB, VN> vB[BROWS];
         Raw<TC, VN> vC[BROWS];
 #pragma unroll
@@ -177,32 +181,36 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
             if (!CONST_B && !ENDS) vB[i] = load<VN>(B_rows[row] + n * (int)a.B_n, live);
             if (!CONST_C) vC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live);
         }
+        float bias[VS];
+#pragma unroll
+        for (int i = 0; i < VS; i++)
+            bias[i] = HAS_BIAS && staged ? reinterpret_cast<const float*>(a.bias)[p.k * a.channels + p.d0 + stage_col + i] : 0.0f;
 #pragma unroll 1  // precise softplus and sigmoid are long: once is enough for the compiler
         for (int half = 0; half < ROWS; half += ONCE) {
-            Raw<TX, V> vx[ONCE];
-            Raw<TDT, V> vdt[ONCE];
-            Raw<TDY, V> vdy[ONCE];
-            Raw<TZ, V> vz[ONCE];
+            Raw<TX, VS> vx[ONCE];
+            Raw<TDT, VS> vdt[ONCE];
+            Raw<TDY, VS> vdy[ONCE];
+            Raw<TZ, VS> vz[ONCE];
             int entry[ONCE];
 #pragma unroll
             for (int i = 0; i < ONCE; i++) {
-                int r = row0 + (half + i) * (NT / RT);
-                bool inside = half + i < ROWS && (CHUNK * RT % NT == 0 || r < CHUNK);
+                int r = stage0 + (half + i) * (NT / RS);
+                bool inside = half + i < ROWS && (CHUNK * RS % NT == 0 || r < CHUNK);
                 entry[i] = inside ? entry_of(a, p.b, p.k, place + r) : -2;
                 int token = token_of(entry[i]), row = row_of(a, entry[i], place + r);
-                bool in = inside && channel && in_map(a, token);
-                vx[i] = load<V>(x[token], in);
-                vdt[i] = load<V>(dt[row], inside && channel && in_map(a, row), !TABLE && SOFTPLUS ? FAR_BELOW<TDT> : 0);
-                vdy[i] = load<V>(dy[token], in);
-                if (HAS_Z) vz[i] = load<V>(z[token], in);
+                bool in = inside && staged && in_map(a, token);
+                vx[i] = load<VS>(x[token] + shift, in);
+                vdt[i] = load<VS>(dt[row] + shift, inside && staged && in_map(a, row), !TABLE && SOFTPLUS ? FAR_BELOW<TDT> : 0);
+                vdy[i] = load<VS>(dy[token] + shift, in);
+                if (HAS_Z) vz[i] = load<VS>(z[token] + shift, in);
             }
 #pragma unroll
             for (int i = 0; i < ONCE; i++) {
-                int r = row0 + (half + i) * (NT / RT);
-                if (half + i >= ROWS || CHUNK * RT % NT && r >= CHUNK) continue;
-                float steps[2 * V], gated[V];
+                int r = stage0 + (half + i) * (NT / RS);
+                if (half + i >= ROWS || CHUNK * RS % NT && r >= CHUNK) continue;
+                float steps[2 * VS], gated[VS];
 #pragma unroll
-                for (int v = 0; v < V; v++) {
+                for (int v = 0; v < VS; v++) {
                     float step = softplus(vdt[i][v] + bias[v]);
                     if (TABLE || !SOFTPLUS) step = is_step(a, entry[i]) ? step : 0.0f;
                     steps[2 * v] = step;
@@ -210,9 +218,9 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
                     gated[v] = vdy[i][v];
                     if (HAS_Z) gated[v] *= vz[i][v] * sigmoid(vz[i][v]);
                 }
-                store<2 * V>(&s_chan[r][row_chan], steps);
-                store<V>(&s_dy[r][col], gated);
-                if (RESTARTS && col == 0) s_keep[r] = entry[i] <= -3 ? 0.0f : 1.0f;
+                store<2 * VS>(&s_chan[r][slot_of(2 * stage_col)], steps);
+                store<VS>(&s_dy[r][stage_col], gated);
+                if (RESTARTS && stage_col == 0) s_keep[r] = entry[i] <= -3 ? 0.0f : 1.0f;
             }
         }
 #pragma unroll
@@ -413,7 +421,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
 #pragma unroll
                         for (int v = 0; v < W; v++) sum[v] += one_warp[v];
                     }
-                    store<W>(&s_B[which * CHUNK + t0 + j][n], sum);
+                    store<W>(&s_B[t0 + j][n] + which * TO_C, sum);
                 }
                 if (LOCAL) arrive(s_read);
             }
@@ -429,7 +437,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
             for (int i = tid * VN; i < CHUNK * 2 * NP; i += NT * VN) {
                 int j = i / (2 * NP), which = i / NP & 1, n = i % NP;
                 Pack<float, VN> sum;
-                fetch<VN>(sum.v, &s_B[which * CHUNK + j][n]);
+                fetch<VN>(sum.v, &s_B[j][n] + which * TO_C);
                 if (WHOLE_N || n < (int)a.N) *reinterpret_cast<Pack<float, VN>*>(to + (j * 2 + which) * (int)a.N + n) = sum;
             }
             __syncthreads();

@@ -3,8 +3,8 @@
 // A thread holds S states of each of CH channels; LN lanes share a channel. The first NW warps of a block hold BD channels, EXTRA
 // warps none. T steps are a tile. With PAIRS two neighbouring states are the parts of a complex number; so are those of A,
 // B and C, and the host has made C of twice the conjugate. Macros come from the host: S, CH, LN, NW, EXTRA, T, V (channels a
-// thread loads at once), VN (states at once), FORWARD, CUT (products aren't rounded to tf32 but cut), WHOLE_N (N fills the
-// lanes), the element types TX, TDT, TB, TC, TZ, TY, and the options.
+// thread loads at once), VS (where the backward stages a slot), VN (states at once), FORWARD, CUT (products aren't rounded to
+// tf32 but cut), WHOLE_N (N fills the lanes), the element types TX, TDT, TB, TC, TZ, TY, and the options.
 
 #define NP (S * LN)             // states, padded
 #define GR (8 / LN)             // groups of four channels in a warp

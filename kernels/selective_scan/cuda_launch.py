@@ -41,6 +41,7 @@ INTEGERS = (
 
 PLACES = {n: i for i, n in enumerate(POINTERS + INTEGERS)}  # of each field in the struct
 KEPT = 1024  # recipes
+EARLY = ("backward", "reduce")  # kernels that follow each other, and start before the one before has ended
 
 Fields = dict[str, "int | Tensor | None"]
 
@@ -111,14 +112,15 @@ def macros_of(part: Part, dy: Tensor | None, shape: Shape) -> dict[str, str | in
     """``Recipe.macros``."""
     p = part.p
     rows = [t for t in (p.x, p.dt, p.z, dy) if t is not None]
-    widest = 4 if dy is None else 2  # in the backward all threads of a block have gradients to write then
+    staged = vector(4, (p.channels // p.groups, shape.width, p.channels), rows)
     real = {n: TYPES[t.dtype] for n, t in (("TX", p.x), ("TDT", p.dt), ("TB", p.B), ("TC", p.C))}
     return {
         "ENDS": 0, "T": shape.part, "TY": "float", "HAS_INITIAL": 0, "EXACT": 0, "ADD": 0, **real,
         "FORWARD": dy is None, "PAIRS": part.pairs, "RESTARTS": p.code is not None,
         "S": shape.states, "CH": shape.each, "LN": shape.lanes,
         "NW": shape.warps, "EXTRA": shape.extra, "BLOCKS": shape.resident,
-        "V": vector(widest, (p.channels // p.groups, shape.width, p.channels), rows),
+        "V": staged if dy is None else min(2, staged),  # with 2, all threads of a block have gradients to write
+        "VS": staged,
         "VN": vector(4, (p.state, shape.states), [t for t in (p.B, p.C) if t.ndim == 5]),
         "TZ": "float" if p.z is None else TYPES[p.z.dtype], "HAS_D": p.D is not None, "HAS_Z": p.z is not None,
         "HAS_BIAS": p.dt_bias is not None, "CONST_B": p.B.ndim == 3, "CONST_C": p.C.ndim == 3,
@@ -222,7 +224,7 @@ class Launch:
         found = recipe.kernels.get(key)
         if found is None:
             defines = lines(tuple((recipe.macros | macros).items()))
-            found = recipe.kernels[key] = nvrtc.kernel(source(name), name, defines, shared)
+            found = recipe.kernels[key] = nvrtc.kernel(source(name), name, defines, shared, name in EARLY)
         return found
 
     def start(self, name: str, blocks: int, threads: int, shared: int, fields: Fields, **macros: str | int) -> None:

@@ -2,6 +2,14 @@
 // the host: PRECISE (float32), EXACT (the final state is wanted in full).
 
 typedef long long i64;
+
+// Waits for the end of the kernels launched before, and lets the next one start, which then waits likewise.
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void follow() { asm volatile("griddepcontrol.launch_dependents; griddepcontrol.wait;" ::: "memory"); }
+#else
+__device__ __forceinline__ void follow() {}
+#endif
+
 struct bf16 { unsigned short bits; };
 struct f16 { unsigned short bits; };
 

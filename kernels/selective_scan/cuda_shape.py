@@ -62,7 +62,7 @@ class Shape(NamedTuple):
     def backward_words(self, ends: bool) -> int:
         """Words of shared memory of the backward, or of its first pass."""
         T, states = self.part, self.lanes * self.states
-        staged = CHUNK * (rows(2 * self.width) + self.width + 2 * states + 1)
+        staged = CHUNK * (rows(2 * self.width) + self.width + 2 * states + 1) + 16
         if ends:
             return staged + 4
         starts = CHUNK // T * self.width * states
@@ -118,7 +118,8 @@ def shape_of(
     if backward or wide or pairs or lanes < 4:
         return found
     single = None if table else _single(found, channels, scans, slots, cores, memory)
-    return single or _paired(found, channels, scans, cores, memory) or found
+    joined = None if table else _joined(found, channels, scans, cores, memory)
+    return single or joined or _paired(found, channels, scans, cores, memory) or found
 
 
 def _single(shape: Shape, channels: int, scans: int, slots: int, cores: int, memory: int) -> Shape | None:
@@ -133,6 +134,23 @@ def _single(shape: Shape, channels: int, scans: int, slots: int, cores: int, mem
     return shape._replace(
         lanes=8, states=2, tile=CHUNK, warps=WARPS, extra=2 * WARPS, resident=1, width=16, blocks=blocks, segments=1
     )
+
+
+def _joined(shape: Shape, channels: int, scans: int, cores: int, memory: int) -> Shape | None:
+    """Where blocks of 96 channels just fill the GPU: one of 12 + 12 warps to a multiprocessor instead of three.
+
+    Three don't go on alike: the last one ends alone, and a third of the warps can't keep a multiprocessor busy.
+    """
+    width = 3 * shape.width
+    blocks = -(-channels // width)
+    segments = cores // (scans * blocks) if shape.segments > 1 else 1
+    full = 9 * cores < 10 * scans * blocks * segments <= 10 * cores and 10 * channels >= 9 * blocks * width
+    if (shape.lanes, shape.tile, shape.warps) != (4, CHUNK // 2, WARPS) or not full or memory < 224 << 10:
+        return None
+    if segments != shape.segments:
+        return None
+    warps, extra = 3 * shape.warps, 3 * shape.extra
+    return shape._replace(warps=warps, extra=extra, resident=1, width=width, blocks=blocks)
 
 
 def _paired(shape: Shape, channels: int, scans: int, cores: int, memory: int) -> Shape | None:

@@ -42,8 +42,9 @@ template <class F> __device__ __forceinline__ void add_step(F& total, float dt, 
 }
 
 // The GPU's exponential is off by up to two units in the last place, the same way for like steps, and a long memory adds
-// that up. Where a final state is wanted in full, the scan takes it still, and every few steps mends what came of it.
-constexpr bool MENDED = EXACT && !PRECISE && !PAIRS;
+// that up. Where a final state is wanted in full, the scan takes it still, and every few steps mends what came of it. Not
+// without softplus: where dt is negative a state grows, and with it what the steps since the last mending are off by.
+constexpr bool MENDED = EXACT && !PRECISE && !PAIRS && SOFTPLUS;
 constexpr int SPAN = 16;  // steps after which it does so
 
 // A of this thread's states, as decay takes it. With PAIRS, every second one is an angle's rate: rate in the units of the
@@ -158,8 +159,10 @@ __device__ __forceinline__ void leave_segment(const Args& a, const Place& p, con
     }
 }
 
+constexpr float FORGOTTEN = 64.0f;  // a state that has decayed to 2 ** -64 of what it was: far below a float's last place
+
 // How many of a segment's slots the state at one of its ends depends on: beyond them, every decay of every channel of the
-// block is below 2 ** -126. Counted from the last slot, or (ADJOINT) from the first. All threads of the block call it.
+// block is below 2 ** -FORGOTTEN. Counted from the last slot, or (ADJOINT) from the first. All threads of the block call it.
 template <bool ADJOINT> __device__ int reach(const Args& a, const Place& p, const Rates (&rates)[CH], i64 first, i64 last, float* memory) {
     constexpr int AHEAD = 4, STEP = NT / RT, ROWS = (CHUNK + STEP - 1) / STEP;  // slots read at once; rows of a thread
     const int tid = threadIdx.x, row0 = tid / RT, col = tid % RT * V, dc = p.d0 + col;
@@ -207,7 +210,7 @@ template <bool ADJOINT> __device__ int reach(const Args& a, const Place& p, cons
             for (int r = 0; r < STEP; r++) sum += s_sum[r][c];
 #pragma unroll
             for (int q = 1; q < LN; q++) slow = fminf(slow, s_slow[c][q]);
-            reached = reached && (p.d0 + c >= p.dend || sum * slow > 126.0f);
+            reached = reached && (p.d0 + c >= p.dend || sum * slow > FORGOTTEN);
         }
         far = __syncthreads_and(reached);
         slots = min(slots + AHEAD, count);

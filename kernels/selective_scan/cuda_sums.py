@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kernels.selective_scan.cuda_shape import Shape
 
 THREADS = 256  # of a block that adds up
-LEAST = 4  # chunks of a slice
+LEAST = 8  # chunks of a slice: the launches of shorter ones cost more than they save
 
 
 class Sums:

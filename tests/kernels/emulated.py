@@ -25,6 +25,7 @@ FUNCTIONS = (  # of one line each: what stands before the body, and the body
     (r"ex2\(float v\)", "return v < -126.0f ? 0.0f : exp2f(v);"),
     (r"rcp\(float v\)", "return 1.0f / v;"),
     (r"void meet\(\)", "__syncthreads();"),
+    (r"void follow\(\)", ""),
     (r"unsigned address\(const void\* shared\)", "return 0;"),
 )
 # From where to where in the source, and what stands there instead.
@@ -100,6 +101,6 @@ class Kernel:
 
 
 @functools.cache
-def kernel(source: str, name: str, macros: tuple[str, ...] = (), shared: int = 0) -> Kernel:
+def kernel(source: str, name: str, macros: tuple[str, ...] = (), shared: int = 0, early: bool = False) -> Kernel:
     """Stands in for ``nvrtc.kernel``."""
     return Kernel(source, name, macros, shared)

@@ -5,8 +5,6 @@ They have no interpreter: without a GPU only their compilation is tested.
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from accuracy import assert_as_accurate, relative_rms
@@ -14,12 +12,11 @@ from memory import poison
 from scan_options import CASES, FULL, check, inputs, run
 
 from kernels import nvrtc, selective_scan
-from kernels.plans import Plans
-from kernels.selective_scan import cuda_launch, cuda_shape, op
+from kernels.selective_scan import cuda_launch
 from kernels.selective_scan.problem import CHUNK
 
 MACROS = {
-    "S": 4, "CH": 2, "LN": 4, "NW": 4, "EXTRA": 4, "V": 4, "VN": 4, "BLOCKS": 2, "TX": "bf16", "TDT": "f16",
+    "S": 4, "CH": 2, "LN": 4, "NW": 4, "EXTRA": 4, "V": 4, "VS": 4, "VN": 4, "BLOCKS": 2, "TX": "bf16", "TDT": "f16",
     "TB": "bf16", "TC": "float", "TZ": "float", "TY": "bf16", "TDY": "bf16", "TDX": "bf16", "TDZ": "float", "HAS_D": 1,
     "HAS_Z": 1, "HAS_BIAS": 1, "HAS_INITIAL": 1, "CONST_B": 0, "CONST_C": 0, "SOFTPLUS": 1,
     "TABLE": 1, "PACKED": 1, "AT_TOKEN": 0, "PRECISE": 0, "ENDS": 0, "EXACT": 0, "T": 8, "CUT": 0, "WHOLE_N": 0,
@@ -41,48 +38,6 @@ def test_compiles_without_a_gpu(name: str, pairs: int, architecture: str) -> Non
     assert len(nvrtc.compile_cubin(cuda_launch.source(name), macros, architecture)) > 1000
     with pytest.raises(RuntimeError, match="NVRTC refused a kernel"):
         nvrtc.compile_cubin(cuda_launch.source(name) + "nonsense", macros, architecture)
-
-
-@pytest.mark.parametrize("state", range(1, 65))
-def test_shapes_hold_the_state_and_fit_the_gpu(state: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_shape, "properties", lambda device: (132, 227 << 10))
-    rule = cuda_shape.shape_of.__wrapped__
-    for channels in (1, 9, 33, 1536):
-        for backward, wide, slots in itertools.product((False, True), (False, True), (32, 1024)):
-            shape = rule(state, channels, 8, slots, wide, backward, state % 2 == 0, torch.device("cuda"))
-            assert shape.lanes * shape.states >= state
-            assert shape.blocks * shape.width >= channels
-            assert (shape.blocks - 1) * shape.width < channels
-            words = shape.backward_words(ends=False) if backward else shape.forward_words
-            assert 4 * words <= 227 << 10
-            assert 1 <= shape.segments <= min(64, slots)
-            assert shape.lanes != 4 or 4 * words * shape.resident <= 227 << 10
-            assert state % 2 or shape.states % 2 == 0  # both parts of a complex number
-            loaders = shape.warps + shape.extra if backward else shape.extra
-            assert all(32 * loaders % (shape.width // v) == 0 for v in (1, 2, 4) if shape.width % v == 0)
-            assert shape.width == 32 // shape.lanes * shape.warps * shape.each
-    assert rule(state, 1536, 512, 32, False, True, False, torch.device("cuda")).segments == 1  # enough blocks without
-
-
-@pytest.mark.parametrize(
-    ("sizes", "each", "lanes", "segments"),
-    [
-        ((16, 2048, 8, 8), 2, 4, 1),  # short and many
-        ((16, 2048, 2, 8), 1, 4, 4),  # too few blocks of two channels a thread
-        ((64, 1536, 8, 32), 2, 8, 1),
-        ((16, 2048, 1, 64), 1, 8, 1),  # one walk
-        ((16, 2048, 1, 1024), 1, 4, 6),
-        ((16, 1536, 8, 32), 1, 4, 1),
-    ],
-)
-def test_form_of_the_forward(
-    sizes: tuple[int, int, int, int], each: int, lanes: int, segments: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda_shape, "properties", lambda device: (132, 227 << 10))
-    rule, device = cuda_shape.shape_of.__wrapped__, torch.device("cuda")
-    shape = rule(*sizes, False, False, False, device)
-    assert (shape.each, shape.lanes, shape.segments) == (each, lanes, segments)
-    assert rule(16, 2048, 1, 64, False, False, False, device, True).lanes == 4  # steps that are looked up
 
 
 gpu = pytest.mark.gpu
@@ -143,16 +98,6 @@ def test_one_complex_state_of_many_channels() -> None:
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("reverse", [False, True])
-def test_complex_segments_at_once(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut_in(5, monkeypatch)
-    tensors = inputs(B=1, L=60 * CHUNK, D=40, N=4, options=FULL, complex_=True)
-    tensors["A"][3, 2] = complex(-1e-4, 5.0)  # remembers all of them
-    check(tensors, "cuda", "cuda", torch.float32, reverse=reverse)
-
-
-@gpu
-@needs_gpu
 def test_routes_of_many_complex_states() -> None:
     tensors = inputs(B=2, L=40, D=6, N=70, K=2, G=2, P=CHUNK + 2, options=FULL, complex_=True)
     check(tensors, "cuda", "cuda", torch.float32)
@@ -167,44 +112,6 @@ def test_packed_sequences(bounds: list[int], reverse: bool, dtype: torch.dtype) 
     tensors = inputs(B=1, L=bounds[-1], D=33, N=16, options=FULL, S=len(bounds) - 1)
     tensors["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
     check(tensors, "cuda", "cuda", dtype, reverse=reverse)
-
-
-@gpu
-@needs_gpu
-@pytest.mark.parametrize("reverse", [False, True])
-def test_restarts_and_skipped_tokens_in_segments(reverse: bool) -> None:
-    tensors = inputs(B=1, L=20 * CHUNK + 3, D=33, N=16, options=FULL)
-    tensors["seq_idx"] = (torch.arange(20 * CHUNK + 3) // 333)[None]
-    tensors["seq_idx"][:, 100:130] = -1
-    check(tensors, "cuda", "cuda", torch.float32, reverse=reverse)
-
-
-def cut_in(segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rule = cuda_launch.shape_of
-    monkeypatch.setattr(cuda_launch, "_recipes", {})
-    monkeypatch.setattr(op, "_plans", Plans())
-    monkeypatch.setattr(cuda_launch, "shape_of", lambda *args: rule(*args)._replace(segments=segments))
-
-
-@gpu
-@needs_gpu
-@pytest.mark.parametrize("segments", [1, 2, 7])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_segments_at_once_equal_one(segments: int, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut_in(segments, monkeypatch)
-    check(inputs(B=2, L=10 * CHUNK + 5, D=40, N=16, options=FULL), "cuda", "cuda", torch.float32, reverse=reverse)
-
-
-@gpu
-@needs_gpu
-@pytest.mark.parametrize("slow", [False, True])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_segments_forget_no_more_than_they_may(slow: bool, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut_in(3, monkeypatch)
-    tensors = inputs(B=1, L=60 * CHUNK, D=40, N=16, options=FULL)  # what a segment ends in has decayed a slot later
-    if slow:
-        tensors["A"][3, 2] = -1e-4  # but for one channel
-    check(tensors, "cuda", "cuda", torch.float32, reverse=reverse)
 
 
 @gpu
@@ -233,22 +140,6 @@ def test_final_state_of_a_long_memory(spread: float, batch: int, length: int, dt
 
     truth = final("reference", **{n: t.double() for n, t in low.items()})
     assert_as_accurate("state", final("cuda", **low), final("reference", **low), truth)
-
-
-@gpu
-@needs_gpu
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize(("batch", "state"), [(40, 16), (70, 11), (20, 40)])
-def test_two_channels_a_thread(batch: int, state: int, reverse: bool) -> None:
-    tensors = inputs(B=batch, L=70, D=330, N=state, options=FULL)
-    check(tensors, "cuda", "cuda", torch.bfloat16, reverse=reverse)
-
-
-@gpu
-@needs_gpu
-@pytest.mark.parametrize("reverse", [False, True])
-def test_one_walk_where_channels_just_fill_the_gpu(reverse: bool) -> None:
-    check(inputs(B=1, L=17 * CHUNK + 5, D=1700, N=16, options=FULL), "cuda", "cuda", torch.bfloat16, reverse=reverse)
 
 
 @gpu

@@ -12,7 +12,7 @@ from scan_options import FULL, check, inputs
 from kernels import nvrtc
 from kernels.backend import interpreting
 from kernels.plans import Plans
-from kernels.selective_scan import cuda, cuda_few, cuda_launch, cuda_shape, cuda_straight, op
+from kernels.selective_scan import cuda, cuda_few, cuda_launch, cuda_shape, cuda_straight, cuda_sums, op
 from kernels.selective_scan.problem import CHUNK
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="steps come from a Triton kernel: set TRITON_INTERPRET=1")
@@ -64,16 +64,19 @@ def test_slices_within_segments(short: bool, monkeypatch: pytest.MonkeyPatch) ->
     rule, supports = cuda_launch.shape_of, cuda_straight.supports
     monkeypatch.setattr(cuda_launch, "shape_of", lambda *args: rule(*args)._replace(segments=2))
     monkeypatch.setattr(cuda_straight, "supports", lambda p: short and supports(p))
+    monkeypatch.setattr(cuda_sums, "LEAST", 4)
     check(inputs(B=1, L=17 * CHUNK + 5, D=34, N=16, options=FULL), "auto", "cpu", BF16, reverse=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["two channels a thread", "one walk"])
+@pytest.mark.parametrize("form", ["two channels a thread", "one walk", "twelve warps"])
 def test_forms_of_the_forward(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = cuda_launch.shape_of
     changed = dict(each=2, warps=2, extra=2, width=32, blocks=2)
     if form == "one walk":
         changed = dict(lanes=8, states=2, warps=4, extra=8, width=16, blocks=3, tile=CHUNK)
+    if form == "twelve warps":
+        changed = dict(warps=12, extra=12, width=96, blocks=1, tile=CHUNK // 2)
 
     def shape_of(*args: Any) -> cuda_shape.Shape:
         return rule(*args) if args[5] else rule(*args)._replace(**changed)

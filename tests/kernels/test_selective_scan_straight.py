@@ -34,7 +34,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launched:
     """Notes, without a GPU, what would be launched: names, macros, sizes, numbers, which addresses are there."""
     seen: Launched = []
 
-    def kernel(source: str, name: str, macros: tuple[str, ...], shared: int) -> Callable[..., None]:
+    def kernel(source: str, name: str, macros: tuple[str, ...], shared: int, early: bool) -> Callable[..., None]:
         def launch(blocks: int, threads: int, fields: Any) -> None:
             pointers = len(cuda_launch.POINTERS)
             found = (*(v != 0 for v in fields[:pointers]), *fields[pointers:])
@@ -56,7 +56,7 @@ def test_launches_what_the_long_way_does(
     options: str, rank: int, segments: int, launched: Launched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fresh(monkeypatch, segments)
-    tensors = inputs(B=2, L=30 * CHUNK + 5, D=40, N=16, R=rank, options=options)
+    tensors = inputs(B=2, L=54 * CHUNK + 5, D=40, N=16, R=rank, options=options)
     for wanted in (False, True):  # the final state
         leaves = {n: t.float().requires_grad_() for n, t in tensors.items()}
         calls = []
