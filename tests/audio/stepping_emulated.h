@@ -50,22 +50,31 @@ static void multiply_half(float* c, uint4 w, unsigned x0, unsigned x1) {
     __syncwarp();
 }
 
+static void meet(int threads) { static Barrier barrier; wait_at(barrier, threads); }
+
 struct Copy { void* to; const void* from; unsigned bytes; unsigned long long* barrier; int turns; };
 static std::vector<Copy> copies;
-static void begin_barrier(unsigned long long* barrier) { *barrier = 0; }
+static std::map<void*, std::pair<int, int>> expected;  // arrivals of a barrier, and those so far
+static void begin_barrier(unsigned long long* barrier, int arrivals) {
+    *barrier = 0;
+    expected[barrier] = {arrivals, 0};
+}
+static void arrive_at(unsigned long long* barrier) {
+    auto& [all, now] = expected[barrier];
+    if (++now == all) now = 0, ++*barrier;
+}
 static void copy_bulk(void* to, const void* from, unsigned bytes, unsigned long long* barrier) {
     memset(to, 0xff, bytes);
     copies.push_back({to, from, bytes, barrier, rand() % 100});
 }
-static void wait_for(unsigned long long* barrier, unsigned parity) {
-    while (*barrier % 2 == parity) {
-        for (size_t i = 0; i < copies.size();) {
-            Copy& copy = copies[i];
-            if (copy.turns-- > 0) { i++; continue; }
-            memcpy(copy.to, copy.from, copy.bytes);
-            ++*copy.barrier;
-            copies.erase(copies.begin() + i);
-        }
-        others();
+static void pause_a_little() {  // some turns of all threads, in which copies come to an end
+    for (size_t i = 0; i < copies.size();) {
+        Copy& copy = copies[i];
+        if (copy.turns-- > 0) { i++; continue; }
+        memcpy(copy.to, copy.from, copy.bytes);
+        ++*copy.barrier;
+        copies.erase(copies.begin() + i);
     }
+    others();
 }
+static void wait_for(unsigned long long* barrier, unsigned parity) { while (*barrier % 2 == parity) pause_a_little(); }
