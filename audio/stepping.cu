@@ -1,16 +1,15 @@
 // Generation steps of a U-Net: one block of threads takes NS clips through any number of samples.
 //
 // Nothing is shared between blocks, so there is no barrier of the grid and no launch per layer. The weights of a step
-// come in the order of their use, as one stream: the last warp copies it from L2 into a ring in shared memory, well
-// ahead of the workers, which multiply by tensor cores: a tile of weights serves up to 8 clips. Between both, the first
-// thread of another warp waits for copies and passes on what may be overwritten. Activations live in
+// come in the order of their use, as one stream: one thread copies it from L2 into a ring in shared memory, well
+// ahead of the workers, which multiply by tensor cores: a tile of weights serves up to 8 clips. Activations live in
 // shared memory, the states of layers in global memory. Which layers run at a sample follows from the sample's number:
 // stage d of the net runs once in each product of the pool factors before it. Layouts are those of audio/tiles.py.
 //
 // A product of bfloat16 weights takes its input as the sum of two bfloat16 numbers, one of float32 weights takes both
 // as sums of two TF32 numbers: what is lost is below 2^-16 and 2^-21 of a factor.
 //
-// Macros: NS clips of a block, WARPS that compute, HALF (weights in bfloat16), RING and CHUNK (bytes), sizes of rooms
+// Macros: NS clips of a block, WARPS that compute, HALF (weights in bfloat16), RING (bytes) and its SLOTS, sizes of rooms
 // in shared memory (numbers of a clip: WIDEST, NORMED, INNER, GATES, LOWS, PARTS, LEVELS, SKIPPED, RESIDENT), tables of
 // stages (WIDES, POOLS, DOWNS, UPS, FIRST_DOWN, FIRST_UP, SKIP_AT, WAITING_AT, CURRENT_AT), of blocks (SHAPES,
 // STATE_AT) and of the stream (SEGMENT_AT, SEGMENT_BYTES), and code for each shape: BLOCK_CASES, DOWN_CASES, UP_CASES,
@@ -22,6 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) advance(const __grid_const
     Walk w = {0u, 0u, 0u, (float*)a.state + first * STATE_SIZE, AT_X, 0};
     for (int i = tid; i < ROOM; i += THREADS) room(0)[i] = 0.0f;
     if (tid == 0) {
+        supply().landed = 0;
         for (int i = 0; i < SLOTS; i++) {
             begin_barrier(supply().full + i, 1);
             begin_barrier(supply().read + i, WARPS);
@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) advance(const __grid_const
 #endif
     __syncthreads();
     if (tid >= WORKERS) {
-        if (tid == WORKERS) bring((const char*)a.stream, (unsigned)a.seen, a.length);
+        if (tid % 32 == 0) bring((const char*)a.stream, (unsigned)a.seen, a.length, tid > WORKERS);
         return;
     }
     // Clips past the last one are that one's shadow, with a state of their own that nobody reads.

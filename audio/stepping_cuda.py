@@ -20,7 +20,7 @@ from torch import Tensor
 from audio.net import SoundNet
 from audio.packing import can_pack
 from audio.sashimi import ResidualBlock, StageState
-from audio.stepping_layout import CHUNK, Layout
+from audio.stepping_layout import Layout
 from core.generate import Sampling
 from core.mixers import Mamba
 from kernels import nvrtc
@@ -31,11 +31,12 @@ PARTS = (
 )  # fmt: skip
 POINTERS = ("stream", "state", "embedding", "logits", "levels", "offset", "uniform", "how", "likelihood", "profile")
 INTEGERS = ("count", "length", "seen", "draw", "top_k")
-WARPS = 8  # of a block of threads that compute; one more brings the weights
+WARPS = 8  # of a block of threads that compute; two more bring the weights
 MOST_LOW = 240  # numbers that make a layer's dt, B and C: their sums are in registers
 SHARED_LIMIT = 227 << 10  # bytes of shared memory that a block of threads may have on sm_90
 CLIPS = (1, 2, 4, 8)  # of one block of threads
 RINGS = (128 << 10, 64 << 10)  # bytes of the stream of weights in shared memory
+SLOTS = 4  # pieces of the ring that are copied at once
 
 
 def has_cuda_step(net: SoundNet) -> bool:
@@ -65,8 +66,8 @@ def fit(layout: Layout, clips: int) -> tuple[int, int]:
     """
     rooms = 4 * (clips * layout.words + 4)
     for ring in RINGS:
-        shared = ring + rooms + 16 * (ring // CHUNK)
-        if shared <= SHARED_LIMIT and layout.largest <= ring - CHUNK:
+        shared = ring + rooms + 16 * SLOTS + 16
+        if shared <= SHARED_LIMIT and layout.largest <= ring - ring // SLOTS:
             return ring, shared
     raise ValueError(
         f"net: {clips} clips need {rooms:,} bytes of shared memory and its weights {RINGS[-1]:,}, "
@@ -76,7 +77,7 @@ def fit(layout: Layout, clips: int) -> tuple[int, int]:
 
 def macros(layout: Layout, clips: int, ring: int) -> tuple[str, ...]:
     """What the kernel is compiled with."""
-    return (f"NS {clips}", f"RING {ring}", *layout.macros)
+    return (f"NS {clips}", f"RING {ring}", f"SLOTS {SLOTS}", *layout.macros)
 
 
 class CudaStepper:
@@ -155,7 +156,7 @@ class CudaStepper:
         pointers = [0 if tensors[n] is None else tensors[n].data_ptr() for n in POINTERS]  # type: ignore[union-attr]
         count, length = levels.shape
         integers = [count, length, self._seen, int(uniform is not None), sampling.top_k]
-        self._kernel(-(-count // self._clips), 32 * (WARPS + 1), array("q", [*pointers, *integers]))
+        self._kernel(-(-count // self._clips), 32 * (WARPS + 2), array("q", [*pointers, *integers]))
         self._seen = (self._seen + length) % self._period
         self._last = tensors  # until the launch is over
 

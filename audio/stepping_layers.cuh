@@ -366,10 +366,14 @@ __device__ __forceinline__ void feed_forward(Walk& w, const Place& at) {
 __device__ __noinline__ Walk layers(Walk w, int first, int count, int store, int add, int step) {
     Place at = {-1, store};
     next_phase(w, 0);  // all see x
+    int shape = shapes[first], place = state_at[first];
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
-        float* state = w.state + state_at[first + i];
-        switch (shapes[first + i]) { BLOCK_CASES }
+        const int next_shape = shapes[first + i + 1], next_place = state_at[first + i + 1];  // long before it is needed
+        float* state = w.state + place;
+        switch (shape) { BLOCK_CASES }
+        shape = next_shape;
+        place = next_place;
         at.store = step && store >= 0 ? at.store + step : -1;
         at.add = add;
         if (add >= 0) add -= step;

@@ -18,7 +18,6 @@ from audio.tiles import TILE, Stream, operand, padded, up_to
 from core.mixers import S4D, MambaState, S4State
 from core.mixers.mamba import decay_rates
 
-CHUNK = 16384  # bytes of the stream that are copied at once
 NARROW = 64  # widest x that every warp normalises for itself
 PAIR = 2  # lanes that share a channel's states
 
@@ -114,11 +113,11 @@ class Layout:
         lists = {
             "WIDES": wides, "POOLS": [*pool, 1], "DOWNS": counts[:stages], "UPS": [*counts[stages:], 0],
             "FIRST_DOWN": firsts[:stages], "FIRST_UP": [*firsts[stages:], 0], "SKIP_AT": skips,
-            "WAITING_AT": [*frames["waiting"], 0], "CURRENT_AT": [*frames["current"], 0], "SHAPES": self._shapes,
-            "STATE_AT": self._places, "SEGMENT_AT": begin, "SEGMENT_BYTES": [len(s) for s in segments],
+            "WAITING_AT": [*frames["waiting"], 0], "CURRENT_AT": [*frames["current"], 0], "SHAPES": [*self._shapes, 0],
+            "STATE_AT": [*self._places, 0], "SEGMENT_AT": begin, "SEGMENT_BYTES": [len(s) for s in segments],
         }  # fmt: skip
         values = {
-            **rooms, "WARPS": self._warps, "HALF": int(self._half), "CHUNK": CHUNK, "LEVELS": net.levels,
+            **rooms, "WARPS": self._warps, "HALF": int(self._half), "LEVELS": net.levels,
             "WIDTH": wides[0], "STAGES": stages, "UNET": int(net.config.unet), "STATE_SIZE": self.state.shape[1],
             "NARROW": NARROW, **{name: f"{{{', '.join(map(str, values))}}}" for name, values in lists.items()},
             "BLOCK_CASES": " ".join(f"case {i}: {code}; break;" for code, i in self._cases.items()),

@@ -59,7 +59,7 @@ __device__ __noinline__ int choose(int s, float temperature, double top_p, doubl
         mass += chance;
         own += weight[j];
     }
-    for (int o = 16; o; o >>= 1) place = least(place, __shfl_xor_sync(~0u, place, o));
+    place = __reduce_min_sync(~0u, place);
     int level = place;
     const bool filtered = top_k > 0 || top_p < 1.0, as_it_is = temperature == 1.0f && !filtered && min_p <= 0.0;
     if (temperature != 0.0f) {
@@ -95,10 +95,12 @@ __device__ __noinline__ int choose(int s, float temperature, double top_p, doubl
             reached += weight[j];
             if (reached > target && mine == LEVELS) mine = first + j;
         }
-        for (int o = 16; o; o >>= 1) mine = least(mine, __shfl_xor_sync(~0u, mine, o));
+        mine = __reduce_min_sync(~0u, mine);
         if (mine < LEVELS) level = mine;  // else rounding left the sum short of the total
         if (as_it_is) mass = total;
     }
-    *log_likelihood += (double)logits[level] - (double)best - log(as_it_is ? mass : warp_sum(mass));
+    if (!as_it_is) mass = warp_sum(mass);
+    const float near = mass;  // a logarithm in float64 would take a tenth of the time of a layer
+    *log_likelihood += (double)logits[level] - (double)best - ((double)logf(near) + (mass - near) / near);
     return level;
 }

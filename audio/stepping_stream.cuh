@@ -6,9 +6,9 @@ __host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 __host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int up_to(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-constexpr int WORKERS = 32 * WARPS, THREADS = WORKERS + 32, LAST = STAGES - 1;
+constexpr int WORKERS = 32 * WARPS, THREADS = WORKERS + 64, LAST = STAGES - 1;
 constexpr int TILE = HALF ? 512 : 1024;  // bytes of 16 columns by 16 rows
-constexpr int SLOTS = RING / CHUNK;
+constexpr int CHUNK = RING / SLOTS;
 
 __constant__ const int wides[] = WIDES, downs[] = DOWNS, ups[] = UPS, first_down[] = FIRST_DOWN;
 __constant__ const int first_up[] = FIRST_UP, skip_at[] = SKIP_AT, waiting_at[] = WAITING_AT, current_at[] = CURRENT_AT;
@@ -50,9 +50,10 @@ struct Walk {
 
 __device__ __forceinline__ float* x_at(int place, int s) { return room(place) + s * (place == AT_X ? WIDEST : NARROW); }
 
-// The barriers of the ring's chunks: there to be read, and read by all warps.
+// The barriers of the ring's chunks, there to be read and read by all warps, and how many bytes of the stream are there.
 struct Supply {
     unsigned long long full[SLOTS], read[SLOTS];
+    unsigned landed;
 };
 
 __device__ __forceinline__ Supply& supply() { return *(Supply*)(memory + RING + 4 * ROOM); }
@@ -74,21 +75,27 @@ __device__ __forceinline__ int depth_at(unsigned frame, int* phase) {
     return depth;
 }
 
-// Brings the weights of all samples into the ring, as far ahead as it has room: the work of one thread. A sample's
+// Brings the weights of all samples into the ring, as far ahead as it has room: the work of one thread. Another one, which
+// ``watches``, tells the warps how far they are there: asking a barrier would take each of them longer. A sample's
 // segments are the stages inwards, the last of them the centre where all frames are full, then outwards.
-__device__ __noinline__ void bring(const char* stream, unsigned seen, long long length) {
-    unsigned issued = 0;
+__device__ __noinline__ void bring(const char* stream, unsigned seen, long long length, bool watches) {
+    unsigned issued = 0, slot = 0, round = 0;  // round: how often the ring has been full
     for (long long step = 0; step < length; step++) {
         int phase[STAGES];
         const int depth = depth_at(seen + (unsigned)step, phase), outwards = least(depth, LAST - 1);
         for (int i = 0; i <= depth + 1 + outwards; i++) {
             const int segment = i <= depth ? i : STAGES + outwards - (i - depth - 1);
-            const unsigned bytes = segment_bytes[segment];
             const char* from = stream + segment_at[segment];
-            for (unsigned at = 0; at < bytes; at += CHUNK, issued += CHUNK) {
-                const int slot = issued % RING / CHUNK;
-                if (step || issued >= RING) wait_for(supply().read + slot, (issued / RING + 1) % 2);
-                copy_bulk(memory + issued % RING, from + at, least(CHUNK, bytes - at), supply().full + slot);
+            for (int left = segment_bytes[segment]; left > 0; left -= CHUNK, from += CHUNK) {
+                issued += CHUNK;
+                if (watches) {
+                    wait_for(supply().full + slot, round % 2);
+                    publish(&supply().landed, issued);
+                } else {
+                    if (round) wait_for(supply().read + slot, (round + 1) % 2);
+                    copy_bulk(memory + slot * CHUNK, from, least(CHUNK, left), supply().full + slot);
+                }
+                if (++slot == SLOTS) slot = 0, round++;
             }
         }
     }
@@ -100,9 +107,7 @@ __device__ __forceinline__ void turn(Walk& w, int bytes) {
 #pragma unroll 1
     for (; (int)(w.pos - w.freed) >= CHUNK; w.freed += CHUNK)
         if (threadIdx.x % 32 == 0) arrive_at(supply().read + w.freed % RING / CHUNK);
-#pragma unroll 1
-    for (; (int)(w.landed - (w.pos + bytes)) < 0; w.landed += CHUNK)
-        wait_for(supply().full + w.landed % RING / CHUNK, w.landed / RING % 2);
+    while ((int)(w.landed - (w.pos + bytes)) < 0) w.landed = latest(&supply().landed);
 }
 
 // Ends a phase of all warps, and waits for the bytes of the next one.

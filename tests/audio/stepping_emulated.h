@@ -30,6 +30,14 @@ template <class T> static T __shfl_sync(unsigned, T value, int lane) { return fr
 template <class T> static T __shfl_xor_sync(unsigned, T value, int o) { return from_lane(value, threadIdx.x % 32 ^ o); }
 template <class T> static T __shfl_up_sync(unsigned, T value, int o) { return from_lane(value, threadIdx.x % 32 - o); }
 
+static int __reduce_min_sync(unsigned, int value) {
+    for (int o = 16; o; o >>= 1) {
+        const int other = __shfl_xor_sync(~0u, value, o);
+        if (other < value) value = other;
+    }
+    return value;
+}
+
 static void multiply_single(float* c, uint4 w, unsigned x0, unsigned x1) {
     product(*(float(*)[4])c, {w.x, w.y, w.z, w.w}, {x0, x1});
 }
@@ -78,3 +86,8 @@ static void pause_a_little() {  // some turns of all threads, in which copies co
     others();
 }
 static void wait_for(unsigned long long* barrier, unsigned parity) { while (*barrier % 2 == parity) pause_a_little(); }
+static void publish(unsigned* to, unsigned value) { *to = value; }
+static unsigned latest(const unsigned* from) {
+    pause_a_little();
+    return *from;
+}
