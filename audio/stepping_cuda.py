@@ -151,10 +151,12 @@ class CudaStepper:
         return levels
 
     def _run(self, levels: Tensor, uniform: Tensor | None, sampling: Sampling) -> None:
+        count, length = levels.shape
+        if not length:
+            return
         how = torch.tensor([sampling.temperature, sampling.top_p, sampling.min_p], dtype=torch.float64)
         tensors = {**self._tensors, "levels": levels, "uniform": uniform, "how": how.to(levels.device)}
         pointers = [0 if tensors[n] is None else tensors[n].data_ptr() for n in POINTERS]  # type: ignore[union-attr]
-        count, length = levels.shape
         integers = [count, length, self._seen, int(uniform is not None), sampling.top_k]
         self._kernel(-(-count // self._clips), 32 * (WARPS + 2), array("q", [*pointers, *integers]))
         self._seen = (self._seen + length) % self._period
