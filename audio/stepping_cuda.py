@@ -19,9 +19,10 @@ from torch import Tensor
 
 from audio.net import SoundNet
 from audio.packing import can_pack
-from audio.sashimi import StageState
-from audio.stepping_layout import CHUNK, Layout
+from audio.sashimi import ResidualBlock, StageState
+from audio.stepping_layout import Layout
 from core.generate import Sampling
+from core.mixers import Mamba
 from kernels import nvrtc
 
 PARTS = (
@@ -30,17 +31,20 @@ PARTS = (
 )  # fmt: skip
 POINTERS = ("stream", "state", "embedding", "logits", "levels", "offset", "uniform", "how", "likelihood", "profile")
 INTEGERS = ("count", "length", "seen", "draw", "top_k")
-WARPS = 8  # of a block of threads that compute; one more brings the weights
+WARPS = 8  # of a block of threads that compute; two more bring the weights
+MOST_LOW = 240  # numbers that make a layer's dt, B and C: their sums are in registers
 SHARED_LIMIT = 227 << 10  # bytes of shared memory that a block of threads may have on sm_90
 CLIPS = (1, 2, 4, 8)  # of one block of threads
 RINGS = (128 << 10, 64 << 10)  # bytes of the stream of weights in shared memory
-SUPPLY = 128  # bytes beside the ring's barriers that the thread needs which fills it
+SLOTS = 4  # pieces of the ring that are copied at once
 
 
 def has_cuda_step(net: SoundNet) -> bool:
     """Tells whether the kernel runs a net: float32 or bfloat16 layers of known kinds on a GPU that can compile it."""
     weight = net.embedding.weight
-    known = can_pack(net) and net.levels <= 1024
+    mixers = [module.layer for module in net.modules() if isinstance(module, ResidualBlock)]
+    small = all(m.dt_rank + 2 * m.d_state <= MOST_LOW for m in mixers if isinstance(m, Mamba))
+    known = can_pack(net) and net.levels <= 1024 and small
     if not (known and weight.is_cuda and weight.dtype in (torch.float32, torch.bfloat16) and nvrtc.available()):
         return False
     return torch.cuda.get_device_capability(weight.device) >= (9, 0)  # bulk copies
@@ -62,18 +66,18 @@ def fit(layout: Layout, clips: int) -> tuple[int, int]:
     """
     rooms = 4 * (clips * layout.words + 4)
     for ring in RINGS:
-        shared = ring + rooms + SUPPLY + 8 * (ring // CHUNK)
-        if shared <= SHARED_LIMIT and layout.largest <= ring - 2 * CHUNK:
+        shared = ring + rooms + 16 * SLOTS + 16
+        if shared <= SHARED_LIMIT and layout.largest <= ring - ring // SLOTS:
             return ring, shared
     raise ValueError(
-        f"net: {clips} clips need {rooms:,} bytes of shared memory and its weights {layout.largest + 2 * CHUNK:,}, "
+        f"net: {clips} clips need {rooms:,} bytes of shared memory and its weights {RINGS[-1]:,}, "
         f"wanted <= {SHARED_LIMIT:,} together"
     )
 
 
 def macros(layout: Layout, clips: int, ring: int) -> tuple[str, ...]:
     """What the kernel is compiled with."""
-    return (f"NS {clips}", f"RING {ring}", *layout.macros)
+    return (f"NS {clips}", f"RING {ring}", f"SLOTS {SLOTS}", *layout.macros)
 
 
 class CudaStepper:
@@ -147,12 +151,14 @@ class CudaStepper:
         return levels
 
     def _run(self, levels: Tensor, uniform: Tensor | None, sampling: Sampling) -> None:
+        count, length = levels.shape
+        if not length:
+            return
         how = torch.tensor([sampling.temperature, sampling.top_p, sampling.min_p], dtype=torch.float64)
         tensors = {**self._tensors, "levels": levels, "uniform": uniform, "how": how.to(levels.device)}
         pointers = [0 if tensors[n] is None else tensors[n].data_ptr() for n in POINTERS]  # type: ignore[union-attr]
-        count, length = levels.shape
         integers = [count, length, self._seen, int(uniform is not None), sampling.top_k]
-        self._kernel(-(-count // self._clips), 32 * (WARPS + 1), array("q", [*pointers, *integers]))
+        self._kernel(-(-count // self._clips), 32 * (WARPS + 2), array("q", [*pointers, *integers]))
         self._seen = (self._seen + length) % self._period
         self._last = tensors  # until the launch is over
 

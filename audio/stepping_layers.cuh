@@ -14,21 +14,24 @@ __device__ __forceinline__ float softplus(float x) {
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
 
 // Number j of x: what it was, the sums in PART, and a kept x.
-__device__ __forceinline__ float settled(bool pending, int splits, int dim16, int s, int j, int add) {
-    float value = room(AT_X)[s * WIDEST + j];
-    if (pending)
-        for (int p = 0; p < splits; p++) value += room(AT_PART)[(p * NS + s) * dim16 + j];
+__device__ __forceinline__ float settled(const Walk& w, int dim16, int s, int j, int add) {
+    float value = x_at(w.x, s)[j];
+    for (int p = 0; p < w.parts; p++) value += room(AT_PART)[(p * NS + s) * dim16 + j];
     if (add >= 0) value += room(AT_SKIPS)[s * SKIPPED + add + j];
     return value;
 }
 
 // Settles x, keeps it at ``store`` (unless negative), and normalises it into NORMED. Scales and shifts are next in the
-// stream, and ``there`` if all have waited for them. A lane has two quads or more, so that sums take few shuffles.
+// stream. Of a narrow x every warp does all of it, so that none waits for another: all write the same numbers, and x
+// goes to its other room, as some may still read this one. A wide clip's x belongs to one warp, whose lanes have two
+// quads or more each, so that sums take few shuffles.
 template <int D>
 struct Norm {
     static constexpr int BYTES = up_to(8 * up_to(D, 4), TILE), QUADS = (D + 3) / 4;
-    static constexpr int LANES = QUADS > 32 ? 32 : QUADS > 16 ? 16 : QUADS > 8 ? 8 : QUADS > 4 ? 4 : QUADS > 2 ? 2 : 1;
-    static constexpr int EACH = (QUADS + LANES - 1) / LANES, SPLITS = splits_of_width(D);
+    static constexpr int FULL = QUADS > 32 ? 32 : QUADS > 16 ? 16 : QUADS > 8 ? 8 : QUADS > 4 ? 4 : QUADS > 2 ? 2 : 1;
+    static constexpr int LANES = narrow(D) ? 2 * FULL : FULL;  // of a narrow x there are many sums to read: less a lane
+    static constexpr int EACH = (QUADS + LANES - 1) / LANES, MOST = most(splits_of_width(D), narrow(D) ? WARPS : 1);
+    static constexpr int TIMES = narrow(D) ? (NS * LANES + 31) / 32 : 1;
 
     static __device__ __forceinline__ float sum(float value) {
 #pragma unroll
@@ -36,41 +39,40 @@ struct Norm {
         return value;
     }
 
-    // The x of clip s, as the lane has it: quads lane, lane + LANES, ... All loads go before the first sum.
-    static __device__ __forceinline__ void settle(bool pending, int s, int add, float4* value) {
-        const int lane = threadIdx.x % 32;
-        const float4* x = (const float4*)(room(AT_X) + s * WIDEST) + lane;
-        const float4* part = (const float4*)(room(AT_PART) + s * up_to(D, 16)) + lane;
-        const float4* kept = (const float4*)(room(AT_SKIPS) + s * SKIPPED + add) + lane;
+    // The x of clip s, as lane l of those that share it has it: quads l, l + LANES, ... All loads go before the first sum.
+    static __device__ __forceinline__ void settle(const Walk& w, int s, int l, int add, float4* value) {
+        const float4* x = (const float4*)x_at(w.x, s) + l;
+        const float4* part = (const float4*)(room(AT_PART) + s * up_to(D, 16)) + l;
+        const float4* kept = (const float4*)(room(AT_SKIPS) + s * SKIPPED + add) + l;
         const float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        float4 sums[EACH][SPLITS], skip[EACH];
+        float4 sums[EACH][MOST], skip[EACH];
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const bool there = has(lane, i);
+            const bool there = has(l, i);
             value[i] = there ? x[LANES * i] : zero;
             skip[i] = there && add >= 0 ? kept[LANES * i] : zero;
 #pragma unroll
-            for (int p = 0; p < SPLITS; p++)
-                sums[i][p] = there && pending ? part[p * NS * up_to(D, 16) / 4 + LANES * i] : zero;
+            for (int p = 0; p < MOST; p++)
+                sums[i][p] = there && p < w.parts ? part[p * NS * up_to(D, 16) / 4 + LANES * i] : zero;
         }
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             value[i] = plus(value[i], skip[i]);
 #pragma unroll
-            for (int p = 0; p < SPLITS; p++) value[i] = plus(value[i], sums[i][p]);
+            for (int p = 0; p < MOST; p++) value[i] = plus(value[i], sums[i][p]);
         }
     }
 
-    static __device__ __forceinline__ bool has(int lane, int i) {
-        return lane < LANES && (LANES * EACH == QUADS || lane + LANES * i < QUADS);
+    static __device__ __forceinline__ bool has(int l, int i) {
+        return l < LANES && (LANES * EACH == QUADS || l + LANES * i < QUADS);
     }
 
     // The sum of a lane's numbers; those past the last are left out.
-    static __device__ __forceinline__ float own_sum(const float4* v) {
+    static __device__ __forceinline__ float own_sum(const float4* v, int l) {
         float total = 0.0f;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int j = 4 * (threadIdx.x % 32 + LANES * i);
+            const int j = 4 * (l + LANES * i);
             if (LANES * EACH * 4 == D) total += (v[i].x + v[i].y) + (v[i].z + v[i].w);
             else
                 total += (j < D ? v[i].x : 0.0f) + (j + 1 < D ? v[i].y : 0.0f) + (j + 2 < D ? v[i].z : 0.0f) +
@@ -79,175 +81,202 @@ struct Norm {
         return total;
     }
 
-    static __device__ __forceinline__ void run(Walk& w, int add, int store, bool there) {
-        const int s = threadIdx.x / 32, lane = threadIdx.x % 32;
-        if (s < NS) {
-            float4 value[EACH], squares[EACH], gain[EACH], shift[EACH];
-            settle(w.pending, s, add, value);
-            if (!there) need(w.pos, BYTES);
+    static __device__ __forceinline__ void run(Walk& w, int add, int store) {
+        const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, to = narrow(D) ? AT_X + AT_Y - w.x : w.x;
+        if (narrow(D) || warp < NS) {
+            turn(w, BYTES);
+#pragma unroll 1
+            for (int time = 0; time < TIMES; time++) {
+                const int s = narrow(D) ? (time * (32 / LANES) + lane / LANES) % NS : warp;
+                const int l = narrow(D) ? lane % LANES : lane;
+                float4 value[EACH], squares[EACH], gain[EACH], shift[EACH];
+                settle(w, s, l, add, value);
 #pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                const int quad = lane + LANES * i;
-                gain[i] = four_at(w.pos, least(quad, QUADS - 1));
-                shift[i] = four_at(w.pos + 4 * up_to(D, 4), least(quad, QUADS - 1));
-                if (!has(lane, i)) continue;
-                ((float4*)(room(AT_X) + s * WIDEST))[quad] = value[i];
-                if (store >= 0) ((float4*)(room(AT_SKIPS) + s * SKIPPED + store))[quad] = value[i];
-            }
-            const float mean = sum(own_sum(value)) * (1.0f / D);
+                for (int i = 0; i < EACH; i++) {
+                    const int quad = l + LANES * i;
+                    gain[i] = four_at(w.pos, least(quad, QUADS - 1));
+                    shift[i] = four_at(w.pos + 4 * up_to(D, 4), least(quad, QUADS - 1));
+                    if (!has(l, i)) continue;
+                    ((float4*)x_at(to, s))[quad] = value[i];
+                    if (store >= 0) ((float4*)(room(AT_SKIPS) + s * SKIPPED + store))[quad] = value[i];
+                }
+                const float mean = sum(own_sum(value, l)) * (1.0f / D);
 #pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                value[i] = plus(value[i], make_float4(-mean, -mean, -mean, -mean));
-                squares[i] = times(value[i], value[i]);
-            }
-            const float scale = rsqrtf(sum(own_sum(squares)) * (1.0f / D) + 1e-5f);
+                for (int i = 0; i < EACH; i++) {
+                    value[i] = plus(value[i], make_float4(-mean, -mean, -mean, -mean));
+                    squares[i] = times(value[i], value[i]);
+                }
+                const float scale = rsqrtf(sum(own_sum(squares, l)) * (1.0f / D) + 1e-5f);
 #pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                const float4 scaled = times(value[i], make_float4(scale, scale, scale, scale));
-                if (has(lane, i))
-                    put_four(room(AT_NORMED) + s * NORMED, lane + LANES * i, plus(times(scaled, gain[i]), shift[i]));
+                for (int i = 0; i < EACH; i++) {
+                    const float4 scaled = times(value[i], make_float4(scale, scale, scale, scale));
+                    if (has(l, i))
+                        put_four(room(AT_NORMED) + s * NORMED, l + LANES * i, plus(times(scaled, gain[i]), shift[i]));
+                }
             }
         }
-        w.pending = false;
+        w.x = to;
+        w.parts = 0;
         w.pos += BYTES;
     }
 };
 
-// What surrounds a layer: places of the kept x that is added before it, and where its own x is kept, or -1; whether its
-// norm is in the ring already, and whether another layer follows directly.
+// What surrounds a layer: places of the kept x that is added before it, and where its own x is kept, or -1.
 struct Place {
     int add, store;
-    bool there, more;
 };
 
-// A Mamba layer; see audio/stepping.py. P threads share a channel's N states.
-template <int D, int E, int N, int W, int R, int P, bool BIAS>
+// A Mamba layer; see audio/stepping.py. E is a multiple of 16 WARPS: warp w has channels 16 (q WARPS + w) and the 15 after
+// it for each q, from the convolution to the gate, and waits for others only where it needs sums over all channels. Two
+// lanes share a channel's N states.
+template <int D, int E, int N, int W, int R, bool BIAS>
 __device__ __forceinline__ void mamba(Walk& w, float* state, const Place& at) {
-    constexpr int E16 = up_to(E, 16), HALF_TILES = E16 / 16, R4 = up_to(R, 4), N4 = up_to(N, 4 * P), J = N4 / (4 * P);
-    constexpr int CLIPS = least(NS, 2), AT_H = up_to((W - 1) * E, 4);
-    constexpr int ROUNDS = (NS * E * P + WORKERS - 1) / WORKERS, CHANNELS = up_to((E + ROUNDS - 1) / ROUNDS, 4);
+    constexpr int CHANNELS = 16 * WARPS, Q = E / CHANNELS, R4 = up_to(R, 4), N4 = up_to(N, 8), J = N4 / 8;
+    constexpr int CLIPS = least(NS, 2), AT_H = up_to((W - 1) * E, 4), LOW_TILES = up_to(R4 + 2 * N4, 16) / 16;
     constexpr int VECTORS = up_to(4 * CHANNELS * (2 + R4 + N4), TILE);
-    typedef Product<D, 2 * HALF_TILES, 1, BIAS, W + 1, HALF_TILES> In;
-    typedef Product<E, up_to(R4 + 2 * N4, 16) / 16, 1, false> Low;
-    typedef Product<E, up_to(D, 16) / 16, splits_of_width(D), BIAS> Out;
-    const int tid = threadIdx.x, warp = tid / 32, g = tid % 32 / 4, t = tid % 4;
+    constexpr int ITEMS = Q * NS, AHEAD = least(ITEMS, most(1, 8 / J));  // channels of a lane, states of which it holds
+    typedef Product<D, 2 * E / 16, 1, BIAS, W + 1, WARPS> In;
+    typedef Share<E, LOW_TILES, false> Low;
+    typedef Share<E, up_to(D, 16) / 16, BIAS> NarrowOut;
+    typedef Product<E, up_to(D, 16) / 16, splits_of_width(D), BIAS> WideOut;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 
     mark(D / 128 * 16 + 10);
     float past[2][CLIPS][W], taps[2][W + 1];  // of the convolution, for a thread's columns and clips
-    auto load_past = [&](int tile) {
+    auto load_past = [&](int q) {
 #pragma unroll
         for (int h = 0; h < 2; h++)
 #pragma unroll
             for (int c = 0; c < CLIPS; c++) {
-                const int e = tile * 16 + g + 8 * h, s = 2 * t + c;
-                const float* from = state + (long long)s * STATE_SIZE + e;
-                if (tile < HALF_TILES && e < E && s < NS)
+                const int s = 2 * t + c;
+                const float* from = state + (long long)s * STATE_SIZE + q * CHANNELS + warp * 16 + g + 8 * h;
+                if (s < NS)
 #pragma unroll
                     for (int k = 0; k < W - 1; k++) past[h][c][k] = __ldcg(from + k * E);
             }
     };
-    const int channel = tid / (NS * P), clip = tid / P % NS, part = tid % P;  // in the scan, round by round
-    float4 h[J], *h_at = (float4*)(state + (long long)clip * STATE_SIZE + AT_H) + channel * P + part;
-    auto load_h = [&](int round) {
-        if (channel < CHANNELS && round * CHANNELS + channel < E)
-#pragma unroll
-            for (int j = 0; j < J; j++) h[j] = __ldcg(h_at + (j * E + round * CHANNELS) * P);
+    const int channel = warp * 16 + lane / 2, part = lane % 2;  // in the scan, q by q
+    float4 h[AHEAD][J];
+    auto h_at = [&](int item) {
+        return (float4*)(state + (long long)(item % NS) * STATE_SIZE + AT_H) + (item / NS * CHANNELS + channel) * 2 + part;
     };
-    if (tid < WORKERS) {
-        load_past(warp);
-        load_h(0);
-    }
-    Norm<D>::run(w, at.add, at.store, at.there);
+    auto load_h = [&](float4* to, int item) {
+#pragma unroll
+        for (int j = 0; j < J; j++) to[j] = __ldcg(h_at(item) + j * E * 2);
+    };
+    load_past(0);
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) load_h(h[i], i);
+    Norm<D>::run(w, at.add, at.store);
     mark(D / 128 * 16 + 0);
-    next_phase(w, In::FIRST);
+    if (narrow(D)) turn(w, In::FIRST);
+    else next_phase(w, In::FIRST);
     mark(D / 128 * 16 + 1);
     In::run(
         w, room(AT_NORMED), NORMED,
-        [&](int group, int tile, unsigned extra) {
-            if (group) load_past(tile);
-            if (tile >= HALF_TILES) return;
-            const int wide = 16 * In::extra_tiles(group), column = 16 * (tile - group * WARPS) + g;
+        [&](int r, int group, int, unsigned extra) {
+            if (r) return;
+            if (group) load_past(group);
 #pragma unroll
             for (int k = 0; k < W + 1; k++) {
-                taps[0][k] = vector_at(extra, k * wide + column);
-                taps[1][k] = vector_at(extra, k * wide + column + 8);
+                taps[0][k] = vector_at(extra, k * CHANNELS + warp * 16 + g);
+                taps[1][k] = vector_at(extra, k * CHANNELS + warp * 16 + g + 8);
             }
         },
-        [&](int tile, int, const float* total) {
+        [&](int r, int tile, int, const float* total) {
 #pragma unroll
             for (int v = 0; v < 4; v++) {
                 const int hh = v / 2, c = v % 2, s = 2 * t + c;
-                int e = tile * 16 + g + 8 * hh;
+                const int e = tile / (2 * WARPS) * CHANNELS + warp * 16 + g + 8 * hh;
                 if (c >= CLIPS || s >= NS) continue;
-                if (tile >= HALF_TILES) {
-                    room(AT_GATES)[s * GATES + e - E16] = total[v] * sigmoid(total[v]);
-                } else if (e < E) {
-                    float u = taps[hh][0] + taps[hh][W] * total[v];
-                    float* to = state + (long long)s * STATE_SIZE + e;
-#pragma unroll
-                    for (int k = 0; k < W - 1; k++) {
-                        u += taps[hh][k + 1] * past[hh][c][k];
-                        __stcg(to + k * E, k + 2 < W ? past[hh][c][k + 1] : total[v]);
-                    }
-                    put(room(AT_INNER) + s * INNER, e, u * sigmoid(u));
+                if (r) {
+                    room(AT_GATES)[s * GATES + e] = total[v] * sigmoid(total[v]);
+                    continue;
                 }
+                float u = taps[hh][0] + taps[hh][W] * total[v];
+                float* to = state + (long long)s * STATE_SIZE + e;
+#pragma unroll
+                for (int k = 0; k < W - 1; k++) {
+                    u += taps[hh][k + 1] * past[hh][c][k];
+                    __stcg(to + k * E, k + 2 < W ? past[hh][c][k + 1] : total[v]);
+                }
+                put(room(AT_INNER) + s * INNER, e, u * sigmoid(u));
             }
         });
     mark(D / 128 * 16 + 2);
-    next_phase(w, Low::FIRST);
+    turn(w, Low::FIRST);
     mark(D / 128 * 16 + 3);
-    Low::run(w, room(AT_INNER), INNER, [&](int tile, int, const float* total) {
-        each_of(tile, total, [&](int j, int s, float value) { room(AT_LOW)[s * LOWS + j] = value; });
+    Low::run(w, room(AT_INNER), INNER, [&](int tile, const float* total) {
+        each_of(tile, total, [&](int j, int s, float value) {
+            room(AT_LOW)[((1 + warp) * NS + s) * LOWS + j] = value;
+        });
     });
     mark(D / 128 * 16 + 4);
     next_phase(w, VECTORS);
     mark(D / 128 * 16 + 5);
+    for (int i = lane; i < NS * LOW_TILES * 4; i += 32) {  // every warp for itself: all write the same sums
+        float4* low = (float4*)(room(AT_LOW) + i / (LOW_TILES * 4) * LOWS) + i % (LOW_TILES * 4);
+        float4 share[WARPS], total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+        for (int p = 0; p < WARPS; p++) share[p] = low[(1 + p) * NS * LOWS / 4];
+#pragma unroll
+        for (int p = 0; p < WARPS; p++) total = plus(total, share[p]);
+        *low = total;
+    }
+    __syncwarp();
 #pragma unroll 1
-    for (int round = 0; round < ROUNDS; round++) {
-        const int e = round * CHANNELS + channel;
-        const bool active = channel < CHANNELS && e < E;
-        if (tid < WORKERS) {
-            const int c = least(channel, CHANNELS - 1);
+    for (int first = 0; first < ITEMS; first += AHEAD)
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int item = first + i, s = item % NS, e = item / NS * CHANNELS + channel;
+            if (ITEMS % AHEAD && item >= ITEMS) break;
+            if (s == 0 && item) {
+                w.pos += VECTORS;
+                turn(w, VECTORS);
+            }
             const unsigned rates = w.pos + 8 * CHANNELS, decays = rates + 4 * R4 * CHANNELS;
-            const float4* low = (const float4*)(room(AT_LOW) + clip * LOWS);
-            float dt = vector_at(w.pos, c), y = 0.0f;
-            const float skip = vector_at(w.pos, CHANNELS + c), u = get(room(AT_INNER) + clip * INNER, least(e, E - 1));
+            const float4* low = (const float4*)(room(AT_LOW) + s * LOWS);
+            float dt = vector_at(w.pos, channel), y = 0.0f;
+            const float skip = vector_at(w.pos, CHANNELS + channel), u = get(room(AT_INNER) + s * INNER, e);
 #pragma unroll
             for (int j = 0; j < R4 / 4; j++) {
-                const float4 v = low[j], r = four_at(rates, j * CHANNELS + c);
+                const float4 v = low[j], r = four_at(rates, j * CHANNELS + channel);
                 dt = fmaf(v.x, r.x, fmaf(v.y, r.y, fmaf(v.z, r.z, fmaf(v.w, r.w, dt))));
             }
             dt = softplus(dt);
             const float du = dt * u;
 #pragma unroll
             for (int j = 0; j < J; j++) {
-                const float4 a = four_at(decays, (j * CHANNELS + c) * P + part), b = low[R4 / 4 + j * P + part];
-                const float4 weight = low[R4 / 4 + N4 / 4 + j * P + part];
-                float4 v = h[j];
+                const float4 a = four_at(decays, (j * CHANNELS + channel) * 2 + part), b = low[R4 / 4 + j * 2 + part];
+                const float4 weight = low[R4 / 4 + N4 / 4 + j * 2 + part];
+                float4 v = h[i][j];
                 v.x = fmaf(power_of_two(dt * a.x), v.x, du * b.x);
                 v.y = fmaf(power_of_two(dt * a.y), v.y, du * b.y);
                 v.z = fmaf(power_of_two(dt * a.z), v.z, du * b.z);
                 v.w = fmaf(power_of_two(dt * a.w), v.w, du * b.w);
                 y = fmaf(weight.x, v.x, fmaf(weight.y, v.y, fmaf(weight.z, v.z, fmaf(weight.w, v.w, y))));
-                if (active) __stcg(h_at + (j * E + round * CHANNELS) * P, v);
+                __stcg(h_at(item) + j * E * 2, v);
             }
-            if (round + 1 < ROUNDS) load_h(round + 1);
-#pragma unroll
-            for (int o = P / 2; o; o >>= 1) y += __shfl_xor_sync(~0u, y, o);
-            if (active && part == 0)
-                put(room(AT_INNER) + clip * INNER, e, (y + skip * u) * room(AT_GATES)[clip * GATES + e]);
+            if (item + AHEAD < ITEMS) load_h(h[i], item + AHEAD);
+            y += __shfl_xor_sync(~0u, y, 1);
+            if (part == 0) put(room(AT_INNER) + s * INNER, e, (y + skip * u) * room(AT_GATES)[s * GATES + e]);
         }
-        w.pos += VECTORS;
-        if (round + 1 < ROUNDS) next_phase(w, VECTORS);
-    }
+    w.pos += VECTORS;
     mark(D / 128 * 16 + 6);
-    next_phase(w, Out::FIRST);
-    mark(D / 128 * 16 + 7);
-    Out::run(w, room(AT_INNER), INNER, [&](int tile, int split, const float* total) { leave<D>(tile, split, total); });
+    if constexpr (narrow(D)) {
+        turn(w, NarrowOut::FIRST);
+        mark(D / 128 * 16 + 7);
+        NarrowOut::run(w, room(AT_INNER), INNER, [&](int tile, const float* total) { leave<D>(tile, warp, total); });
+    } else {
+        next_phase(w, WideOut::FIRST);
+        mark(D / 128 * 16 + 7);
+        WideOut::run(w, room(AT_INNER), INNER,
+                     [&](int tile, int split, const float* total) { leave<D>(tile, split, total); });
+    }
     mark(D / 128 * 16 + 8);
-    next_phase(w, at.more ? Norm<D>::BYTES : 0);
+    next_phase(w, 0);
     mark(D / 128 * 16 + 9);
-    w.pending = true;
+    w.parts = narrow(D) ? WARPS : splits_of_width(D);
 }
 
 // An S4D layer: x_m = a_m x_m + b_m u, y = 2 Re sum c_m x_m + D u, then GELU, linear, GLU where OUT is 2 D. P threads
@@ -259,7 +288,7 @@ __device__ __forceinline__ void s4d(Walk& w, float* state, const Place& at) {
     constexpr int ITEMS = NS * PLANE, ROUNDS = (ITEMS + WORKERS - 1) / WORKERS;
     typedef Product<D, GATED ? up_to(D, 8) / 8 : up_to(D, 16) / 16, 1, true> Linear;
     const int tid = threadIdx.x;
-    Norm<D>::run(w, at.add, at.store, at.there);
+    Norm<D>::run(w, at.add, at.store);
     next_phase(w, SKIP + STEP * BYTES);
     float y[ROUNDS], u[ROUNDS];
 #pragma unroll
@@ -274,7 +303,7 @@ __device__ __forceinline__ void s4d(Walk& w, float* state, const Place& at) {
 #pragma unroll
         for (int round = 0; round < ROUNDS; round++) {
             const int item = round * WORKERS + tid;
-            if (tid >= WORKERS || item >= ITEMS) continue;
+            if (item >= ITEMS) continue;
             const int place = item % PLANE;
             float* h = state + (long long)(item / PLANE) * STATE_SIZE + place;
             for (int j = first; j < least(first + STEP, J); j++) {
@@ -299,7 +328,7 @@ __device__ __forceinline__ void s4d(Walk& w, float* state, const Place& at) {
 #pragma unroll
         for (int o = P / 2; o; o >>= 1) y[round] += __shfl_xor_sync(~0u, y[round], o);
         const int item = round * WORKERS + tid;
-        if (tid < WORKERS && item < ITEMS && item % P == 0)
+        if (item < ITEMS && item % P == 0)
             put(room(AT_INNER) + item / PLANE * INNER, item / P % D, gelu(y[round]));
     }
     next_phase(w, Linear::FIRST);
@@ -313,35 +342,38 @@ __device__ __forceinline__ void s4d(Walk& w, float* state, const Place& at) {
             for (int p = 0; p < SPLITS; p++) room(AT_PART)[(p * NS + s) * up_to(D, 16) + d] = p ? 0.0f : value;
         }
     });
-    next_phase(w, at.more ? Norm<D>::BYTES : 0);
-    w.pending = true;
+    next_phase(w, 0);
+    w.parts = splits_of_width(D);
 }
 
 template <int D, int HIDDEN>
 __device__ __forceinline__ void feed_forward(Walk& w, const Place& at) {
     typedef Product<D, up_to(HIDDEN, 16) / 16, 1, true> In;
     typedef Product<HIDDEN, up_to(D, 16) / 16, splits_of_width(D), true> Out;
-    Norm<D>::run(w, at.add, at.store, at.there);
+    Norm<D>::run(w, at.add, at.store);
     next_phase(w, In::FIRST);
     In::run(w, room(AT_NORMED), NORMED, [&](int tile, int, const float* total) {
         each_of(tile, total, [&](int j, int s, float value) { put(room(AT_INNER) + s * INNER, j, gelu(value)); });
     });
     next_phase(w, Out::FIRST);
     Out::run(w, room(AT_INNER), INNER, [&](int tile, int split, const float* total) { leave<D>(tile, split, total); });
-    next_phase(w, at.more ? Norm<D>::BYTES : 0);
-    w.pending = true;
+    next_phase(w, 0);
+    w.parts = splits_of_width(D);
 }
 
 // The layers of a stage, on one way, from block ``first`` on. A layer's x is kept at ``store``, each a step further, or
 // the first one only; before all but the first layer, what was kept at ``add`` is added, each a step further back.
 __device__ __noinline__ Walk layers(Walk w, int first, int count, int store, int add, int step) {
-    Place at = {-1, store, false, true};
+    Place at = {-1, store};
+    next_phase(w, 0);  // all see x
+    int shape = shapes[first], place = state_at[first];
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
-        at.more = i + 1 < count;
-        float* state = w.state + state_at[first + i];
-        switch (shapes[first + i]) { BLOCK_CASES }
-        at.there = true;
+        const int next_shape = shapes[first + i + 1], next_place = state_at[first + i + 1];  // long before it is needed
+        float* state = w.state + place;
+        switch (shape) { BLOCK_CASES }
+        shape = next_shape;
+        place = next_place;
         at.store = step && store >= 0 ? at.store + step : -1;
         at.add = add;
         if (add >= 0) add -= step;

@@ -18,7 +18,8 @@ from audio.tiles import TILE, Stream, operand, padded, up_to
 from core.mixers import S4D, MambaState, S4State
 from core.mixers.mamba import decay_rates
 
-CHUNK = 16384  # bytes of the stream that are copied at once
+NARROW = 64  # widest x that every warp normalises for itself
+PAIR = 2  # lanes that share a channel's states
 
 
 class Layout:
@@ -99,11 +100,11 @@ class Layout:
             "INNER": _operand_width(inner),
             "GATES": self._room["GATES"],
             "LOWS": self._room["LOWS"],
-            "PARTS": max(up_to(wide, TILE) * max(1, self._warps // (up_to(wide, TILE) // TILE)) for wide in wides),
+            "PARTS": max(up_to(wide, TILE) * self._sums_of(wide) for wide in wides),
             "SKIPPED": up_to(skips[-1], 4),
             "RESIDENT": frames["width"],
         }
-        self.words = sum(rooms.values()) + 2 * net.levels
+        self.words = sum(rooms.values()) + NARROW + self._warps * rooms["LOWS"] + 2 * net.levels
         number = range(stages - 1)
         downs = [
             f"case {d}: pool_down<{pool[d] * wides[d]}, {wides[d + 1]}>(w, waiting_at[{d}]); break;" for d in number
@@ -112,13 +113,13 @@ class Layout:
         lists = {
             "WIDES": wides, "POOLS": [*pool, 1], "DOWNS": counts[:stages], "UPS": [*counts[stages:], 0],
             "FIRST_DOWN": firsts[:stages], "FIRST_UP": [*firsts[stages:], 0], "SKIP_AT": skips,
-            "WAITING_AT": [*frames["waiting"], 0], "CURRENT_AT": [*frames["current"], 0], "SHAPES": self._shapes,
-            "STATE_AT": self._places, "SEGMENT_AT": begin, "SEGMENT_BYTES": [len(s) for s in segments],
+            "WAITING_AT": [*frames["waiting"], 0], "CURRENT_AT": [*frames["current"], 0], "SHAPES": [*self._shapes, 0],
+            "STATE_AT": [*self._places, 0], "SEGMENT_AT": begin, "SEGMENT_BYTES": [len(s) for s in segments],
         }  # fmt: skip
         values = {
-            **rooms, "WARPS": self._warps, "HALF": int(self._half), "CHUNK": CHUNK, "LEVELS": net.levels,
+            **rooms, "WARPS": self._warps, "HALF": int(self._half), "LEVELS": net.levels,
             "WIDTH": wides[0], "STAGES": stages, "UNET": int(net.config.unet), "STATE_SIZE": self.state.shape[1],
-            **{name: f"{{{', '.join(map(str, values))}}}" for name, values in lists.items()},
+            "NARROW": NARROW, **{name: f"{{{', '.join(map(str, values))}}}" for name, values in lists.items()},
             "BLOCK_CASES": " ".join(f"case {i}: {code}; break;" for code, i in self._cases.items()),
             "DOWN_CASES": " ".join(downs), "UP_CASES": " ".join(ups), "HEAD": f"score<{wides[0]}>",
         }  # fmt: skip
@@ -162,34 +163,45 @@ class Layout:
         return f"feed_forward<{outwards.out_features}, {outwards.in_features}>(w, at)"
 
     def _add_mamba(self, segment: Stream, layer: Any, state: MambaState) -> str:
-        E, N, W, R = layer.d_inner, layer.d_state, layer.d_conv, layer.dt_rank
-        P = self._threads(E, math.ceil(N / 4))
-        R4, N4, E16 = up_to(R, 4), up_to(N, 4 * P), up_to(E, TILE)
-        bias = layer.in_proj.bias
+        N, W, R, channels = layer.d_state, layer.d_conv, layer.dt_rank, TILE * self._warps  # a lane has half a channel
+        R4, N4, E = up_to(R, 4), up_to(N, 4 * PAIR), up_to(layer.d_inner, channels)
+        parts = [layer.d_inner] * 2
+        both, bias = _in_parts(layer.in_proj.weight, parts, [E, E]).unflatten(0, (2, E)), layer.in_proj.bias
+        biases = None if bias is None else _in_parts(bias, parts, [E, E]).unflatten(0, (2, E))
         taps = layer.conv1d.weight.detach().squeeze(1).t()
-        first = taps.new_zeros(E) if layer.conv1d.bias is None else layer.conv1d.bias.detach()
-        segment.product(
-            _in_parts(layer.in_proj.weight, [E, E], [E16, E16]),
-            None if bias is None else _in_parts(bias, [E, E], [E16, E16]),
-            padded(torch.cat([first[None], taps]).float().cpu(), E16),
-        )
-        segment.product(_in_parts(layer.x_proj.weight, [R, N, N], [R4, N4, N4]), None)
-        rates = padded(layer.dt_proj.weight.detach().float(), R4)
-        decays = padded((decay_rates(layer.A_log.detach()).double() / math.log(2)).float(), N4)
-        rounds = math.ceil(self._clips * E * P / (32 * self._warps))
-        channels = up_to(math.ceil(E / rounds), 4)
-        for first in range(0, E, channels):  # what the threads scan at a time
-            before, here = segment.size, slice(first, first + channels)
-            parts = [t.detach()[here] for t in (layer.dt_proj.bias, layer.D, rates, decays)]
-            step, skip, rate, decay = (padded(t, channels, *t.shape[1:]) for t in parts)
-            segment.vectors(step, skip, rate.unflatten(1, (-1, 4)).transpose(0, 1), _by_threads(decay, P))
+        first = taps.new_zeros(layer.d_inner) if layer.conv1d.bias is None else layer.conv1d.bias.detach()
+        taps = padded(torch.cat([first[None], taps]).float().cpu(), E)
+        rounds = [slice(e, e + channels) for e in range(0, E, channels)]
+        for here in rounds:  # values and gates of as many channels as the warps have at a time
+            its = None if biases is None else biases[:, here].flatten()
+            segment.product(both[:, here].flatten(0, 1), its, taps[:, here])
+        low = padded(_in_parts(layer.x_proj.weight, [R, N, N], [R4, N4, N4]), R4 + 2 * N4, E)
+        self._share(segment, low, None)
+        rates = layer.dt_proj.weight.detach().float()
+        decays = (decay_rates(layer.A_log.detach()).double() / math.log(2)).float()
+        step, skip = (padded(t.detach().float(), E) for t in (layer.dt_proj.bias, layer.D))
+        rates, decays = padded(rates, E, R4), padded(decays, E, N4)
+        for here in rounds:
+            before = segment.size
+            rate, decay = rates[here].unflatten(1, (-1, 4)).transpose(0, 1), _by_threads(decays[here], PAIR)
+            segment.vectors(step[here], skip[here], rate, decay)
             self.largest = max(self.largest, segment.size - before)
-        segment.product(layer.out_proj.weight, layer.out_proj.bias)
-        self._add_state(state.conv.detach().float().flatten(1))
-        self._add_state(_by_threads(padded(state.ssm.detach().float(), N4), P).flatten(1))
-        self._wants(GATES=E16, LOWS=up_to(R4 + 2 * N4, TILE), INNER=E16)
+        out = padded(layer.out_proj.weight.detach(), layer.d_model, E)
+        if len(out) <= NARROW:
+            self._share(segment, out, layer.out_proj.bias)
+        else:
+            segment.product(out, layer.out_proj.bias)
+        self._add_state(padded(state.conv.detach().float(), E).flatten(1))
+        self._add_state(_by_threads(padded(state.ssm.detach().float(), E, N4), PAIR).flatten(1))
+        self._wants(GATES=E, LOWS=up_to(R4 + 2 * N4, TILE), INNER=E)
         biased = str(bias is not None).lower()
-        return f"mamba<{layer.d_model}, {E}, {N}, {W}, {R}, {P}, {biased}>(w, state, at)"
+        return f"mamba<{layer.d_model}, {E}, {N}, {W}, {R}, {biased}>(w, state, at)"
+
+    def _share(self, segment: Stream, weight: Tensor, bias: Tensor | None) -> None:
+        """A product of whose rows each warp takes those that it has."""
+        segment.product(weight, bias)
+        tiles, unit = up_to(len(weight), TILE) // TILE, 512 if self._half else 1024
+        self.largest = max(self.largest, up_to(64 * tiles, unit) + tiles * self._warps * unit)
 
     def _add_s4d(self, segment: Stream, layer: Any, state: S4State) -> str:
         """A diagonal state space: real and imaginary parts of its decay, input and output weights."""
@@ -216,6 +228,10 @@ class Layout:
     def _threads(self, channels: int, states: int) -> int:
         """Threads that share a channel's states: as many as there are, a power of two."""
         return min(_power_of_two((32 * self._warps) // (channels * self._clips)), _power_of_two(2 * states - 1), 32)
+
+    def _sums_of(self, wide: int) -> int:
+        """How many sums a layer may leave of each number of an x so wide."""
+        return self._warps if wide <= NARROW else max(1, self._warps // (up_to(wide, TILE) // TILE))
 
     def _wants(self, **sizes: int) -> None:
         for name, size in sizes.items():

@@ -36,40 +36,49 @@ __device__ __noinline__ void filter(const float* logits, float* weights, int top
 }
 
 // Level of clip s where the distribution function passes a number; one warp a clip. As _choose in audio/stepping.py.
-// ``how`` is temperature, top_p, min_p.
-__device__ __noinline__ int choose(int s, const double* how, int top_k, double uniform, double* log_likelihood) {
+__device__ __noinline__ int choose(int s, float temperature, double top_p, double min_p, int top_k, double uniform,
+                                   double* log_likelihood) {
     constexpr int EACH = (LEVELS + 31) / 32;
     const int lane = threadIdx.x % 32, first = lane * EACH;
-    const float *logits = room(AT_LOGITS) + s * LEVELS, temperature = how[0];
-    float *weights = room(AT_CHANCES) + s * LEVELS, best = -INFINITY;
-#pragma unroll 8
-    for (int j = 0; j < EACH; j++)
-        if (first + j < LEVELS) best = fmaxf(best, logits[first + j]);
+    const float* logits = room(AT_LOGITS) + s * LEVELS;
+    float weight[EACH], best = -INFINITY;
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        weight[j] = first + j < LEVELS ? logits[first + j] : -INFINITY;
+        best = fmaxf(best, weight[j]);
+    }
 #pragma unroll
     for (int o = 16; o; o >>= 1) best = fmaxf(best, __shfl_xor_sync(~0u, best, o));
     double mass = 0.0, own = 0.0;
     int place = LEVELS;
-#pragma unroll 8
+#pragma unroll
     for (int j = 0; j < EACH; j++) {
-        if (first + j >= LEVELS) break;
-        const float below = logits[first + j] - best, chance = expf(below);
-        const float weight = temperature == 1.0f ? chance : expf(below / temperature);
+        const float below = weight[j] - best, chance = expf(below);
         if (below == 0.0f && place == LEVELS) place = first + j;
+        weight[j] = temperature == 1.0f ? chance : expf(below / temperature);
         mass += chance;
-        own += weight;
-        weights[first + j] = weight;
+        own += weight[j];
     }
-    mass = warp_sum(mass);
-    for (int o = 16; o; o >>= 1) place = least(place, __shfl_xor_sync(~0u, place, o));
+    place = __reduce_min_sync(~0u, place);
     int level = place;
+    const bool filtered = top_k > 0 || top_p < 1.0, as_it_is = temperature == 1.0f && !filtered && min_p <= 0.0;
     if (temperature != 0.0f) {
-        __syncwarp();
-        if (top_k > 0 || how[1] < 1.0) filter(logits, weights, top_k, how[1]);
-        if (top_k > 0 || how[1] < 1.0 || how[2] > 0.0) {
+        if (filtered) {
+            float* kept = room(AT_CHANCES) + s * LEVELS;
+#pragma unroll
+            for (int j = 0; j < EACH; j++)
+                if (first + j < LEVELS) kept[first + j] = weight[j];
+            __syncwarp();
+            filter(logits, kept, top_k, top_p);
+#pragma unroll
+            for (int j = 0; j < EACH; j++) weight[j] = first + j < LEVELS ? kept[first + j] : 0.0f;
+        }
+        if (filtered || min_p > 0.0) {
             own = 0.0;
-            for (int q = first; q < least(LEVELS, first + EACH); q++) {
-                if (weights[q] < how[2]) weights[q] = 0.0f;
-                own += weights[q];
+#pragma unroll
+            for (int j = 0; j < EACH; j++) {
+                if (weight[j] < min_p) weight[j] = 0.0f;
+                own += weight[j];
             }
         }
         double upto = own;
@@ -78,16 +87,20 @@ __device__ __noinline__ int choose(int s, const double* how, int top_k, double u
             const double other = __shfl_up_sync(~0u, upto, o);
             if (lane >= o) upto += other;
         }
-        const double target = uniform * __shfl_sync(~0u, upto, 31);
+        const double total = __shfl_sync(~0u, upto, 31), target = uniform * total;
         double reached = upto - own;
         int mine = LEVELS;
-        for (int q = first; q < least(LEVELS, first + EACH); q++) {
-            reached += weights[q];
-            if (reached > target) { mine = q; break; }
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            reached += weight[j];
+            if (reached > target && mine == LEVELS) mine = first + j;
         }
-        for (int o = 16; o; o >>= 1) mine = least(mine, __shfl_xor_sync(~0u, mine, o));
+        mine = __reduce_min_sync(~0u, mine);
         if (mine < LEVELS) level = mine;  // else rounding left the sum short of the total
+        if (as_it_is) mass = total;
     }
-    *log_likelihood += (double)logits[level] - (double)best - log(mass);
+    if (!as_it_is) mass = warp_sum(mass);
+    const float near = mass;  // a logarithm in float64 would take a tenth of the time of a layer
+    *log_likelihood += (double)logits[level] - (double)best - ((double)logf(near) + (mass - near) / near);
     return level;
 }

@@ -23,15 +23,33 @@ __device__ __forceinline__ float power_of_two(float x) {
 
 __device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 
-__device__ __forceinline__ void begin_barrier(unsigned long long* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(shared_address(barrier)) : "memory");
+__device__ __forceinline__ void begin_barrier(unsigned long long* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(arrivals) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void arrive_at(unsigned long long* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
+}
+
+// A number that one thread writes when what it counts is there, and others read.
+__device__ __forceinline__ void publish(unsigned* to, unsigned value) {
+    asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" :: "r"(shared_address(to)), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ unsigned latest(const unsigned* from) {
+    unsigned value;
+    asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(value) : "r"(shared_address(from)) : "memory");
+    return value;
 }
 
 __device__ __forceinline__ void wait_for(unsigned long long* barrier, unsigned parity) {
     asm volatile("{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra AGAIN;\n}" :: "r"(shared_address(barrier)), "r"(parity) : "memory");
 }
+
+// A barrier of the first threads, which the others pass by.
+__device__ __forceinline__ void meet(int threads) { asm volatile("bar.sync 1, %0;" :: "r"(threads) : "memory"); }
 
 // Copies bytes (a multiple of 16) from global to shared memory; ``barrier`` flips when they are there.
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, unsigned bytes, unsigned long long* barrier) {
@@ -42,7 +60,7 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, unsigned b
 }
 
 __device__ __forceinline__ unsigned short nearest_half(float x) {
-    unsigned short y;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-    return y;
+    unsigned pair;  // a conversion of two takes a quarter of the time of one's
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(0.0f), "f"(x));
+    return pair;
 }

@@ -8,7 +8,7 @@ __device__ __forceinline__ void pool_down(Walk& w, int waiting) {
     Linear::run(w, room(AT_RESIDENT) + waiting, RESIDENT,
                 [&](int tile, int split, const float* total) { leave<D>(tile, split, total); });
     next_phase(w, 0);
-    w.pending = true;
+    w.parts = splits_of_width(D);
 }
 
 // From the x of a stage, D wide, to a frame of COLUMNS numbers.
@@ -26,7 +26,7 @@ __device__ __forceinline__ void pool_up(Walk& w, int current) {
 template <int D>
 __device__ __forceinline__ void score(Walk& w, int add) {
     typedef Product<D, up_to(LEVELS, 16) / 16, 1, true> Linear;
-    Norm<D>::run(w, add, -1, false);
+    Norm<D>::run(w, add, -1);
     next_phase(w, Linear::FIRST);
     Linear::run(w, room(AT_NORMED), NORMED, [&](int tile, int, const float* total) {
         each_of(tile, total, [&](int j, int s, float value) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ void score(Walk& w, int add) {
 __device__ __forceinline__ void net(Walk& w, unsigned t) {
     const int s = threadIdx.x / 32, lane = threadIdx.x % 32;
     const bool owner = s < NS;  // of a clip's x
-    float *x = room(AT_X) + s * WIDEST, *skips = room(AT_SKIPS) + s * SKIPPED;
+    float* skips = room(AT_SKIPS) + s * SKIPPED;
     float* resident = room(AT_RESIDENT) + s * RESIDENT;
     int phase[STAGES];
     const int depth = depth_at(t, phase);
@@ -56,13 +56,14 @@ __device__ __forceinline__ void net(Walk& w, unsigned t) {
         if (d == LAST) break;
         if (owner)
             for (int j = lane; j < dim; j += 32) {
-                const float value = settled(w.pending, splits_of_width(dim), up_to(dim, 16), s, j, -1);
+                const float value = settled(w, up_to(dim, 16), s, j, -1);
                 skips[skip_at[d] + downs[d] * up_to(dim, 4) + j] = value;
                 put(resident + waiting_at[d], phase[d] * dim + j, value);
             }
         if (owner && d < depth)
-            for (int j = lane; j < wides[d + 1]; j += 32) x[j] = 0.0f;
-        w.pending = false;
+            for (int j = lane; j < wides[d + 1]; j += 32) x_at(AT_X, s)[j] = 0.0f;
+        w.parts = 0;
+        w.x = AT_X;
         w.pos = (w.pos + CHUNK - 1) / CHUNK * CHUNK;
     }
     int add = depth == LAST ? skip_at[LAST] : -1;
@@ -74,16 +75,18 @@ __device__ __forceinline__ void net(Walk& w, unsigned t) {
             if (d < depth)  // x is what the inner stages say about this frame, for the next one
                 for (int j = lane; j < inner; j += 32)
                     put(room(AT_INNER) + s * INNER, j,
-                        settled(w.pending, splits_of_width(inner), up_to(inner, 16), s, j, add));
+                        settled(w, up_to(inner, 16), s, j, add));
             __syncwarp();
             for (int j = lane; j < dim; j += 32) {
                 float* kept = skips + skip_at[d] + downs[d] * up_to(dim, 4) + j;
-                x[j] = resident[current_at[d] + phase[d] * dim + j] + *kept;
-                if (!UNET) *kept = x[j];
+                const float x = resident[current_at[d] + phase[d] * dim + j] + *kept;
+                x_at(AT_X, s)[j] = x;
+                if (!UNET) *kept = x;
             }
             __syncwarp();
         }
-        w.pending = false;
+        w.parts = 0;
+        w.x = AT_X;
         if (d < depth) {
             switch (d) { UP_CASES }
             w.pos = (w.pos + CHUNK - 1) / CHUNK * CHUNK;

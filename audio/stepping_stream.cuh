@@ -6,9 +6,9 @@ __host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
 __host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int up_to(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-constexpr int WORKERS = 32 * WARPS, THREADS = WORKERS + 32, LAST = STAGES - 1;
+constexpr int WORKERS = 32 * WARPS, THREADS = WORKERS + 64, LAST = STAGES - 1;
 constexpr int TILE = HALF ? 512 : 1024;  // bytes of 16 columns by 16 rows
-constexpr int SLOTS = RING / CHUNK;
+constexpr int CHUNK = RING / SLOTS;
 
 __constant__ const int wides[] = WIDES, downs[] = DOWNS, ups[] = UPS, first_down[] = FIRST_DOWN;
 __constant__ const int first_up[] = FIRST_UP, skip_at[] = SKIP_AT, waiting_at[] = WAITING_AT, current_at[] = CURRENT_AT;
@@ -16,8 +16,8 @@ __constant__ const int shapes[] = SHAPES, state_at[] = STATE_AT;
 __constant__ const unsigned segment_at[] = SEGMENT_AT, segment_bytes[] = SEGMENT_BYTES;
 
 // Rooms, after the ring: numbers of 4 bytes.
-constexpr int AT_X = 0, AT_NORMED = AT_X + NS * WIDEST, AT_INNER = AT_NORMED + NS * NORMED;
-constexpr int AT_GATES = AT_INNER + NS * INNER, AT_LOW = AT_GATES + NS * GATES, AT_PART = AT_LOW + NS * LOWS;
+constexpr int AT_X = 0, AT_Y = AT_X + NS * WIDEST, AT_NORMED = AT_Y + NS * NARROW, AT_INNER = AT_NORMED + NS * NORMED;
+constexpr int AT_GATES = AT_INNER + NS * INNER, AT_LOW = AT_GATES + NS * GATES, AT_PART = AT_LOW + (1 + WARPS) * NS * LOWS;
 constexpr int AT_SKIPS = AT_PART + NS * PARTS, AT_RESIDENT = AT_SKIPS + NS * SKIPPED;
 constexpr int AT_LOGITS = AT_RESIDENT + NS * RESIDENT, AT_CHANCES = AT_LOGITS + NS * LEVELS;
 constexpr int ROOM = up_to(AT_CHANCES + NS * LEVELS, 4);
@@ -39,21 +39,21 @@ __device__ __forceinline__ void mark(int i) {
 __device__ __forceinline__ void mark(int) {}
 #endif
 
-// Where the threads are: equal in all of them.
+// Where a warp is. All warps read all of the stream, each at its own pace between two barriers of theirs.
 struct Walk {
-    unsigned pos;   // bytes of the stream read so far, modulo 2^32
-    float* state;   // of the block's first clip
-    bool pending;   // whether x lacks the sums in PART
+    unsigned pos;            // bytes of the stream read so far, modulo 2^32
+    unsigned landed, freed;  // bytes seen in the ring, and given back to whom fills it
+    float* state;            // of the block's first clip
+    int x;                   // room of x: AT_X, or AT_Y if it is narrow
+    int parts;               // how many sums in PART x lacks
 };
 
+__device__ __forceinline__ float* x_at(int place, int s) { return room(place) + s * (place == AT_X ? WIDEST : NARROW); }
+
+// The barriers of the ring's chunks, there to be read and read by all warps, and how many bytes of the stream are there.
 struct Supply {
-    const char* stream;
-    const char* from;
-    unsigned left, issued, landed;  // bytes: of the segment, of the stream in the ring, of those there
-    long long step, length;
-    int depth, index;
-    unsigned seen;
-    unsigned long long full[SLOTS];
+    unsigned long long full[SLOTS], read[SLOTS];
+    unsigned landed;
 };
 
 __device__ __forceinline__ Supply& supply() { return *(Supply*)(memory + RING + 4 * ROOM); }
@@ -75,54 +75,45 @@ __device__ __forceinline__ int depth_at(unsigned frame, int* phase) {
     return depth;
 }
 
-// The segments of a sample: the stages inwards, the last of them the centre where all frames are full, then outwards.
-__device__ __noinline__ bool next_segment(Supply& s) {
-    const int outwards = least(s.depth, LAST - 1);
-    if (++s.index == s.depth + 1 + outwards + 1) {
-        if (++s.step >= s.length) return false;
+// Brings the weights of all samples into the ring, as far ahead as it has room: the work of one thread. Another one, which
+// ``watches``, tells the warps how far they are there: asking a barrier would take each of them longer. A sample's
+// segments are the stages inwards, the last of them the centre where all frames are full, then outwards.
+__device__ __noinline__ void bring(const char* stream, unsigned seen, long long length, bool watches) {
+    unsigned issued = 0, slot = 0, round = 0;  // round: how often the ring has been full
+    for (long long step = 0; step < length; step++) {
         int phase[STAGES];
-        s.depth = depth_at(s.seen + (unsigned)s.step, phase);
-        s.index = 0;
-    }
-    const int segment = s.index <= s.depth ? s.index : STAGES + outwards - (s.index - s.depth - 1);
-    s.from = s.stream + segment_at[segment];
-    s.left = segment_bytes[segment];
-    return true;
-}
-
-// Fills the ring up to where ``pos`` leaves room.
-__device__ __noinline__ void feed(unsigned pos) {
-    Supply& s = supply();
-    while (s.issued - pos / CHUNK * CHUNK < RING) {
-        while (s.left == 0)  // a stage without layers on its way down has an empty segment
-            if (s.step >= s.length || !next_segment(s)) return;
-        const unsigned bytes = s.left < CHUNK ? s.left : CHUNK, at = s.issued % RING;
-        copy_bulk(memory + at, s.from, bytes, s.full + at / CHUNK);
-        s.from += bytes;
-        s.left -= bytes;
-        s.issued += CHUNK;
+        const int depth = depth_at(seen + (unsigned)step, phase), outwards = least(depth, LAST - 1);
+        for (int i = 0; i <= depth + 1 + outwards; i++) {
+            const int segment = i <= depth ? i : STAGES + outwards - (i - depth - 1);
+            const char* from = stream + segment_at[segment];
+            for (int left = segment_bytes[segment]; left > 0; left -= CHUNK, from += CHUNK) {
+                issued += CHUNK;
+                if (watches) {
+                    wait_for(supply().full + slot, round % 2);
+                    publish(&supply().landed, issued);
+                } else {
+                    if (round) wait_for(supply().read + slot, (round + 1) % 2);
+                    copy_bulk(memory + slot * CHUNK, from, least(CHUNK, left), supply().full + slot);
+                }
+                if (++slot == SLOTS) slot = 0, round++;
+            }
+        }
     }
 }
 
-__device__ __forceinline__ void wait_chunk(unsigned pos) {
-    wait_for(supply().full + pos % RING / CHUNK, pos / RING % 2);
-}
-
-// Waits until the next bytes are there; for a few threads that read before the next phase.
-__device__ __noinline__ void need(unsigned pos, int bytes) {
-    for (unsigned at = pos / CHUNK * CHUNK; (int)(at - (pos + bytes)) < 0; at += CHUNK) wait_chunk(at);
-}
-
-// Ends a phase: what was read before pos may be overwritten, and the next bytes are there afterwards.
-__device__ __forceinline__ void next_phase(const Walk& w, int bytes) {
-    const bool conducts = threadIdx.x == WORKERS;
-    if (conducts) {
-        Supply& s = supply();
-        for (; (int)(s.landed - (w.pos + bytes)) < 0; s.landed += CHUNK) wait_chunk(s.landed);
-    }
+// Gives back what the warp has read, and waits for the next bytes.
+__device__ __forceinline__ void turn(Walk& w, int bytes) {
     __syncwarp();
-    __syncthreads();
-    if (conducts) feed(w.pos);
+#pragma unroll 1
+    for (; (int)(w.pos - w.freed) >= CHUNK; w.freed += CHUNK)
+        if (threadIdx.x % 32 == 0) arrive_at(supply().read + w.freed % RING / CHUNK);
+    while ((int)(w.landed - (w.pos + bytes)) < 0) w.landed = latest(&supply().landed);
+}
+
+// Ends a phase of all warps, and waits for the bytes of the next one.
+__device__ __forceinline__ void next_phase(Walk& w, int bytes) {
+    turn(w, bytes);
+    meet(WORKERS);
 }
 
 // Numbers that begin at pos in the stream: one, or four.

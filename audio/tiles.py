@@ -62,8 +62,9 @@ class Stream:
         tiles, rows = up_to(outputs, TILE) // TILE, up_to(inputs, TILE) // TILE
         weight = padded(weight.detach().float().cpu(), tiles * TILE, rows * TILE)
         full = None if bias is None else padded(bias.detach().float().cpu(), tiles * TILE)
-        for first in range(0, tiles, self._warps):
-            here = slice(first * TILE, min(first + self._warps, tiles) * TILE)
+        group = self._warps * (2 if tiles > self._warps else 1)
+        for first in range(0, tiles, group):
+            here = slice(first * TILE, min(first + group, tiles) * TILE)
             vectors = [] if full is None else [full[here]]
             if extra is not None and first * TILE < extra.shape[1]:
                 vectors.append(extra[:, here])

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from core import hippo
 from core.mixers.s4_block import S4Block
 from core.mixers.s4d import add_parameters, check_names, continuous, spread
-from kernels.diagonal_ssm.chunks import run_chunks, split
+from kernels.diagonal_ssm.chunks import by_pieces, run_chunks
 
 CHUNK = 128  # T, see kernels.diagonal_ssm
 BLOCK = 1 << 24  # entries of the Cauchy matrix that are held at a time
@@ -220,21 +220,22 @@ def _run(u: Tensor, state: Tensor, A: Tensor, B: Tensor, C: Tensor, P: Tensor, d
     dtype, exact = dt.dtype, (A.to(torch.complex128), P.to(torch.complex128), dt.double())
     matrix = transition(*exact)
     inputs = torch.view_as_real(advance(torch.zeros_like(exact[0]), B.to(torch.complex128), *exact)).flatten(1)  # B̄
-    column, rows, outputs = real_row(C.to(torch.complex128)), state.flatten(2).transpose(0, 1), []
-    for start, stop, size in split(u.shape[1], CHUNK):
+    column = real_row(C.to(torch.complex128))
+
+    def run(u: Tensor, state: Tensor, size: int) -> tuple[Tensor, Tensor]:
         reach, power = _krylov(inputs, matrix, size)  # reach: B̄ Ā^j, (D, T, N)
         back, _ = _krylov(column, matrix.mT, size + 1)  # Ā^i C
         kernel = (reach @ column[..., None])[..., 0].to(dtype)
 
-        def scan(added: Tensor, first: Tensor, power: Tensor = power) -> tuple[Tensor, Tensor]:
+        def scan(added: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
             states = _doubling(torch.cat([first[:, :, None], added], dim=2), power)
             return states[:, :, :-1], states[:, :, -1]
 
         write, read = reach.flip(1).to(dtype), back[:, 1:].mT.to(dtype)
-        y, rows = run_chunks(u[:, start:stop], rows, kernel, write, read, scan)
-        outputs.append(y.to(u.dtype))
-    y = torch.cat(outputs, dim=1) if outputs else torch.empty_like(u)
-    return y, rows.transpose(0, 1).unflatten(2, (-1, 2))
+        return run_chunks(u, state, kernel, write, read, scan)
+
+    y, rows = by_pieces(u.permute(2, 0, 1).to(dtype), CHUNK, run, state.flatten(2).transpose(0, 1))
+    return y.permute(1, 2, 0).to(u.dtype), rows.transpose(0, 1).unflatten(2, (-1, 2))
 
 
 def _krylov(row: Tensor, matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ B batch, L length, H channels, M complex states of a channel (half of N real one
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -78,16 +79,19 @@ def _check(u: Tensor, log_a: Tensor, B: Tensor, C: Tensor, initial_state: Tensor
             raise ValueError(f"{name}: got device {t.device}, wanted {u.device} as u; move it with .to(u.device)")
 
 
-def _run(u: Tensor, log_a: Tensor, B: Tensor, C: Tensor, state: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    """The outputs in plain differentiable operators."""
+def _backend(u: Tensor, backend: str) -> tuple[Any, Any, Any]:
+    """Three functions: from (B, L, H) to (H, B, L), back, and in between in plain differentiable operators."""
     name = resolve("diagonal_ssm", backend, u.device)
-    if name == "reference":
-        return reference.diagonal_ssm(u, log_a, B, C, state)
     if name == "triton" and u.dtype != torch.float64 and u.numel():
         from kernels.diagonal_ssm import triton
 
-        return aten.diagonal_ssm(u, log_a, B, C, state, triton.between)
-    return aten.diagonal_ssm(u, log_a, B, C, state)
+        return triton.rows, triton.put_rows, functools.partial(aten.diagonal_ssm, between=triton.between)
+    return aten.rows, aten.put_rows, _reference if name == "reference" else aten.diagonal_ssm
+
+
+def _reference(u: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    y, state = reference.diagonal_ssm(u.permute(1, 2, 0), *arguments)
+    return y.permute(2, 0, 1), state
 
 
 @op
@@ -99,9 +103,11 @@ def _diagonal_ssm(
     with torch.autocast(u.device.type, enabled=False), torch.no_grad():
         y = u.new_empty(u.shape)
         final = log_a.new_empty((u.shape[0], *log_a.shape))
+        rows, put_rows, run = _backend(u, backend)
         for part in aten.channel_blocks(u):
             s0 = None if initial_state is None else initial_state[:, part]
-            y[:, :, part], final[:, part] = _run(u[:, :, part], log_a[part], B[part], C[part], s0, backend)
+            found, final[:, part] = run(rows(u[:, :, part], log_a.real.dtype), log_a[part], B[part], C[part], s0)
+            put_rows(found, y[:, :, part])
     return y, final
 
 
@@ -125,15 +131,19 @@ def _diagonal_ssm_backward(
     """Gradients of u, log_a, B, C and the initial state, shaped as these."""
     grads = [u.new_empty(u.shape), *(t.new_empty(t.shape) for t in (log_a, B, C))]
     dinitial = log_a.new_empty(0 if initial_state is None else initial_state.shape)
+    rows, put_rows, run = _backend(u, backend)
     with torch.autocast(u.device.type, enabled=False):
         for part in aten.channel_blocks(u):
             s0 = None if initial_state is None else initial_state[:, part]
             found = recompute.gradients(
-                lambda *t: _run(*t, backend=backend),
-                (u[:, :, part], log_a[part], B[part], C[part], s0),
-                (None if dy is None else dy[:, :, part], None if dstate is None else dstate[:, part]),
+                run,
+                (rows(u[:, :, part], log_a.real.dtype), log_a[part], B[part], C[part], s0),
+                (
+                    None if dy is None else rows(dy[:, :, part], log_a.real.dtype),
+                    None if dstate is None else dstate[:, part],
+                ),
             )
-            grads[0][:, :, part] = found[0]
+            put_rows(found[0], grads[0][:, :, part])
             for grad, values in zip(grads[1:], found[1:4], strict=True):
                 grad[part] = values
             if initial_state is not None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.diagonal_ssm.chunks import run_chunks, split
+from kernels.diagonal_ssm.chunks import by_pieces, run_chunks
 from kernels.diagonal_ssm.powers import powers
 
 CHUNK = 128  # T: products within a chunk grow with it, states between chunks shrink
@@ -51,11 +51,11 @@ def diagonal_ssm(
     initial_state: Tensor | None,
     between: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = between,
 ) -> tuple[Tensor, Tensor]:
-    """Returns y (B, L, H) in u's dtype and the final state (B, H, M); ``between`` gives the states between chunks."""
-    state = log_a.new_zeros(u.shape[0], *log_a.shape) if initial_state is None else initial_state
+    """Of u (H, B, L): y (H, B, L) and the final state (B, H, M); ``between`` gives the states between chunks."""
+    state = log_a.new_zeros(u.shape[1], *log_a.shape) if initial_state is None else initial_state
     state = torch.view_as_real(state.transpose(0, 1)).flatten(2)  # (H, B, 2 M): real and imaginary parts in turn
-    outputs = []
-    for start, stop, size in split(u.shape[1], CHUNK):
+
+    def run(u: Tensor, state: Tensor, size: int) -> tuple[Tensor, Tensor]:
         power = powers(log_a, size + 1)  # (H, M, T + 1)
         taps = (B * C)[:, None] @ power[:, :, :size]
         write = torch.view_as_real((B[:, :, None] * power[:, :, :size].flip(2)).transpose(1, 2)).flatten(2)
@@ -63,13 +63,23 @@ def diagonal_ssm(
         read = torch.stack([out.real, -out.imag], dim=2).flatten(1, 2)
         step = power[:, :, size]
 
-        def scan(added: Tensor, first: Tensor, step: Tensor = step) -> tuple[Tensor, Tensor]:
+        def scan(added: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
             return between(added, first, step)
 
-        y, state = run_chunks(u[:, start:stop], state, 2 * taps[:, 0].real, write, read, scan)
-        outputs.append(y.to(u.dtype))
-    y = torch.cat(outputs, dim=1) if outputs else u.new_empty(u.shape)
+        return run_chunks(u, state, 2 * taps[:, 0].real, write, read, scan)
+
+    y, state = by_pieces(u, CHUNK, run, state)
     return y, torch.view_as_complex(state.unflatten(2, (-1, 2)).contiguous()).transpose(0, 1)
+
+
+def rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L, H) -> (H, B, L), contiguous."""
+    return x.permute(2, 0, 1).to(dtype).contiguous()
+
+
+def put_rows(x: Tensor, to: Tensor) -> None:
+    """(H, B, L) into ``to`` (B, L, H)."""
+    to.copy_(x.permute(1, 2, 0))
 
 
 class _Recurrence(torch.autograd.Function):

@@ -10,10 +10,13 @@ B batch, L length, H channels, T chunk, J chunks, N real numbers of a channel's 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PART = 256  # rows of a product whose gradients are summed at once
 
 
 def toeplitz(kernel: Tensor) -> Tensor:
@@ -34,7 +37,7 @@ def run_chunks(
     """Runs whole chunks.
 
     Args:
-        u: (B, J T, H).
+        u: (H, B, J T), a channel's samples side by side as the products want them.
         state: (H, B, N) before the first sample.
         kernel: (H, T) first samples of the kernel.
         write: (H, T, N): what each sample of a chunk adds to the state after it.
@@ -43,15 +46,65 @@ def run_chunks(
             the one after the last.
 
     Returns:
-        y (B, J T, H) and the state (H, B, N) after it.
+        y (H, B, J T) and the state (H, B, N) after it.
     """
-    batch, length, channels = u.shape
+    channels, batch, length = u.shape
     size = kernel.shape[1]
-    rows = u.permute(2, 0, 1).to(kernel.dtype).reshape(channels, length * batch // size, size)
-    added = torch.bmm(rows, write).unflatten(1, (batch, length // size))
+    rows = u.reshape(channels, length * batch // size, size)
+    added = _product(rows, write).unflatten(1, (batch, length // size))
     before, state = scan(added, state)
-    y = torch.baddbmm(torch.bmm(rows, toeplitz(kernel)), before.flatten(1, 2), read)
-    return y.view(channels, batch, length).permute(1, 2, 0), state
+    y = _product(before.flatten(1, 2), read, _product(rows, toeplitz(kernel)))
+    return y.view(u.shape), state
+
+
+class _Product(torch.autograd.Function):
+    """A product (H, R, K) by (H, K, C), added to a tensor or not.
+
+    The second factor's gradient is a sum over all R rows, of which a long sequence has thousands, while the factor has
+    few numbers to spread over a GPU: it is taken in parts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrix: Tensor, to: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, matrix)
+        return torch.bmm(rows, matrix) if to is None else torch.baddbmm(to, rows, matrix)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, matrix = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        drows = torch.bmm(grad, matrix.mT) if wanted[0] else None
+        return drows, _sum_of_rows(rows, grad) if wanted[1] else None, grad if wanted[2] else None
+
+
+def _product(rows: Tensor, matrix: Tensor, to: Tensor | None = None) -> Tensor:
+    return _Product.apply(rows, matrix, to)  # type: ignore[return-value]
+
+
+def _sum_of_rows(rows: Tensor, grad: Tensor) -> Tensor:
+    """(H, R, K), (H, R, C) -> (H, K, C)."""
+    parts = rows.shape[1] // PART
+    if parts < 2:
+        return torch.bmm(rows.mT, grad)
+    whole = parts * PART
+    left, right = (t[:, :whole].reshape(-1, PART, t.shape[2]) for t in (rows, grad))
+    found = torch.bmm(left.mT, right).unflatten(0, (-1, parts)).sum(1)
+    return found if whole == rows.shape[1] else found.baddbmm_(rows[:, whole:].mT, grad[:, whole:])
+
+
+def by_pieces(
+    u: Tensor, chunk: int, run: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]], state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Runs ``run(u, state, size)`` over the whole chunks of u (H, B, L), then over what is left."""
+    outputs = []
+    for start, stop, size in split(u.shape[2], chunk):
+        whole = stop - start == u.shape[2]  # no copy then, nor in the backward
+        y, state = run(u if whole else u[:, :, start:stop], state, size)
+        outputs.append(y)
+    if not outputs:
+        return torch.empty_like(u), state
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state
 
 
 def split(length: int, chunk: int) -> list[tuple[int, int, int]]:

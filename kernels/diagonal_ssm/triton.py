@@ -1,6 +1,7 @@
-"""The states between chunks as Triton kernels: one pass over memory instead of one for each doubling of the reach.
+"""Triton kernels: the states between chunks in one pass over memory instead of one for each doubling of the reach, and
+the copies around them, which take several times as long as PyTorch's copies between strides.
 
-Legend: R rows (channels and sequences), J chunks, M complex states of a row.
+Legend: R rows (channels and sequences), J chunks, M complex states of a row; B batch, L length, H channels.
 """
 
 from __future__ import annotations
@@ -96,6 +97,18 @@ def _adjoint_kernel(
     tl.store(dstep + end + 1, si, m < M)
 
 
+@triton.jit
+def _copy_kernel(source, target, L, H, from_b, from_l, from_h, to_b, to_l, to_h, T: tl.constexpr, C: tl.constexpr):
+    """A tile of T samples and C channels of a sequence, from strides to strides."""
+    tiles = tl.cdiv(L, T)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    sample = (tl.program_id(0) % tiles * T + tl.arange(0, T)[:, None]).to(tl.int64)
+    channel = (tl.program_id(1) * C + tl.arange(0, C)[None, :]).to(tl.int64)
+    inside = (sample < L) & (channel < H)
+    x = tl.load(source + b * from_b + sample * from_l + channel * from_h, inside)
+    tl.store(target + b * to_b + sample * to_l + channel * to_h, x, inside)
+
+
 class _States(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, added: Tensor, first: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,3 +141,26 @@ def between(added: Tensor, first: Tensor, step: Tensor) -> tuple[Tensor, Tensor]
     shape = added.shape
     before, last = _States.apply(added.flatten(0, 1), first.flatten(0, 1), torch.view_as_real(step))  # type: ignore
     return before.view(shape), last.view(first.shape)
+
+
+def rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L, H) -> (H, B, L), contiguous."""
+    batch, length, channels = x.shape
+    out = x.new_empty((channels, batch, length), dtype=dtype)
+    _copy(x, out.permute(1, 2, 0))
+    return out
+
+
+def put_rows(x: Tensor, to: Tensor) -> None:
+    """(H, B, L) into ``to`` (B, L, H)."""
+    _copy(x.permute(1, 2, 0), to)
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    batch, length, channels = source.shape
+    C = min(32, triton.next_power_of_2(channels))
+    T = min(2048 // C, triton.next_power_of_2(length))
+    with on_device(source):
+        _copy_kernel[(batch * triton.cdiv(length, T), triton.cdiv(channels, C))](
+            source, target, length, channels, *source.stride(), *target.stride(), T=T, C=C
+        )

@@ -30,6 +30,14 @@ template <class T> static T __shfl_sync(unsigned, T value, int lane) { return fr
 template <class T> static T __shfl_xor_sync(unsigned, T value, int o) { return from_lane(value, threadIdx.x % 32 ^ o); }
 template <class T> static T __shfl_up_sync(unsigned, T value, int o) { return from_lane(value, threadIdx.x % 32 - o); }
 
+static int __reduce_min_sync(unsigned, int value) {
+    for (int o = 16; o; o >>= 1) {
+        const int other = __shfl_xor_sync(~0u, value, o);
+        if (other < value) value = other;
+    }
+    return value;
+}
+
 static void multiply_single(float* c, uint4 w, unsigned x0, unsigned x1) {
     product(*(float(*)[4])c, {w.x, w.y, w.z, w.w}, {x0, x1});
 }
@@ -50,22 +58,36 @@ static void multiply_half(float* c, uint4 w, unsigned x0, unsigned x1) {
     __syncwarp();
 }
 
+static void meet(int threads) { static Barrier barrier; wait_at(barrier, threads); }
+
 struct Copy { void* to; const void* from; unsigned bytes; unsigned long long* barrier; int turns; };
 static std::vector<Copy> copies;
-static void begin_barrier(unsigned long long* barrier) { *barrier = 0; }
+static std::map<void*, std::pair<int, int>> expected;  // arrivals of a barrier, and those so far
+static void begin_barrier(unsigned long long* barrier, int arrivals) {
+    *barrier = 0;
+    expected[barrier] = {arrivals, 0};
+}
+static void arrive_at(unsigned long long* barrier) {
+    auto& [all, now] = expected[barrier];
+    if (++now == all) now = 0, ++*barrier;
+}
 static void copy_bulk(void* to, const void* from, unsigned bytes, unsigned long long* barrier) {
     memset(to, 0xff, bytes);
     copies.push_back({to, from, bytes, barrier, rand() % 100});
 }
-static void wait_for(unsigned long long* barrier, unsigned parity) {
-    while (*barrier % 2 == parity) {
-        for (size_t i = 0; i < copies.size();) {
-            Copy& copy = copies[i];
-            if (copy.turns-- > 0) { i++; continue; }
-            memcpy(copy.to, copy.from, copy.bytes);
-            ++*copy.barrier;
-            copies.erase(copies.begin() + i);
-        }
-        others();
+static void pause_a_little() {  // some turns of all threads, in which copies come to an end
+    for (size_t i = 0; i < copies.size();) {
+        Copy& copy = copies[i];
+        if (copy.turns-- > 0) { i++; continue; }
+        memcpy(copy.to, copy.from, copy.bytes);
+        ++*copy.barrier;
+        copies.erase(copies.begin() + i);
     }
+    others();
+}
+static void wait_for(unsigned long long* barrier, unsigned parity) { while (*barrier % 2 == parity) pause_a_little(); }
+static void publish(unsigned* to, unsigned value) { *to = value; }
+static unsigned latest(const unsigned* from) {
+    pause_a_little();
+    return *from;
 }

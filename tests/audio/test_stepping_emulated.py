@@ -69,7 +69,7 @@ class EmulatedStepper:
         given = {"count": count, "length": length, "seen": self._seen, "draw": int(uniform is not None)}
         fields = array("q", [*pointers, *({**given, "top_k": sampling.top_k}[n] for n in INTEGERS)])
         self._library.run(
-            ctypes.c_longlong(-(-count // CLIPS)), 32 * (WARPS + 1), self._shared,
+            ctypes.c_longlong(-(-count // CLIPS)), 32 * (WARPS + 2), self._shared,
             ctypes.c_void_p(fields.buffer_info()[0]),
         )  # fmt: skip
         self._seen += length

@@ -15,6 +15,7 @@ def multiply(stream: torch.Tensor, x: torch.Tensor, outputs: int, warps: int, ha
     """The product as lanes hold it: lane 4 g + t has outputs g and g + 8, inputs 4 t to 4 t + 3 of each tile."""
     tiles, rows = outputs // 16, len(x) // 16
     y, at, size = torch.zeros(outputs), 0, 512 if half else 1024
+    warps *= 2 if tiles > warps else 1  # a warp has two tiles at a time where there are more tiles than warps
     for first in range(0, tiles, warps):
         for k in range(rows):
             for m in range(first, min(first + warps, tiles)):
