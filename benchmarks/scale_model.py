@@ -9,9 +9,10 @@ of the communication no computation hides:
 - ``sequence``: as ``ddp``, and for each layer the states and edges of all parts, forward and backward, which everything
   waits for; the ends of parts are scanned twice, as far as a state remembers.
 - ``tensor``: for each layer activations are gathered and scattered, forward and backward, which everything waits for;
-  what is not shared out (B and C, small sums) is computed on every GPU.
+  nine small sums (of norms, and of gradients of what several hold) are waited for too; B and C are computed everywhere.
 
 Each collective has a latency that grows with log2 N. Up to ``--node`` GPUs talk over NVLink; more over the network.
+Speed and latency between two GPUs are what ``benchmarks.scale_links`` measured on H200s; the rest is assumed.
 Where ``results/scale_out.csv`` has a row, its figures stand beside the model's.
 """
 
@@ -27,6 +28,7 @@ from benchmarks.common import RESULTS
 
 Strategy = Literal["ddp", "fsdp2", "sequence", "tensor"]
 MOMENTS = 16  # bytes a parameter: weight, gradient and AdamW's two moments, in float32
+SUMS = 9  # small ones a layer, of tensor parallelism
 SCANNED = 0.5  # share of a step that scans take, about
 
 
@@ -38,21 +40,21 @@ class Machine:
         node: GPUs that NVLink joins.
         nvlink: Bytes a second and GPU that collectives reach there.
         network: The same between nodes.
-        near: Seconds a collective takes to start, for each doubling of the GPUs, within a node.
+        near: Seconds that a collective of two GPUs takes to start, within a node; half as much more for each doubling.
         far: The same between nodes.
     """
 
     node: int
     nvlink: float
     network: float
-    near: float = 10e-6
-    far: float = 20e-6
+    near: float = 25e-6
+    far: float = 40e-6
 
     def collective(self, gpus: int, size: float) -> float:
         """Seconds in which every GPU sends (N - 1) / N of ``size`` bytes."""
         inside = gpus <= self.node
         speed, latency = (self.nvlink, self.near) if inside else (self.network, self.far)
-        return latency * math.log2(gpus) + size * (gpus - 1) / gpus / speed
+        return latency * (1 + math.log2(gpus)) / 2 + size * (gpus - 1) / gpus / speed
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def step(model: Model, strategy: Strategy, gpus: int, machine: Machine) -> Step:
         return Step(sent, seconds, work / seconds, moments + activations / parts)
     size = 2 * model.tokens * model.width  # bfloat16
     work = alone * ((1 - model.everywhere) / gpus + model.everywhere)
-    seconds = work + 4 * model.layers * machine.collective(gpus, size)
+    seconds = work + model.layers * (4 * machine.collective(gpus, size) + SUMS * machine.collective(gpus, 0.0))
     shared = MOMENTS * (model.kept + (model.parameters - model.kept) / gpus) + activations / gpus
     return Step(4 * share * size * model.layers, seconds, alone / gpus / seconds, shared)
 
@@ -209,7 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, nargs="+", default=[2, 8, 64, 512])
     parser.add_argument("--node", type=int, default=8, help="GPUs that NVLink joins")
-    parser.add_argument("--nvlink", type=float, default=300.0, help="GB/s a GPU within a node, as collectives reach it")
+    parser.add_argument("--nvlink", type=float, default=240.0, help="GB/s a GPU within a node, as collectives reach it")
     parser.add_argument("--network", type=float, default=40.0, help="GB/s a GPU between nodes")
     options = parser.parse_args()
     if min(options.gpus) < 1 or options.node < 1 or min(options.nvlink, options.network) <= 0:

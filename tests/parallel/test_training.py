@@ -221,16 +221,17 @@ def test_a_process_that_dies_ends_the_job_and_the_last_checkpoint_resumes_it(
 ) -> None:
     seconds = random.uniform(0, 1.5)
     print("killed after", seconds)
-    codes = launch(2, pretrain, *LONG, kill=(victim, place / "long/checkpoints/last.ckpt", seconds))
+    kill = (victim, place / "long/checkpoints/last.ckpt", seconds)
+    codes = launch(2, pretrain, *LONG, "--trainer.max_steps", "4000", kill=kill)  # more than it gets to
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] == 1
     message = capfd.readouterr().err
     assert f"process {1 - victim} of 2 lost another one" in message
     assert "--ckpt_path last" in message
-    assert launch(2, pretrain, *LONG, "--ckpt_path", "last") == [0, 0]
-    assert checkpoint("long")["global_step"] == 40
-    steps = [row["step"] for row in history("long") if "train/loss" in row]
-    assert steps == list(range(40))
+    steps = checkpoint("long")["global_step"] + 4
+    assert launch(2, pretrain, *LONG, "--trainer.max_steps", str(steps), "--ckpt_path", "last") == [0, 0]
+    assert checkpoint("long")["global_step"] == steps
+    assert [row["step"] for row in history("long") if "train/loss" in row] == list(range(steps))
 
 
 def pretrain_interrupted(signum: int, *arguments: str) -> None:
