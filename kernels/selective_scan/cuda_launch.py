@@ -120,7 +120,7 @@ def macros_of(part: Part, dy: Tensor | None, shape: Shape) -> dict[str, str | in
         "S": shape.states, "CH": shape.each, "LN": shape.lanes,
         "NW": shape.warps, "EXTRA": shape.extra, "BLOCKS": shape.resident,
         "V": staged if dy is None else min(2, staged),  # with 2, all threads of a block have gradients to write
-        "VS": staged,
+        "VS": staged if shape.lanes < 8 else min(2, staged),  # 4 % faster with 64 states
         "VN": vector(4, (p.state, shape.states), [t for t in (p.B, p.C) if t.ndim == 5]),
         "TZ": "float" if p.z is None else TYPES[p.z.dtype], "HAS_D": p.D is not None, "HAS_Z": p.z is not None,
         "HAS_BIAS": p.dt_bias is not None, "CONST_B": p.B.ndim == 3, "CONST_C": p.C.ndim == 3,
