@@ -42,7 +42,7 @@ __device__ __forceinline__ void mark(int) {}
 // Where a warp is. All warps read all of the stream, each at its own pace between two barriers of theirs.
 struct Walk {
     unsigned pos;            // bytes of the stream read so far, modulo 2^32
-    unsigned landed, freed;  // bytes seen in the ring, and given back to whom fills it
+    unsigned landed, freed;  // bytes seen in the ring, and given back to be overwritten
     float* state;            // of the block's first clip
     int x;                   // room of x: AT_X, or AT_Y if it is narrow
     int parts;               // how many sums in PART x lacks
