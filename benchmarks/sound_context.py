@@ -3,11 +3,11 @@
     python -m benchmarks.sound_context LEVELS.npz benchmarks/results/sound_context.csv --steps 250
 
 As figure 7 of the Mamba paper: a window is all the context there is, in training and in the test. CONTEXTS.csv gets
-what each net makes of context: the same test samples, read in shorter windows. With --warm all nets of a seed go on from
-one that was trained on short windows: otherwise a short training shows that few long windows a step teach the sound of a
-millisecond slower than many short ones, not what context is worth. LEVELS.npz is what ``benchmarks.pack_levels``
-writes; the last recording is the test part. A row is written as soon as it is measured, and rows that are there already
-are not measured again.
+what each net makes of context: the same test samples, read in shorter windows. With --warm all nets of a seed go on
+from one that was trained on short windows: otherwise a short training shows that few long windows a step teach the
+sound of a millisecond slower than many short ones, not what context is worth. LEVELS.npz is what
+``benchmarks.pack_levels`` writes; the last recording is the test part. A row is written as soon as it is measured, and
+rows that are there already are not measured again.
 
 Legend: B windows, L samples of a window.
 """
