@@ -43,7 +43,7 @@ def test_what_is_said_is_heard() -> None:
     features, shares = listener([speaker.codec.decode(clip) for clip in levels])
     asked = [speaker.class_names[start // 256][0] for start in starts]
     heard = [listener.class_names[i] for i in shares.argmax(1).tolist()]
-    assert sum(a == h for a, h in zip(asked, heard, strict=True)) >= 26  # of 60; 37 expected, by chance 6
+    assert sum(a == h for a, h in zip(asked, heard, strict=True)) >= 22  # of 60; 34 expected, by chance 6
     assert float(shares.amax(1).mean()) > 0.65  # noise 0.28, recordings 0.93
     assert listener.reference is not None
     assert frechet_distance(features, listener.reference.moments) < 10  # noise 45
