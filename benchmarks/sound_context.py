@@ -2,12 +2,12 @@
 
     python -m benchmarks.sound_context LEVELS.npz benchmarks/results/sound_context.csv --steps 250
 
-As figure 7 of the Mamba paper: a window is all the context there is, in training and in the test. CONTEXTS.csv gets
-what each net makes of context: the same test samples, read in shorter windows. With --warm all nets of a seed go on from
-one that was trained on short windows: otherwise a short training shows that few long windows a step teach the sound of a
-millisecond slower than many short ones, not what context is worth. LEVELS.npz is what ``benchmarks.pack_levels``
-writes; the last recording is the test part. A row is written as soon as it is measured, and rows that are there already
-are not measured again.
+As figure 7 of the Mamba paper: a window is all the context there is, in training and in the test. Beside the mean over
+all samples of the test windows, POSITIONS.csv gets the mean over those that have so many samples of their window before
+them: what one net makes of context. With --warm all nets of a seed go on from one that was trained on short windows:
+otherwise a short training shows that few long windows a step teach the sound of a millisecond slower than many short
+ones, not what context is worth. LEVELS.npz is what ``python -m benchmarks.pack_levels`` writes; the last recording is
+the test part. A row is written as soon as it is measured, and rows that are there already are not measured again.
 
 Legend: B windows, L samples of a window.
 """
@@ -16,6 +16,7 @@ import csv
 import json
 import math
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from benchmarks.spoken_digits import LEVELS, SILENCE, Trainer, sizes
 from core.cli import run
 from core.table import append_row
 
-CONTEXTS = tuple(2**n for n in range(8, 19))
+EDGES = (0, 64, 256, 1024, 4096, 16384, 65536)  # of positions in a window that are put together
 
 
 def main(
@@ -45,7 +46,7 @@ def main(
     warm_window: int = 4096,
     graphs: bool = True,
     device: str = "cuda",
-    contexts: str | None = None,
+    positions: str | None = None,
 ) -> None:
     """Trains one net for each window and tests it.
 
@@ -63,7 +64,7 @@ def main(
         warm_window: Length L of its windows.
         graphs: Keep the step in CUDA graphs.
         device: Where to run.
-        contexts: CSV file of the bits of each net over shorter windows.
+        positions: CSV file of the bits by position in the window.
     """
     packed = np.load(levels)
     ends = np.cumsum(packed["meta"][:, 3])
@@ -84,20 +85,21 @@ def main(
             net.load_state_dict(shared)
         trainer = Trainer(net, lr, 0.1, 0.0, 0.5, graphs)
         losses = _train(trainer, train, window, steps, samples, lr, seed)
+        bits, counts = bits_by_position(net, test, window)
         row = {
             "name": name, "window": window, "seed": seed, "steps": steps, "warm": warm, "samples": samples,
             "params": sum(p.numel() for p in net.parameters()),
-            "test_bits": f"{bits_of(net, test, window):.4f}",
+            "test_bits": f"{float(bits.sum()) / len(test):.4f}",
             "train_bits": f"{losses:.4f}", "seconds": f"{time.perf_counter() - begin:.1f}",
             "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
         }  # fmt: skip
         append_row(path, row)
         print(json.dumps(row), flush=True)
-        for context in (n for n in CONTEXTS if n <= window and contexts):
-            about = {"name": name, "window": window, "seed": seed, "steps": steps, "warm": warm}
-            append_row(
-                Path(contexts or ""), {**about, "context": context, "test_bits": f"{bits_of(net, test, context):.4f}"}
-            )
+        for low, high in pairwise(edge for edge in (*EDGES, window) if edge <= window) if positions else ():
+            if high > low:
+                mean = float(bits[low:high].sum() / counts[low:high].sum())
+                about = {"name": name, "window": window, "seed": seed, "steps": steps, "warm": warm}
+                append_row(Path(positions or ""), {**about, "from": low, "to": high, "test_bits": f"{mean:.4f}"})
 
 
 def _done(path: Path) -> set[tuple[str, int, int, int, int]]:
@@ -126,19 +128,27 @@ def _train(trainer: Trainer, levels: Tensor, window: int, steps: int, samples: i
 
 
 @torch.no_grad()
-def bits_of(net: SoundNet, levels: Tensor, window: int) -> float:
-    """Bits per sample of a recording that is cut into windows, before which nothing is known."""
+def bits_by_position(net: SoundNet, levels: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Cuts a recording into windows, before which nothing is known.
+
+    Returns:
+        (L,) float64 bits of the samples at each position of a window, and how many samples there are.
+    """
     net.eval()
-    nats = 0.0
+    bits, counts = torch.zeros(2, window, dtype=torch.float64, device=levels.device)
     whole = len(levels) // window * window
     rows = [*levels[:whole].view(-1, window).split(max(1, 262144 // window)), levels[None, whole:]]
-    for row in (row for row in rows if row.numel()):
-        targets = row.long()
+    for row in rows:
+        if not row.numel():
+            continue
+        targets, size = row.long(), row.shape[1]
         with torch.autocast(levels.device.type, torch.bfloat16, enabled=levels.is_cuda):
             logits = net(F.pad(targets[:, :-1], (1, 0), value=SILENCE))
-        nats += float(F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum"))
+        nats = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+        bits[:size] += nats.double().sum(0) / math.log(2)
+        counts[:size] += len(row)
     net.train()
-    return nats / len(levels) / math.log(2)
+    return bits.cpu(), counts.cpu()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from core.cli import run
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+FEW = 2**16  # windows so long are so few in the test that a position in them is a place in the music
 Row = dict[str, str]
 
 
@@ -22,7 +23,7 @@ def main(results: str = str(RESULTS), docs: str = str(DOCS)) -> None:
     source, target = Path(results), Path(docs)
     layers = [row for row in _rows(source / "sound_layers.csv") if row["clips"]]
     draw_layers(layers, target / "audio_layers.png")
-    windows = [row for row in _rows(source / "sound_context.csv") if int(row["warm"])]
+    windows = _rows(source / "sound_context.csv")
     positions = _rows(source / "sound_context_positions.csv") + _rows(source / "sound_complex_positions.csv")
     if windows and positions:
         draw_context(windows, positions, target / "audio_context.png")
@@ -47,12 +48,13 @@ def draw_layers(rows: list[Row], target: Path) -> None:
 def draw_context(windows: list[Row], positions: list[Row], target: Path) -> None:
     """Draws bits against the window of training and test, and against the samples before the one that is predicted."""
     figure, (left, right) = _subplots(2, (9, 3.4))
-    for (name, seed), points in _lines(windows, ("name", "seed"), "window").items():
-        left.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{name}, seed {seed}")
+    for (name, seed, warm), points in _lines(windows, ("name", "seed", "warm"), "window").items():
+        begun = f"after {warm} steps on short windows" if int(warm) else "from random weights, other pieces"
+        left.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{name}, seed {seed}, {begun}")
     left.set_xlabel("window of training and test, samples")
     for (name, window, seed), points in _lines(positions, ("name", "window", "seed"), "from").items():
-        if seed == "0":
-            label = f"{name}, window {int(window):,}"
+        if int(window) < FEW:
+            label = f"{name}, window {int(window):,}, seed {seed}"
             xs, ys = zip(*((max(x, 16), y) for x, y in points), strict=True)
             right.plot(xs, ys, marker="o", markersize=3, label=label)
     right.set_xlabel("samples before the one predicted, from")
