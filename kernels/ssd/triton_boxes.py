@@ -10,16 +10,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.backend import is_hopper
-from kernels.ssd.triton_sizes import Sizes, power
-
-NARROWEST = 32  # columns of a box: with 16, ptxas 12.8 mixes up the registers of the tiles' addresses
+from kernels.ssd import triton_sizes
+from kernels.ssd.triton_sizes import Sizes
 
 
 def boxable(sizes: Sizes, *rows: Tensor) -> bool:
     """Whether tiles of rows of tokens ``(B, L, K, ...)`` go by bulk copies: nothing needs a mask, nothing has gaps."""
     p = sizes.p
     plain = sizes.full and not p.reverse and sizes.product_dtype == torch.bfloat16 and is_hopper(p.x.device)
-    return plain and min(sizes.width, power(p.state)) >= NARROWEST and all(as_lines(t) for t in rows)
+    return plain and sizes.width >= triton_sizes.NARROWEST and all(as_lines(t) for t in rows)
 
 
 def as_lines(t: Tensor) -> bool:

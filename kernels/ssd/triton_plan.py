@@ -161,7 +161,7 @@ class Plan(Sizes):
             "P": p.head_dim, "N": p.state, "blocks": -(-p.head_dim // self.width), "RESTART": p.code is not None,
             "PACKED": p.cu_seqlens is not None, "HAS_Z": p.z is not None,
             "DOT": getattr(tl, str(self.product_dtype).removeprefix("torch.")),
-            "NEAR": self.near, "FULL": self.full, "PRECISION": precision, "BP": self.width, "BN": power(p.state),
+            "NEAR": self.near, "FULL": self.full, "PRECISION": precision, "BP": self.width, "BN": self.columns,
             **self.order,
         }  # fmt: skip
 

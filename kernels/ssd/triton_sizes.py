@@ -20,6 +20,7 @@ CHUNK = {torch.bfloat16: 64, torch.float32: 32, torch.float64: 16}  # Q by the d
 SHORTEST = 8  # chunks of a segment in the forward, at least
 SHORT = 32  # and in the backward, at most
 PIECE = 64  # columns of a large state, or of one in float32, that a program of ``outer_kernel`` holds
+NARROWEST = 32  # columns of bfloat16 tiles: of products 16 wide, ptxas 12.8 mixes up the addresses
 STATES = 64  # rows of the state that a program of ``states_kernel`` holds
 
 
@@ -109,6 +110,11 @@ class Sizes:
         return 1 if p.code is None else p.batch, 1 if p.route is None else p.routes
 
     @kept
+    def columns(self) -> int:
+        """BN, columns of a tile that holds whole states."""
+        return max(power(self.p.state), NARROWEST if self.product_dtype == torch.bfloat16 else 0)
+
+    @kept
     def width(self) -> int:
         """BP, columns of x that a program of the forward or backward holds."""
         return min(power(self.p.head_dim), 64 if self.product_dtype.itemsize <= 4 else 32)
@@ -129,7 +135,7 @@ class Sizes:
     @kept
     def piece(self) -> int:
         """Columns of the state that a program of the backward's ``outer_kernel`` holds."""
-        state = power(self.p.state)
+        state = self.columns
         return state if state <= 128 and self.product_dtype == torch.bfloat16 else min(state, PIECE)
 
     @kept
@@ -201,7 +207,7 @@ class Sizes:
     def full(self) -> bool:
         """Whether every tile of x, B and C is full, so that nothing needs a mask."""
         p = self.p
-        odd = p.positions % self.chunk or p.head_dim % self.width or p.state != power(p.state)
+        odd = p.positions % self.chunk or p.head_dim % self.width or p.state != self.columns
         return not self.table and not odd
 
     @kept

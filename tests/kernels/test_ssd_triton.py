@@ -187,7 +187,7 @@ def with_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     new_plans(monkeypatch)
     monkeypatch.setattr(Plan, "product_dtype", torch.bfloat16)
     monkeypatch.setattr(triton_boxes, "is_hopper", lambda device: True)
-    monkeypatch.setattr(triton_boxes, "NARROWEST", 16)  # the interpreter copies narrow boxes well
+    monkeypatch.setattr(triton_sizes, "NARROWEST", 16)  # the interpreter multiplies narrow tiles well
 
 
 LAYOUTS = {  # of x (2, 64, 2, 16) in memory, and whether boxes can be copied from it
