@@ -6,7 +6,7 @@ A test file subclasses ``OpContract`` under a name that begins with ``Test`` and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -141,3 +141,19 @@ def assert_refuses(function: Callable[..., object], arguments: dict[str, object]
     """Holds a wrong call to a ValueError that says what is wanted."""
     with pytest.raises(ValueError, match=message):
         function(**arguments)
+
+
+def capture(step: Callable[[], Sequence[Tensor]]) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor], list[Tensor]]:
+    """Runs a step on a stream of its own, then captures it as a CUDA graph.
+
+    Returns:
+        The graph, the tensors that a replay writes, and what the run returned.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = [t.clone() for t in step()]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    return graph, captured, expected

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from contract import capture
 from scan_options import FULL, check, inputs
 
 from kernels import selective_scan
@@ -153,13 +154,7 @@ def test_kernels_that_start_early_in_a_graph(monkeypatch: pytest.MonkeyPatch) ->
         y = selective_scan(**leaves, backend="cuda")
         return [y, *torch.autograd.grad(y, list(leaves.values()), torch.zeros_like(y).fill_(0.5))]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = [t.clone() for t in step()]
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured, expected = capture(step)
     for _ in range(20):
         for t in captured:
             t.fill_(torch.nan)

@@ -10,7 +10,7 @@ import pytest
 import scan_options as options
 import torch
 from accuracy import relative_rms
-from contract import triton_device
+from contract import capture, triton_device
 from scan_options import CASES, FLOATS, FULL, cast, inputs
 
 from kernels import selective_scan
@@ -250,13 +250,7 @@ def test_survives_a_cuda_graph() -> None:
         y = selective_scan(**leaves)
         return y, *torch.autograd.grad(y, wanted, torch.ones_like(y))
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = [t.clone() for t in step()]
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured, expected = capture(step)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import triton.language as tl
 from accuracy import relative_rms
-from contract import assert_equals_reference, assert_repeats, triton_device
+from contract import assert_equals_reference, assert_repeats, capture, triton_device
 from ssd_cases import CASES, ROUNDED, ROWS, Case, compare, run
 
 from kernels import ssd
@@ -323,13 +323,7 @@ def test_survives_a_cuda_graph_and_compile() -> None:
         assert isinstance(y, torch.Tensor)
         return y, *torch.autograd.grad(y, list(inputs.values()), torch.ones_like(y))
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = [t.clone() for t in step()]
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured, expected = capture(step)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
     assert torch.equal(torch.compile(ssd, fullgraph=True)(**inputs), expected[0])
