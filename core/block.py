@@ -187,10 +187,7 @@ class Block(nn.Module):
             This block's branch and the residual stream, which does not hold it yet.
         """
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            if self._cuts(x, seq_idx, cu_seqlens):
-                return self._in_pieces(x, residual)
-            out = checkpoint(self._forward, x, residual, seq_idx, cu_seqlens, use_reentrant=False)
-            return cast(tuple[Tensor, Tensor], out)
+            return self._checkpointed(x, residual, seq_idx, cu_seqlens)
         if is_large(x):
             with forgetting():
                 return self._forward(x, residual, seq_idx, cu_seqlens)
@@ -211,27 +208,54 @@ class Block(nn.Module):
         if total.dtype in (torch.float32, torch.float64):  # with all digits of the sum
             forget(y, lambda: self.norm(total)[0].to(dtype))
 
+    def _checkpointed(
+        self, x: Tensor, residual: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The block with nothing kept but its stream: the sum of what came in is enough, where it has all digits."""
+        dtype = x.dtype
+        total = start_stream(x, self.norm.residual_in_fp32) if residual is None else x + residual
+        if total.dtype in (torch.float32, torch.float64) and (residual is None or residual.dtype == total.dtype):
+            x, residual = total, None
+        if self._cuts(x, seq_idx, cu_seqlens):
+            return self._in_pieces(x, residual, dtype)
+        out = checkpoint(self._from_sum, x, residual, dtype, seq_idx, cu_seqlens, use_reentrant=False)
+        return cast(tuple[Tensor, Tensor], out)
+
+    def _from_sum(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        dtype: torch.dtype,
+        seq_idx: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, stream = self.norm(x, residual)
+        return self.apply_mlp(self.mixer(y.to(dtype), seq_idx=seq_idx, cu_seqlens=cu_seqlens), stream)
+
     def _cuts(self, x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> bool:
         """Whether to checkpoint piece by piece: then one piece's activations are alive at a time, not a block's."""
         whole = seq_idx is None and cu_seqlens is None and not in_parts() and not torch.compiler.is_compiling()
         carries = getattr(self.mixer, "carries_state", False) and not getattr(self.mixer, "reverse", False)
         return whole and carries and isinstance(x, Tensor) and x.shape[1] > PIECE
 
-    def _in_pieces(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _in_pieces(self, x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         state = self.mixer.init_state(len(x), x.device)
         xs = x.split(PIECE, dim=1)
         residuals = [None] * len(xs) if residual is None else residual.split(PIECE, dim=1)
         branches, streams = [], []
         for piece, before in zip(xs, residuals, strict=True):
-            out = checkpoint(self._piece, piece, before, state, use_reentrant=False)
+            out = checkpoint(self._piece, piece, before, dtype, state, use_reentrant=False)
             branch, stream, state = cast(tuple[Tensor, Tensor, Any], out)
             branches.append(branch)
             streams.append(stream)
-        return torch.cat(branches, dim=1), torch.cat(streams, dim=1)
+        same = residual is None and self.mlp is None  # the stream is what came in
+        return torch.cat(branches, dim=1), x if same else torch.cat(streams, dim=1)
 
-    def _piece(self, x: Tensor, residual: Tensor | None, state: Any) -> tuple[Tensor, Tensor, Any]:
+    def _piece(self, x: Tensor, residual: Tensor | None, dtype: torch.dtype, state: Any) -> tuple[Tensor, Tensor, Any]:
         with between_pieces():
-            return self.forward_state(x, residual, state)
+            y, stream = self.norm(x, residual)
+            y, state = self.mixer.forward_state(y.to(dtype), state)
+        return *self.apply_mlp(y, stream), state
 
     def forward_state(
         self, x: Tensor, residual: Tensor | None, state: Any, lengths: Tensor | None = None

@@ -116,7 +116,7 @@ def test_checkpointing_piece_by_piece(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("core.block.PIECE", 4)
     monkeypatch.setattr("core.block.FORGET_FROM", 1)
     calls = []
-    monkeypatch.setattr(Block, "forward_state", lambda *a, run=Block.forward_state: calls.append(1) or run(*a))
+    monkeypatch.setattr(Mamba, "forward_state", lambda *a, run=Mamba.forward_state: calls.append(1) or run(*a))
     for ours, theirs in zip(gradients_of(thrifty), gradients_of(plain), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     assert len(calls) == 6  # three pieces, twice
