@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.jit import compiled
+from kernels.norm import cpu_rms
 from kernels.norm.problem import Problem
 from kernels.threads import parts, run
 
@@ -167,6 +168,8 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y in x's dtype, x + residual (empty without a residual), mean and rstd ``(..., G)``."""
     if _is_plain_layer_norm(p):
         return _layer_norm(p)
+    if cpu_rms.takes(p):
+        return cpu_rms.forward(p)
     weight, bias = _parameters(p)
     x, residual, gate = _rows(p, p.x), _rows(p, p.residual), _rows(p, _gate(p))
     y = torch.empty(p.x.shape, dtype=p.dtype)

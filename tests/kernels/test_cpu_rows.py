@@ -1,0 +1,78 @@
+"""Rows of bfloat16 on the CPU: PyTorch's rounding, bit by bit, and kernels that read and write them."""
+
+import numba
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.causal_conv1d import causal_conv1d, cpu_walk
+from kernels.cpu_rows import flat, read_row
+from kernels.norm import cpu_rms
+from kernels.norm import norm as norm_op
+
+
+@numba.njit
+def move(source, start, target, to, width):
+    read_row(source, start, target, to, width)
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.contiguous().view(torch.int16)
+
+
+@pytest.mark.parametrize("width", [1, 16, 45])
+def test_rounding_is_that_of_torch(width: int) -> None:
+    """Ties to even, infinities, overflow, subnormal numbers, NaN; nothing beyond the row is touched."""
+    special = [0.0, -0.0, 1.00390625, 1.01171875, 3.4e38, -3.4e38, torch.inf, -torch.inf, torch.nan, 1e-40, 9.2e-41]
+    x = torch.cat((torch.tensor(special), torch.randn(89, generator=torch.Generator().manual_seed(0))))
+    for start in (0, 11, len(x) - width):
+        y = torch.full((len(x) + 2,), 7.0, dtype=torch.bfloat16)
+        move(flat(x), start, flat(y), 1, width)
+        wanted = torch.full_like(y, 7.0)
+        wanted[1 : 1 + width] = x[start : start + width].bfloat16()
+        nan = wanted.isnan()
+        assert torch.equal(y.isnan(), nan)
+        assert torch.equal(bits(y[~nan]), bits(wanted[~nan]))
+        back = torch.full((width,), 7.0)
+        move(flat(y), 1, flat(back), 0, width)
+        assert torch.equal(back.nan_to_num(1.5), y[1 : 1 + width].float().nan_to_num(1.5))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("channels", [20, 300])
+def test_convolution_is_the_rounded_one_of_float32(channels: int, reverse: bool, monkeypatch: pytest.MonkeyPatch):
+    """Over edges of tiles and of blocks of channels, of rows that lie apart in memory."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 70, 2 * channels, generator=generator).bfloat16()[..., :channels]
+    weight, bias = torch.randn(channels, 4, generator=generator), torch.randn(channels, generator=generator)
+    state = torch.randn(2, 3, channels, generator=generator)
+    calls = []
+    monkeypatch.setattr(cpu_walk, "forward", lambda p, run=cpu_walk.forward: calls.append(p) or run(p))
+    options = {"activation": "silu", "reverse": reverse, "initial_state": state, "backend": "cpu"}
+    y = causal_conv1d(x, weight, bias, **options)
+    assert isinstance(y, Tensor)
+    assert len(calls) == 1
+    wide = causal_conv1d(x.float(), weight, bias, **options)
+    assert isinstance(wide, Tensor)
+    assert torch.equal(bits(y), bits(wide.bfloat16()))
+    exact = causal_conv1d(x.double(), weight.double(), bias.double(), **{**options, "backend": "reference"})
+    torch.testing.assert_close(wide.double(), exact, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("residual", [None, torch.float32, torch.bfloat16])
+def test_norm_is_the_rounded_one_of_float32(residual: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(3, 21, 37, generator=generator).bfloat16(), torch.randn(37, generator=generator)
+    before = None if residual is None else torch.randn(3, 21, 37, generator=generator).to(residual)
+    calls = []
+    monkeypatch.setattr(cpu_rms, "forward", lambda p, run=cpu_rms.forward: calls.append(p) or run(p))
+    y, total = norm_op(x, weight, residual=before, return_residual=True, backend="cpu")
+    wide = None if before is None else before.float()
+    y_wide, total_wide = norm_op(x.float(), weight, residual=wide, return_residual=True, backend="cpu")
+    assert len(calls) == 2
+    assert torch.equal(bits(y), bits(y_wide.bfloat16()))
+    assert torch.equal(total, total_wide if total.dtype == torch.float32 else total_wide.bfloat16())
+    s = x.double() if before is None else x.double() + before.double()
+    exact = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + calls[0].eps) * weight.double()
+    np.testing.assert_allclose(y_wide.double(), exact, rtol=2e-6, atol=1e-6)
