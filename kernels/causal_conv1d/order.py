@@ -141,6 +141,9 @@ def last_inputs(p: Problem) -> Tensor:
 
 def final_state_backward(p: Problem, o: Order, dstate: Tensor, dx: Tensor, dinitial: Tensor | None) -> None:
     """Adds the gradients of ``final_state`` to dx ``(B, L, K or 1, D)`` and dinitial ``(S, K, W - 1, D)``, in place."""
+    if p.in_order:
+        _last_inputs_backward(p, dstate, dx, dinitial)
+        return
     place, from_x, token = _window(p, o)
     dstate = dstate.to(dx.dtype)
     if p.length:
@@ -155,12 +158,28 @@ def final_state_backward(p: Problem, o: Order, dstate: Tensor, dx: Tensor, dinit
         dinitial.scatter_add_(2, slot[..., None].expand_as(values), values)
 
 
+def _last_inputs_backward(p: Problem, dstate: Tensor, dx: Tensor, dinitial: Tensor | None) -> None:
+    """The same of ``last_inputs``, in a few operations: a sequence read in pieces has one of these a piece."""
+    kept = min(p.width - 1, p.length)
+    late = dstate[:, :, p.width - 1 - kept :].transpose(1, 2)  # (B, kept, 1, D), the oldest first
+    if p.reverse:
+        dx[:, :kept] += late.flip(1).to(dx.dtype)
+    else:
+        dx[:, p.length - kept :] += late.to(dx.dtype)
+    if dinitial is not None and kept < p.width - 1:
+        dinitial[:, :, kept:] += dstate[:, :, : p.width - 1 - kept].to(dinitial.dtype)
+
+
 def initial_state_backward(p: Problem, o: Order, g: Tensor) -> Tensor:
     """Gradient of the initial state ``(S, K, W - 1, D)`` from that of the sums at the places, g ``(B, K, P, D)``."""
     out = g.new_zeros(p.sequences, p.routes, p.width - 1, p.channels)
     if not p.positions:
         return out
     weight = p.weight.to(g.dtype)
+    if p.in_order:
+        for m in range(min(p.width - 1, p.positions)):
+            out[:, :, m:] += g[:, :, m : m + 1] * weight[:, :, : p.width - 1 - m].transpose(1, 2)
+        return out
     enter = torch.zeros(p.sequences, 1, dtype=torch.int64, device=g.device)
     if p.cu_seqlens is not None and o.begin is not None:
         enter = o.begin
