@@ -100,6 +100,34 @@ def test_gradient_checkpointing():
     assert kept[thrifty] < kept[plain] / 4
 
 
+@pytest.mark.parametrize("piece", [64, 4])
+def test_a_checkpointed_block_keeps_its_stream_alone(piece: int, monkeypatch: pytest.MonkeyPatch):
+    """Of a branch and the stream before it their sum, not both, whole or in pieces."""
+    module = block(mlp=False)
+    module.gradient_checkpointing = True
+    monkeypatch.setattr("core.block.PIECE", piece)
+    x, residual = (fill_input(n, (2, 9, 6)).double().requires_grad_() for n in "xr")
+    kept: list[int] = []
+    with saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        module(x, residual)
+    assert sum(kept) == x.numel()
+
+
+def test_checkpointing_of_a_narrow_stream():
+    """A sum that is rounded would be normalised as rounded: branch and stream are kept, and nothing changes."""
+    found = []
+    for recompute in (False, True):
+        module = block(dtype=torch.bfloat16)
+        module.norm.residual_in_fp32 = False
+        module.gradient_checkpointing = recompute
+        x, residual = (fill_input(n, (2, 9, 6)).bfloat16().requires_grad_() for n in "xr")
+        out, stream = module(x, residual)
+        (out.float().square().sum() + stream.float().square().sum()).backward()
+        found.append([out, stream, x.grad, residual.grad])
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def gradients_of(module: Block, hooks: bool = False) -> list[torch.Tensor]:
     """Gradients of a step, perhaps with hooks that see all that is saved."""
     x, residual = fill_input("x", (2, 9, 6)).double().requires_grad_(), fill_input("r", (2, 9, 6)).double()
