@@ -19,7 +19,7 @@ from core.parallel.group import in_parts
 from kernels.selective_scan.exactness import between_pieces
 
 FORGET_FROM = 1 << 27  # bytes of a branch from which on what is cheap to compute again is not kept
-PIECE = 1 << 18  # tokens that a checkpointed block computes again at a time, where its mixer carries a state
+PIECE = 1 << 19  # tokens that a checkpointed block computes again at a time, where its mixer carries a state
 
 
 def start_stream(x: Tensor, in_fp32: bool) -> Tensor:
