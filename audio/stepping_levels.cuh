@@ -35,12 +35,12 @@ __device__ __noinline__ void filter(const float* logits, float* weights, int top
     __syncwarp();
 }
 
-// Level of clip s where the distribution function passes a number; one warp a clip. As _choose in audio/stepping.py.
-__device__ __noinline__ int choose(int s, float temperature, double top_p, double min_p, int top_k, double uniform,
-                                   double* log_likelihood) {
+// Level where the distribution function passes a number, by one warp; ``kept`` is room for LEVELS numbers. As choose in
+// audio/stepping_levels.py.
+__device__ __noinline__ int choose(const float* logits, float* kept, float temperature, double top_p, double min_p,
+                                   int top_k, double uniform, double* log_likelihood) {
     constexpr int EACH = (LEVELS + 31) / 32;
     const int lane = threadIdx.x % 32, first = lane * EACH;
-    const float* logits = room(AT_LOGITS) + s * LEVELS;
     float weight[EACH], best = -INFINITY;
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
@@ -64,7 +64,6 @@ __device__ __noinline__ int choose(int s, float temperature, double top_p, doubl
     const bool filtered = top_k > 0 || top_p < 1.0, as_it_is = temperature == 1.0f && !filtered && min_p <= 0.0;
     if (temperature != 0.0f) {
         if (filtered) {
-            float* kept = room(AT_CHANCES) + s * LEVELS;
 #pragma unroll
             for (int j = 0; j < EACH; j++)
                 if (first + j < LEVELS) kept[first + j] = weight[j];
