@@ -2,7 +2,8 @@
 //
 // A layer, or 16 WARPS channels of one, has a block of threads of its own, whose weights and states stay in its registers
 // and shared memory for the whole launch. A layer's input is mailed: each number goes to global memory together with the
-// count of its sample, so the reader waits for numbers, and there is no barrier between blocks. A stage runs at its own
+// count of its sample, so the reader waits for numbers, and there is no barrier between blocks. To blocks of the same cluster it
+// goes straight into their shared memory, in a third of the time. A stage runs at its own
 // pace: what the inner ones say about a frame is needed for the next frame only, so their layers run beside the outer ones'.
 // All blocks have to be on the GPU at once.
 //
@@ -12,8 +13,14 @@
 // A product takes its input as the sum of two bfloat16 numbers, in neighbouring columns of the tensor cores' tile, so that
 // only the weights are rounded.
 //
-// Macros: WARPS of a block, LEVELS, DEPTH, SOURCES (the most that a block has), and JOB_CASES, code for each kind of block.
+// Macros: WARPS of a block, CLUSTER blocks, LEVELS, DEPTH, FARS, NEARS and PUSHES (the most that a block has), NEAR_LETTERS
+// of shared memory, and JOB_CASES, code for each kind of block.
 
-extern "C" __global__ void __launch_bounds__(THREADS) relay(const __grid_constant__ Args a) {
-    switch (row_of(a)[JOB]) { JOB_CASES }
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS)
+relay(const __grid_constant__ Args a) {
+    for (int i = threadIdx.x; i < NEAR_LETTERS; i += THREADS) ((letter*)memory)[i] = 0;
+    take_row(a);
+    meet_cluster();  // nobody writes into a block's shared memory before it was cleared
+    switch (row_of_block()[JOB]) { JOB_CASES }
+    meet_cluster();
 }

@@ -73,7 +73,7 @@ class RelayStepper:
         profile: bool = False,
     ) -> None:
         device = net.embedding.weight.device
-        self._blocks = len(relay.table)
+        self.relay, self._blocks = relay, len(relay.table)
         self.log_likelihood = torch.zeros(1, dtype=torch.float64, device=device)
         # (blocks, marks) int64 cycles of the last launch between the marks in the source
         self.cycles = torch.zeros(self._blocks, MARKS, dtype=torch.int64, device=device)

@@ -26,7 +26,7 @@ struct Cursor {
 };
 
 __device__ __forceinline__ Cursor begin(const Args& a, const int* row) {
-    return {(const char*)a.weights + 16ll * row[WEIGHTS], memory};
+    return {(const char*)a.weights + 16ll * row[WEIGHTS], memory + 8 * NEAR_LETTERS + up_to(4 * COLUMNS, 16)};
 }
 
 // What the inner stages say about a frame of POOL times D numbers, for the samples of the next one. Before the first frame of
@@ -56,6 +56,18 @@ struct Said {
     }
 };
 
+// Tells the other parts of a layer this one's share of number j, by its first warp; returns the sum of theirs.
+template <int S, int LOWS>
+__device__ __forceinline__ float of_other_parts(const int* row, float own, unsigned count, int j) {
+    const int part = row[PART], first = cluster_rank() - part;
+    letter* boxes = near_box(row[SHARED], S * LOWS, count) + j;
+    if (threadIdx.x < 32)
+#pragma unroll
+        for (int p = 0; p < S; p++)
+            if (p != part) push(reach(boxes + part * LOWS, first + p), 0, own, count);
+    return await_all<S - 1>(S - 1, count, [&](int i) { return peek_near(boxes + (i + (i >= part)) * LOWS); });
+}
+
 // A part of a Mamba layer: 16 channels of each warp, of which two lanes share one, with half of its N states each. The other
 // S - 1 parts of a layer get its share of dt, B and C, and whoever follows its share of the layer's output. x comes in
 // from ``sources``; a block of threads meets three times a turn: when x is there, when the warps' shares of dt, B and C
@@ -64,7 +76,7 @@ template <int D, int N, int W, int R, int S>
 __device__ void layer(const Args& a) {
     constexpr int D16 = up_to(D, 16), K = D16 / 16, R4 = up_to(R, 4), N8 = up_to(N, 8), J = N8 / 8;
     constexpr int LOWS = up_to(R4 + 2 * N8, 16), LOW_TILES = LOWS / 16, IN_HELD = K <= 8;
-    const int* row = row_of(a);
+    const int* row = row_of_block();
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
     const int channel = warp * 16 + g + t / 2 * 8, half = t % 2, part = row[PART];
 
@@ -113,6 +125,7 @@ __device__ void layer(const Args& a) {
     for (int j = tid; j < D16; j += THREADS) x[j] = 0.0f, bias[j] = out_bias[j];
     __syncthreads();
 
+    const Exit exit(a, row, part * D16);
     Watch watch;
     for (unsigned count = 1; count <= all; count++) {
         watch.mark(0);
@@ -156,24 +169,7 @@ __device__ void layer(const Args& a) {
                 const float4 four = ((const float4*)shares)[j * WARPS / 4 + i];
                 sum += (four.x + four.y) + (four.z + four.w);
             }
-            if (S > 1) {
-                letter* boxes = box(a, row[SHARED], S * LOWS, count) + j;
-                if (warp == 0) send(boxes + part * LOWS, sum, count);
-                letter both[S];
-                bool there;
-                do {
-                    there = true;
-#pragma unroll
-                    for (int p = 0; p < S; p++)
-                        if (p != part) both[p] = peek(boxes + p * LOWS);
-#pragma unroll
-                    for (int p = 0; p < S; p++)
-                        if (p != part) there = there && has(both[p], count);
-                } while (!there);
-#pragma unroll
-                for (int p = 0; p < S; p++)
-                    if (p != part) sum += number(both[p]);
-            }
+            if constexpr (S > 1) sum += of_other_parts<S, LOWS>(row, sum, count, j);
             low[j] = sum;
         }
         __syncwarp();
@@ -202,9 +198,8 @@ __device__ void layer(const Args& a) {
         watch.mark(8);
         __syncthreads();
         watch.mark(9);
-        letter* to = box(a, row[OUT], row[OUT_SLOT], count) + part * D16;
         out.run(inner, [&](int j, float sum) {
-            if (j < D) send(to + j, part ? sum : sum + x[j] + bias[j], count);
+            if (j < D) exit.say(j, D16, part ? sum : sum + x[j] + bias[j], count);
         });
         watch.mark(10);
     }
@@ -220,7 +215,7 @@ __device__ void layer(const Args& a) {
 template <int D, int FRAME, int TILES>
 __device__ void pool_down(const Args& a) {
     constexpr int K = up_to(FRAME * D, 16) / 16;
-    const int *row = row_of(a), tid = threadIdx.x;
+    const int *row = row_of_block(), tid = threadIdx.x;
     Cursor at = begin(a, row);
     Weights<K, TILES, true> weights;
     at.take(weights);
@@ -248,7 +243,7 @@ __device__ void pool_down(const Args& a) {
 template <int D, int TILES>
 __device__ void pool_up(const Args& a) {
     constexpr int K = up_to(D, 16) / 16;
-    const int *row = row_of(a), tid = threadIdx.x;
+    const int *row = row_of_block(), tid = threadIdx.x;
     Cursor at = begin(a, row);
     Weights<K, TILES, true> weights;
     at.take(weights);
@@ -270,7 +265,7 @@ __device__ void pool_up(const Args& a) {
 template <int D>
 __device__ void mouth(const Args& a) {
     constexpr int D16 = up_to(D, 16), K = D16 / 16, TILES = up_to(LEVELS, 16) / 16;
-    const int *row = row_of(a), tid = threadIdx.x, lane = tid % 32;
+    const int *row = row_of_block(), tid = threadIdx.x, lane = tid % 32;
     Cursor at = begin(a, row);
     Norm<D> norm;
     Weights<K, TILES, (K * TILES <= 32 * WARPS)> head;
@@ -293,16 +288,18 @@ __device__ void mouth(const Args& a) {
         const unsigned count = (unsigned)step + 1;
         watch.mark(0);
         if (tid < 32) {
-            long long level;
+            Choice choice = {};
             if (a.draw) {
-                const double number = next;
-                if (step + 1 < a.length) next = uniform[step + 1];  // long before it is needed
-                level = choose(logits, chances, temperature, top_p, min_p, a.top_k, number, &likelihood);
-                if (lane == 0) ((long long*)a.levels)[step] = level;
+                choice = choose(logits, chances, temperature, top_p, min_p, a.top_k, next);
+                if (lane == 0) ((long long*)a.levels)[step] = choice.level;
             } else
-                level = ((const long long*)a.levels)[step];
+                choice.level = ((const long long*)a.levels)[step];
             letter* to = box(a, row[OUT], row[OUT_SLOT], count);
-            for (int j = lane; j < D; j += 32) send(to + j, embedding[level * D + j], count);
+            for (int j = lane; j < D; j += 32) send(to + j, embedding[choice.level * D + j], count);
+            if (a.draw) {  // while the layers run
+                likelihood += choice.log_likelihood(logits);
+                if (step + 1 < a.length) next = uniform[step + 1];
+            }
         }
         watch.mark(1);
         for (int j = tid; j < D; j += THREADS) x[j] = gather(a, row, count, j);

@@ -22,16 +22,33 @@ WARPS = 8  # of a block of threads
 MOST_LOW = 64  # numbers that make a layer's dt, B and C
 MOST_WIDTH = 256  # of a stage: its layers' weights fit into shared memory and registers
 MOST_TILES = 32  # of a pooling's weights that a warp holds in registers
+CLUSTER = 8  # blocks that reach each other's shared memory: the most that every GPU of this kind takes
 FIELDS = (
-    "job", "period", "weights", "state", "out", "out_slot", "part", "shared", "said", "said_slot", "pool", "sources",
+    "job", "period", "weights", "state", "out", "out_slot", "part", "shared", "said", "said_slot",
+    "pool", "fars", "nears", "pushes",
 )  # fmt: skip
 
 
 class Source(NamedTuple):
-    """Mail: where number 0 of slot 0 is, and how many numbers a slot has."""
+    """Mail: where number 0 of slot 0 is, how many numbers a slot has, and which block it comes from, if a layer's."""
 
     at: int
     slot: int
+    owner: int = -1
+    width: int = 0  # of the owner's share
+
+
+class Job:
+    """What a block of threads does: its row of the table, and where its input comes from."""
+
+    def __init__(self, row: dict[str, int], sources: list[Source], parts: int, lows: int) -> None:
+        self.row, self.sources = row, sources
+        self.parts, self.lows = parts, lows  # of the layer, and numbers that its parts share; 0 parts if it is none
+        self.place = 0  # in the grid
+        self.fars: list[int] = []
+        self.nears: list[int] = []
+        self.pushes: list[int] = []
+        self.letters = 0  # of its shared memory
 
 
 class Relay:
@@ -59,8 +76,7 @@ class Relay:
     def __init__(self, net: SoundNet, state: StageState, warps: int = WARPS) -> None:
         self._warps, self._channels = warps, TILE * warps
         self._cases: dict[str, int] = {}  # code for a kind of block -> its number
-        self._rows: list[dict[str, int]] = []
-        self._sources: list[list[Source]] = []
+        self._jobs: list[Job] = []
         self._weights: list[np.ndarray] = []
         self._states: list[Tensor] = []
         self._sizes = {"weights": 0, "state": 0}
@@ -102,26 +118,66 @@ class Relay:
         self._finish(net)
 
     def _finish(self, net: SoundNet) -> None:
-        most = max(map(len, self._sources))
+        """Gives each block its place in the grid, and its mail its way; works out the table and the macros."""
+        grid = self._places()
+        for job in self._jobs:
+            self._choose_ways(job)
+        most = {n: max(1, *(len(getattr(job, n)) // 2 for job in self._jobs)) for n in ("fars", "nears", "pushes")}
         rows = []
-        for row, sources in zip(self._rows, self._sources, strict=True):
-            numbers = [row.get(name, 0) for name in FIELDS[:-1]] + [len(sources)]
-            numbers += [n for source in sources for n in source]
-            rows.append(numbers + [0] * (len(FIELDS) + 2 * most - len(numbers)))
+        for place in range(up_to(len(grid), CLUSTER)):
+            job = grid[place] if place < len(grid) else None
+            rows.append([-1] + [0] * (len(FIELDS) - 1 + 2 * sum(most.values())))
+            if job is None:
+                continue
+            job.row |= {n: len(getattr(job, n)) // 2 for n in most}
+            rows[-1] = [job.row.get(name, 0) for name in FIELDS]
+            for name, size in most.items():
+                rows[-1] += getattr(job, name) + [0] * (2 * size - len(getattr(job, name)))
         self.table = np.array(rows, np.int32)
         self.weights = np.concatenate(self._weights)
-        self.state = torch.cat(self._states) if self._states else torch.zeros(4)
+        self.state = torch.cat(self._states)
+        near = up_to(max(job.letters for job in self._jobs), 2)
+        self.shared += 8 * near + up_to(4 * len(rows[0]), 16)
         cases = " ".join(f"case {number}: {code}(a); break;" for code, number in self._cases.items())
-        values = {"WARPS": self._warps, "LEVELS": net.levels, "DEPTH": self._depth, "SOURCES": most, "JOB_CASES": cases}
+        values = {
+            "WARPS": self._warps, "CLUSTER": CLUSTER, "LEVELS": net.levels, "DEPTH": self._depth, "NEAR_LETTERS": near,
+            "FARS": most["fars"], "NEARS": most["nears"], "PUSHES": most["pushes"], "JOB_CASES": cases,
+        }  # fmt: skip
         self.macros = tuple(f"{name} {value}" for name, value in values.items())
+
+    def _places(self) -> list[Job | None]:
+        """The grid: layers first, those that follow each other in a cluster; no layer's parts lie in two clusters."""
+        grid: list[Job | None] = []
+        for job in sorted(self._jobs, key=lambda job: not job.parts):
+            if job.row.get("part", 0) == 0 and len(grid) % CLUSTER + job.parts > CLUSTER:
+                grid += [None] * (-len(grid) % CLUSTER)
+            job.place = len(grid)
+            grid.append(job)
+        return grid
+
+    def _choose_ways(self, job: Job) -> None:
+        """Mail between blocks of a cluster goes through shared memory, other mail through global memory."""
+        for source in job.sources:
+            owner = self._jobs[source.owner] if source.owner >= 0 else None
+            if owner is None or owner.place // CLUSTER != job.place // CLUSTER:
+                job.fars += [source.at, source.slot]
+                continue
+            job.nears += [job.letters, source.width]
+            owner.pushes += [job.place % CLUSTER, job.letters]
+            job.letters += 2 * source.width
+        job.row["shared"] = job.letters
+        job.letters += 2 * job.parts * job.lows if job.parts > 1 else 0
 
     def _mail(self, width: int) -> Source:
         source = Source(self.letters, width)
         self.letters += self._depth * width
         return source
 
-    def _add(self, code: str, pieces: list[Tensor], state: list[Tensor], sources: list[Source], **row: int) -> None:
-        """Adds a block of threads."""
+    def _add(
+        self, code: str, pieces: list[Tensor], state: list[Tensor], sources: list[Source], row: dict[str, int],
+        parts: int = 0, lows: int = 0,
+    ) -> int:  # fmt: skip
+        """Adds a block of threads; returns its number."""
         raw = [piece.contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for piece in pieces]
         row |= {"job": self._cases.setdefault(code, len(self._cases))}
         row |= {"weights": self._sizes["weights"] // 16, "state": self._sizes["state"]}
@@ -129,8 +185,8 @@ class Relay:
         self._sizes["state"] += sum(map(len, state))
         self._weights += raw
         self._states += state
-        self._rows.append(row)
-        self._sources.append(sources)
+        self._jobs.append(Job(row, sources, parts, lows))
+        return len(self._jobs) - 1
 
     def _needs(self, numbers: int) -> None:
         self.shared = max(self.shared, 4 * numbers)
@@ -149,24 +205,29 @@ class Relay:
         if lows > MOST_LOW or D > MOST_WIDTH:
             raise ValueError(f"net: dt_rank is {R}, d_state {N} and a width {D}: too large for a part of a layer")
         parts = math.ceil(layer.d_inner / channels)
-        out, shared = self._mail(parts * D16), self._mail(parts * lows if parts > 1 else 0)
+        if parts > CLUSTER:
+            raise ValueError(f"net: a layer has {layer.d_inner} channels, wanted <= {CLUSTER * channels}")
+        out = self._mail(parts * D16)
         pool = 0 if said is None else said[1].shape[1]
-        row = {"period": period, "out": out.at, "out_slot": out.slot, "shared": shared.at, "pool": pool}
+        row = {"period": period, "out": out.at, "out_slot": out.slot, "pool": pool}
         frames = [] if said is None else [padded(said[1].detach().float().flatten().cpu(), up_to(pool * D, 4))]
         if said is not None:
             row |= {"said": said[0].at, "said_slot": said[0].slot}
         ssm = padded(state.ssm[0].detach().float().cpu(), parts * channels, N8)
         conv = padded(state.conv[0].detach().float().cpu(), parts * channels)
+        said_by = []
         for part in range(parts):
             here = slice(part * channels, (part + 1) * channels)
             states = [conv[:, here].flatten(), ssm[here].flatten(), *frames]
             code = f"layer<{D}, {N}, {W}, {R}, {parts}>"
-            self._add(code, _part_of(block, parts * channels, here), states, sources, part=part, **row)
+            pieces = _part_of(block, parts * channels, here)
+            owner = self._add(code, pieces, states, sources, row | {"part": part}, parts, lows)
+            said_by.append(Source(out.at + part * D16, out.slot, owner, D16))
         held = D16 <= 128
         self._needs(
             2 * D16 + (0 if held else channels * D16) + D16 + 2 * lows * self._warps + D16 + channels + pool * D
         )
-        return [Source(out.at + part * D16, out.slot) for part in range(parts)]
+        return said_by
 
     def _columns(self, weight: Tensor, bias: Tensor) -> list[tuple[int, int, list[Tensor]]]:
         """A pooling's weights, cut into columns that the warps of a block can hold: first, tiles, pieces."""
@@ -193,7 +254,7 @@ class Relay:
         out = self._mail(up_to(linear.out_features, TILE))
         for first, tiles, pieces in self._columns(weight, linear.bias):
             row = {"period": period, "out": out.at + first, "out_slot": out.slot}
-            self._add(f"pool_down<{D}, {pool}, {tiles}>", pieces, [operand(frame, True)], sources, **row)
+            self._add(f"pool_down<{D}, {pool}, {tiles}>", pieces, [operand(frame, True)], sources, row)
         self._needs(rows)
         return out
 
@@ -203,7 +264,7 @@ class Relay:
         out = self._mail(up_to(linear.out_features, TILE))
         for first, tiles, pieces in self._columns(weight, bias):
             row = {"period": period, "out": out.at + first, "out_slot": out.slot}
-            self._add(f"pool_up<{linear.in_features}, {tiles}>", pieces, [], sources, **row)
+            self._add(f"pool_up<{linear.in_features}, {tiles}>", pieces, [], sources, row)
         self._needs(up_to(linear.in_features, TILE))
         return out
 
@@ -213,7 +274,7 @@ class Relay:
         weight = padded(net.head.weight.detach().float().cpu(), rows, D16)
         pieces = [*_norm(net.model.norm), half_tiles(weight), padded(net.head.bias.detach().float().cpu(), rows)]
         row = {"period": 1, "out": embedding.at, "out_slot": embedding.slot}
-        self._add(f"mouth<{D}>", pieces, [], sources, **row)
+        self._add(f"mouth<{D}>", pieces, [], sources, row)
         held = D16 // TILE * rows // TILE <= 32 * self._warps
         self._needs(2 * D16 + (0 if held else D16 * rows // 2) + D16 + 2 * rows + up_to(net.levels, 4))
 

@@ -2,13 +2,21 @@
 
 constexpr int THREADS = 32 * WARPS, CHANNELS = 16 * WARPS, TILE = 512;  // bytes of 16 columns by 16 rows
 
-// Columns of the table, in which each block of threads has a row.
+// Columns of the table, in which each block of threads has a row: then FARS places of mail in global memory (number 0 of slot
+// 0, numbers of a slot), NEARS of mail in its own shared memory (the same), and PUSHES in that of others of its cluster
+// (which one, number 0 of slot 0).
 enum {
-    JOB, PERIOD, WEIGHTS, STATE, OUT, OUT_SLOT, PART, SHARED, SAID, SAID_SLOT, POOL, SOURCE_COUNT, SOURCE,
-    COLUMNS = SOURCE + 2 * SOURCES
+    JOB, PERIOD, WEIGHTS, STATE, OUT, OUT_SLOT, PART, SHARED, SAID, SAID_SLOT, POOL, FAR_COUNT, NEAR_COUNT,
+    PUSH_COUNT, FAR, NEAR = FAR + 2 * FARS, PUSH = NEAR + 2 * NEARS, COLUMNS = PUSH + 2 * PUSHES
 };
 
-__device__ __forceinline__ const int* row_of(const Args& a) { return (const int*)a.table + blockIdx.x * COLUMNS; }
+// The block's row, in its shared memory from ``take_row`` on.
+__device__ __forceinline__ int* row_of_block() { return (int*)(memory + 8 * NEAR_LETTERS); }
+
+__device__ __forceinline__ void take_row(const Args& a) {
+    for (int i = threadIdx.x; i < COLUMNS; i += THREADS)
+        row_of_block()[i] = ((const int*)a.table)[blockIdx.x * COLUMNS + i];
+}
 
 // How often a stage that runs once in PERIOD samples runs before sample ``seen``.
 __device__ __forceinline__ long long turns(const int* row, long long seen) { return seen / row[PERIOD]; }
@@ -27,28 +35,64 @@ __device__ __forceinline__ float await(const letter* from, unsigned count) {
     return number(both);
 }
 
-// Number j of what a block's sources say together at their turn ``count``. All are asked before any is waited for.
-__device__ __forceinline__ float gather(const Args& a, const int* row, unsigned count, int j) {
-    const int sources = row[SOURCE_COUNT];
-    const letter* from[SOURCES];
-    letter both[SOURCES];
+// Mail in a block's own shared memory has two slots: a layer is not asked again before its answer was read.
+__device__ __forceinline__ letter* near_box(int at, int slot, unsigned count) {
+    return (letter*)memory + at + (int)(count % 2) * slot;
+}
+
+// Where a block's output goes: by global memory to all who want it, and straight to those that wait for it.
+struct Exit {
+    letter* far;
+    int slot, pushes;
+    remote near[PUSHES];
+
+    __device__ __forceinline__ Exit(const Args& a, const int* row, int skipped) {
+        far = (letter*)a.mail + row[OUT] + skipped;
+        slot = row[OUT_SLOT], pushes = row[PUSH_COUNT];
 #pragma unroll
-    for (int i = 0; i < SOURCES; i++) from[i] = box(a, row[SOURCE + 2 * i], row[SOURCE + 2 * i + 1], count) + j;
+        for (int i = 0; i < PUSHES; i++)
+            near[i] = reach((letter*)memory + row[PUSH + 2 * i + 1], i < pushes ? row[PUSH + 2 * i] : 0);
+    }
+
+    // Number j of a share of ``width``.
+    __device__ __forceinline__ void say(int j, int width, float value, unsigned count) const {
+#pragma unroll
+        for (int i = 0; i < PUSHES; i++)
+            if (i < pushes) push(near[i], (count % 2) * width + j, value, count);
+        send(far + (long long)(count % DEPTH) * slot + j, value, count);
+    }
+};
+
+// Numbers that come together: all are asked before any is waited for. from(i) is where the ith of up to MOST is.
+template <int MOST, class Peek>
+__device__ __forceinline__ float await_all(int number_of, unsigned count, Peek peek_at) {
+    letter both[MOST];
     bool all;
     do {
         all = true;
 #pragma unroll
-        for (int i = 0; i < SOURCES; i++)
-            if (i < sources) both[i] = peek(from[i]);
+        for (int i = 0; i < MOST; i++)
+            if (i < number_of) both[i] = peek_at(i);
 #pragma unroll
-        for (int i = 0; i < SOURCES; i++)
-            if (i < sources) all = all && has(both[i], count);
+        for (int i = 0; i < MOST; i++)
+            if (i < number_of) all = all && has(both[i], count);
     } while (!all);
     float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < SOURCES; i++)
-        if (i < sources) sum += number(both[i]);
+    for (int i = 0; i < MOST; i++)
+        if (i < number_of) sum += number(both[i]);
     return sum;
+}
+
+// Number j of what a block's sources say together at their turn ``count``: first what comes from afar, which is the older.
+__device__ __forceinline__ float gather(const Args& a, const int* row, unsigned count, int j) {
+    const letter *far[FARS], *near[NEARS];
+#pragma unroll
+    for (int i = 0; i < FARS; i++) far[i] = box(a, row[FAR + 2 * i], row[FAR + 2 * i + 1], count) + j;
+#pragma unroll
+    for (int i = 0; i < NEARS; i++) near[i] = near_box(row[NEAR + 2 * i], row[NEAR + 2 * i + 1], count) + j;
+    const float from_far = await_all<FARS>(row[FAR_COUNT], count, [&](int i) { return peek(far[i]); });
+    return from_far + await_all<NEARS>(row[NEAR_COUNT], count, [&](int i) { return peek_near(near[i]); });
 }
 
 // Cycles of a block's first thread from each mark to the next.

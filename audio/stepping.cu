@@ -58,7 +58,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) advance(const __grid_const
             if (a.draw) {
                 const double number = next;
                 if (step + 1 < a.length) next = uniform[step + 1];  // long before it is needed
-                level = choose(logits, chances, temperature, top_p, min_p, a.top_k, number, &likelihood);
+                const Choice choice = choose(logits, chances, temperature, top_p, min_p, a.top_k, number);
+                level = choice.level;
+                likelihood += choice.log_likelihood(logits);
                 if (real && lane == 0) ((long long*)a.levels)[place] = level;
             } else
                 level = ((const long long*)a.levels)[place];

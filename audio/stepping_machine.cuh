@@ -81,3 +81,33 @@ __device__ __forceinline__ letter peek(const letter* from) {
     asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(both) : "l"(from) : "memory");
     return both;
 }
+
+typedef unsigned remote;  // a place in the shared memory of another block of the cluster
+
+// Where a place in a block's own shared memory is in that of the cluster's block ``rank``.
+__device__ __forceinline__ remote reach(const letter* own, int rank) {
+    remote there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
+    return there;
+}
+
+__device__ __forceinline__ void push(remote to, int j, float value, unsigned count) {
+    const letter both = (letter)count << 32 | __float_as_uint(value);
+    asm volatile("st.relaxed.cluster.shared::cluster.b64 [%0], %1;" :: "r"(to + 8 * j), "l"(both) : "memory");
+}
+
+__device__ __forceinline__ letter peek_near(const letter* from) {
+    letter both;
+    asm volatile("ld.relaxed.cluster.shared::cta.b64 %0, [%1];" : "=l"(both) : "r"(shared_address(from)) : "memory");
+    return both;
+}
+
+__device__ __forceinline__ int cluster_rank() {
+    unsigned rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}

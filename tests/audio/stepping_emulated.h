@@ -101,3 +101,18 @@ static letter peek(const letter* from) {
     others();
     return *from;
 }
+static letter peek_near(const letter* from) { return peek(from); }
+#define __cluster_dims__(...)
+#ifdef CLUSTER
+static int cluster_rank() { return blockIdx.x % CLUSTER; }
+typedef letter* remote;
+static remote reach(const letter* own, int rank) {
+    Block& other = blocks_[blockIdx.x / CLUSTER * CLUSTER + rank];
+    return (letter*)((char*)other.room + ((char*)own - (char*)shared_memory));
+}
+static void push(remote to, int j, float value, unsigned count) { send(to + j, value, count); }
+static void meet_cluster() {
+    static std::map<int, Barrier> barriers;
+    wait_at(barriers[blockIdx.x / CLUSTER], CLUSTER * threads_);
+}
+#endif

@@ -50,8 +50,8 @@ def library(nets: tuple[SoundNet, SoundNet], tmp_path_factory: pytest.TempPathFa
         Path(__file__).parent,
         Path(__file__).parents[1] / "kernels",
     )
-    text = f'#include "{kernels / "emulated.h"}"\n#include "{here / "stepping_emulated.h"}"\n'
-    text += "".join(f"#define {macro}\n" for macro in Relay(nets[0], nets[0].init_state(1), WARPS).macros)
+    text = "".join(f"#define {macro}\n" for macro in Relay(nets[0], nets[0].init_state(1), WARPS).macros)
+    text = f'#include "{kernels / "emulated.h"}"\n{text}#include "{here / "stepping_emulated.h"}"\n'
     machine = (Path(relay_cuda.__file__).parent / PARTS[0]).read_text()
     (folder / "kernel.cpp").write_text(text + source().replace(machine, "") + START)
     flags = ("-O1", "-std=c++17", "-fno-strict-aliasing", "-w", "-shared", "-fPIC")

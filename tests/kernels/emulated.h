@@ -38,12 +38,12 @@ static std::vector<Fiber> fibers;
 static int current, threads_;
 static ucontext_t scheduler;
 struct Barrier { int arrived = 0; long phase = 0; int all = 1; };
-struct Block { Index index; float4* memory; Barrier barrier; };
+struct Block { Index index; float4* room; Barrier barrier; };
 static std::vector<Block> blocks_;  // those that run side by side
 static std::vector<Barrier> of_warp;
 #define threadIdx (fibers[current].index)
 #define blockIdx (blocks_[current / threads_].index)
-#define shared_memory (blocks_[current / threads_].memory)
+#define shared_memory (blocks_[current / threads_].room)
 #define of_block (blocks_[current / threads_].barrier)
 static void others() { swapcontext(&fibers[current].context, &scheduler); }
 
@@ -101,8 +101,8 @@ static void run_blocks(void (*start)(), long long blocks, int threads, int bytes
         blocks_.assign(together, Block());
         for (int b = 0; b < together; b++) {
             blocks_[b].index.x = first + b;
-            blocks_[b].memory = static_cast<float4*>(aligned_alloc(64, bytes / 64 * 64 + 128));
-            memset(blocks_[b].memory, 0xff, bytes / 64 * 64 + 128);
+            blocks_[b].room = static_cast<float4*>(aligned_alloc(64, bytes / 64 * 64 + 128));
+            memset(blocks_[b].room, 0xff, bytes / 64 * 64 + 128);
         }
         of_warp.assign(threads * together / 32 + 1, Barrier());
         arrivals.clear();
@@ -122,6 +122,6 @@ static void run_blocks(void (*start)(), long long blocks, int threads, int bytes
                 left += !fibers[current].done;
             }
         }
-        for (Block& block : blocks_) free(block.memory);
+        for (Block& block : blocks_) free(block.room);
     }
 }
