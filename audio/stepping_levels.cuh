@@ -35,12 +35,24 @@ __device__ __noinline__ void filter(const float* logits, float* weights, int top
     __syncwarp();
 }
 
-// Level of clip s where the distribution function passes a number; one warp a clip. As _choose in audio/stepping.py.
-__device__ __noinline__ int choose(int s, float temperature, double top_p, double min_p, int top_k, double uniform,
-                                   double* log_likelihood) {
+// A level, and what its likelihood under the net itself is made of.
+struct Choice {
+    int level;
+    float best;   // the largest of the logits
+    double mass;  // the sum of exp(logit - best)
+
+    __device__ __forceinline__ double log_likelihood(const float* logits) const {
+        const float near = mass;  // a logarithm in float64 would take a tenth of the time of a layer
+        return (double)logits[level] - (double)best - ((double)logf(near) + (mass - near) / near);
+    }
+};
+
+// Level where the distribution function passes a number, by one warp; ``kept`` is room for LEVELS numbers. As choose in
+// audio/stepping_levels.py.
+__device__ __noinline__ Choice choose(const float* logits, float* kept, float temperature, double top_p, double min_p,
+                                      int top_k, double uniform) {
     constexpr int EACH = (LEVELS + 31) / 32;
     const int lane = threadIdx.x % 32, first = lane * EACH;
-    const float* logits = room(AT_LOGITS) + s * LEVELS;
     float weight[EACH], best = -INFINITY;
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
@@ -64,7 +76,6 @@ __device__ __noinline__ int choose(int s, float temperature, double top_p, doubl
     const bool filtered = top_k > 0 || top_p < 1.0, as_it_is = temperature == 1.0f && !filtered && min_p <= 0.0;
     if (temperature != 0.0f) {
         if (filtered) {
-            float* kept = room(AT_CHANCES) + s * LEVELS;
 #pragma unroll
             for (int j = 0; j < EACH; j++)
                 if (first + j < LEVELS) kept[first + j] = weight[j];
@@ -100,7 +111,5 @@ __device__ __noinline__ int choose(int s, float temperature, double top_p, doubl
         if (as_it_is) mass = total;
     }
     if (!as_it_is) mass = warp_sum(mass);
-    const float near = mass;  // a logarithm in float64 would take a tenth of the time of a layer
-    *log_likelihood += (double)logits[level] - (double)best - ((double)logf(near) + (mass - near) / near);
-    return level;
+    return {level, best, mass};
 }

@@ -59,8 +59,55 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, unsigned b
                  :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
 
-__device__ __forceinline__ unsigned short nearest_half(float x) {
-    unsigned pair;  // a conversion of two takes a quarter of the time of one's
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(0.0f), "f"(x));
+// The nearest bfloat16 numbers, the first in the lower half. A conversion of two takes a quarter of the time of one's.
+__device__ __forceinline__ unsigned two_halves(float first, float second) {
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
     return pair;
+}
+
+__device__ __forceinline__ unsigned short nearest_half(float x) { return two_halves(x, 0.0f); }
+
+typedef unsigned long long letter;  // a number, and above it the count of its sample
+
+// Both halves arrive at once, so whoever finds the count has the number: no fence, no flag of its own.
+__device__ __forceinline__ void send(letter* to, float value, unsigned count) {
+    const letter both = (letter)count << 32 | __float_as_uint(value);
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" :: "l"(to), "l"(both) : "memory");
+}
+
+__device__ __forceinline__ letter peek(const letter* from) {
+    letter both;
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(both) : "l"(from) : "memory");
+    return both;
+}
+
+typedef unsigned remote;  // a place in the shared memory of another block of the cluster
+
+// Where a place in a block's own shared memory is in that of the cluster's block ``rank``.
+__device__ __forceinline__ remote reach(const letter* own, int rank) {
+    remote there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
+    return there;
+}
+
+__device__ __forceinline__ void push(remote to, int j, float value, unsigned count) {
+    const letter both = (letter)count << 32 | __float_as_uint(value);
+    asm volatile("st.relaxed.cluster.shared::cluster.b64 [%0], %1;" :: "r"(to + 8 * j), "l"(both) : "memory");
+}
+
+__device__ __forceinline__ letter peek_near(const letter* from) {
+    letter both;
+    asm volatile("ld.relaxed.cluster.shared::cta.b64 %0, [%1];" : "=l"(both) : "r"(shared_address(from)) : "memory");
+    return both;
+}
+
+__device__ __forceinline__ int cluster_rank() {
+    unsigned rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }

@@ -8,7 +8,9 @@
 #define __expf expf
 #define memory ((char*)shared_memory)
 
+struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 template <class T> static T __ldcg(const T* p) { return *p; }
 template <class T> static void __stcg(T* p, T v) { *p = v; }
@@ -16,10 +18,11 @@ static float __fdividef(float a, float b) { return a / b; }
 static float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static float power_of_two(float x) { return exp2f(x); }
 static unsigned short nearest_half(float x) { return to_bf16(x); }
+static unsigned two_halves(float first, float second) { return to_bf16(first) | (unsigned)to_bf16(second) << 16; }
 
 template <class T> static T from_lane(T value, int lane) {
-    static unsigned long long held[64][32];
-    const int warp = threadIdx.x / 32;
+    static unsigned long long held[1024][32];
+    const int warp = current / 32;
     memcpy(&held[warp][threadIdx.x % 32], &value, sizeof value);
     __syncwarp();
     if (lane >= 0) memcpy(&value, &held[warp][lane], sizeof value);
@@ -43,8 +46,8 @@ static void multiply_single(float* c, uint4 w, unsigned x0, unsigned x1) {
 }
 
 static void multiply_half(float* c, uint4 w, unsigned x0, unsigned x1) {
-    static unsigned held[64][32][6];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    static unsigned held[1024][32][6];
+    const int warp = current / 32, lane = threadIdx.x % 32;
     const unsigned given[6] = {w.x, w.y, w.z, w.w, x0, x1};
     memcpy(held[warp][lane], given, sizeof given);
     __syncwarp();
@@ -91,3 +94,25 @@ static unsigned latest(const unsigned* from) {
     pause_a_little();
     return *from;
 }
+
+typedef unsigned long long letter;
+static void send(letter* to, float value, unsigned count) { *to = (letter)count << 32 | __float_as_uint(value); }
+static letter peek(const letter* from) {
+    others();
+    return *from;
+}
+static letter peek_near(const letter* from) { return peek(from); }
+#define __cluster_dims__(...)
+#ifdef CLUSTER
+static int cluster_rank() { return blockIdx.x % CLUSTER; }
+typedef letter* remote;
+static remote reach(const letter* own, int rank) {
+    Block& other = blocks_[blockIdx.x / CLUSTER * CLUSTER + rank];
+    return (letter*)((char*)other.room + ((char*)own - (char*)shared_memory));
+}
+static void push(remote to, int j, float value, unsigned count) { send(to + j, value, count); }
+static void meet_cluster() {
+    static std::map<int, Barrier> barriers;
+    wait_at(barriers[blockIdx.x / CLUSTER], CLUSTER * threads_);
+}
+#endif
