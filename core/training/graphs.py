@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from core.errors import UserError
@@ -48,7 +49,7 @@ def check_graphs(module: LightningModule) -> None:
     """Refuses trainings whose step cannot be a graph.
 
     Raises:
-        UserError: If gradients are accumulated, or sequences shared by processes.
+        UserError: If gradients are accumulated, or sequences or weights shared by processes.
     """
     steps = module.trainer.accumulate_grad_batches
     if steps > 1:
@@ -58,3 +59,8 @@ def check_graphs(module: LightningModule) -> None:
         )
     if active() is not None:
         raise UserError("--model.graph is on and sequences are shared by processes, wanted --model.graph false")
+    if any(isinstance(p, DTensor) for p in module.parameters()):
+        raise UserError(
+            "--model.graph is on and weights are shared by processes, which fetch them in each step, wanted "
+            "--model.graph false, or --trainer.strategy ddp"
+        )
