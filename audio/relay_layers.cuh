@@ -42,48 +42,67 @@ struct Said {
         for (int i = threadIdx.x; i < row[POOL] * D; i += THREADS) kept[i] = state[i];
     }
 
-    // Number j at the block's turn ``count``.
-    __device__ __forceinline__ float at(const Args& a, unsigned count, int j) const {
+    // Adds four numbers, as many as there are, at the block's turn ``count``.
+    __device__ __forceinline__ void add(const Args& a, unsigned count, int quad, float4* to) const {
         const unsigned turn = phase + count - 1, full = turn / row[POOL];
-        const int place = turn % row[POOL] * width + j;
-        return full ? await(box(a, row[SAID], row[SAID_SLOT], full) + place, full) : kept[place];
+        const int place = turn % row[POOL] * width + 4 * quad, most = width - 4 * quad - 1;
+        if (most < 0) return;
+        const letter* from = box(a, row[SAID], row[SAID_SLOT], full) + place;
+        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (full)
+            await_all<1, 4>(1, full, sum, [&](int, letter* four) {
+#pragma unroll
+                for (int v = 0; v < 4; v++) four[v] = peek_far(from + least(v, most));
+            });
+        else
+#pragma unroll
+            for (int v = 0; v < 4; v++) sum[v] = kept[place + least(v, most)];
+        to->x += sum[0];
+        if (most > 0) to->y += sum[1];
+        if (most > 1) to->z += sum[2];
+        if (most > 2) to->w += sum[3];
     }
 
     __device__ __forceinline__ void save(const Args& a, unsigned all, float* state) const {
         const unsigned full = (phase + all) / row[POOL];
         for (int i = threadIdx.x; full && i < row[POOL] * width; i += THREADS)
-            state[i] = await(box(a, row[SAID], row[SAID_SLOT], full) + i, full);
+            await_all<1, 1>(1, full, &(state[i] = 0.0f), [&](int, letter* one) {
+                *one = peek_far(box(a, row[SAID], row[SAID_SLOT], full) + i);
+            });
     }
 };
 
-// Tells the other parts of a layer this one's share of number j, by its first warp; returns the sum of theirs.
+// Tells the other parts of a layer this one's share of number j, by its first warp, and adds theirs to it.
 template <int S, int LOWS>
-__device__ __forceinline__ float of_other_parts(const int* row, float own, unsigned count, int j) {
+__device__ __forceinline__ void add_other_parts(const int* row, float* own, unsigned count, int j) {
     const int part = row[PART], first = cluster_rank() - part;
     letter* boxes = near_box(row[SHARED], S * LOWS, count) + j;
     if (threadIdx.x < 32)
 #pragma unroll
         for (int p = 0; p < S; p++)
-            if (p != part) push(reach(boxes + part * LOWS, first + p), 0, own, count);
-    return await_all<S - 1>(S - 1, count, [&](int i) { return peek_near(boxes + (i + (i >= part)) * LOWS); });
+            if (p != part) push(reach(boxes + part * LOWS, first + p), 0, *own, count);
+    await_all<S - 1, 1>(S - 1, count, own, [&](int i, letter* one) {
+        *one = peek_near(boxes + (i + (i >= part)) * LOWS);
+    });
 }
 
 // A part of a Mamba layer: 16 channels of each warp, of which two lanes share one, with half of its N states each. The other
 // S - 1 parts of a layer get its share of dt, B and C, and whoever follows its share of the layer's output. x comes in
 // from ``sources``; a block of threads meets three times a turn: when x is there, when the warps' shares of dt, B and C
 // are, and when their gated outputs are.
-template <int D, int N, int W, int R, int S>
+template <int D, int N, int W, int R, int S, int FAR_MOST, int NEAR_MOST, int PUSH_MOST>
 __device__ void layer(const Args& a) {
     constexpr int D16 = up_to(D, 16), K = D16 / 16, R4 = up_to(R, 4), N8 = up_to(N, 8), J = N8 / 8;
-    constexpr int LOWS = up_to(R4 + 2 * N8, 16), LOW_TILES = LOWS / 16, IN_HELD = K <= 8;
+    constexpr int LOWS = up_to(R4 + 2 * N8, 16), LOW_TILES = LOWS / 16, LOWS_EACH = (LOWS + 31) / 32;
     const int* row = row_of_block();
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4;
     const int channel = warp * 16 + g + t / 2 * 8, half = t % 2, part = row[PART];
 
     Cursor at = begin(a, row);
     Norm<D> norm;
-    Weights<K, 2 * WARPS, IN_HELD> in;
-    Weights<WARPS, D16 / 16, true> out;
+    Weights<K, 2 * WARPS, (K <= 8)> in;
+    typedef Weights<WARPS, D16 / 16, true> Out;
+    Out out;
     uint4 low_weights[LOW_TILES];
     at.take(norm);
     at.take(in);
@@ -114,32 +133,38 @@ __device__ void layer(const Args& a) {
         h[i / 4][i % 4] = states[own_states + i];
     }
     const float* out_bias = at.numbers(D16);
-    float *x = at.shared(D16), *shares = at.shared(LOWS * WARPS), *low = at.shared(WARPS * LOWS) + warp * LOWS;
-    float* bias = at.shared(D16);
-    half_bits* inner = (half_bits*)at.shared(CHANNELS);
+    float bias[Out::PER];
+    const int out_column = warp * 16 + g + t % 2 * 8;
+#pragma unroll
+    for (int r = 0; r < Out::PER; r++) bias[r] = Out::mine(r) ? out_bias[out_column + r * CHANNELS] : 0.0f;
+    float *shares = at.shared(LOWS * WARPS), *low = at.shared(WARPS * LOWS) + warp * LOWS;
+    uint4* inner = (uint4*)at.shared(CHANNELS);
     const long long before = turns(row, a.seen);
     const unsigned all = (unsigned)(turns(row, a.seen + a.length) - before);
     Said said = {row};
     float* frame = states + CHANNELS * N8;
     if (row[POOL]) said.load(a, before, D, frame, at.shared(row[POOL] * D));
-    for (int j = tid; j < D16; j += THREADS) x[j] = 0.0f, bias[j] = out_bias[j];
     __syncthreads();
 
-    const Exit exit(a, row, part * D16);
+    const Exit<PUSH_MOST> exit(a, row, part * D16);
     Watch watch;
     for (unsigned count = 1; count <= all; count++) {
         watch.mark(0);
-        for (int j = tid; j < D; j += THREADS)
-            x[j] = gather(a, row, count, j) + (row[POOL] ? said.at(a, count, j) : 0.0f);
-        watch.mark(1);
-        __syncthreads();
+        if (warp == 0)
+            norm.run([&](int quad) {
+                float4 v = gather<FAR_MOST, NEAR_MOST>(a, row, count, quad);
+                if (row[POOL]) said.add(a, count, quad, &v);
+                watch.mark(1);
+                return v;
+            });
         watch.mark(2);
-        uint2 normed[K];
-        norm.run(x, normed);
+        __syncthreads();
         watch.mark(3);
-        float value = value_bias, gate = gate_bias;
-        in.multiply([&](int k) { return normed[k]; },
-                    [&](int r, float low, float high) { (r ? gate : value) += t / 2 ? high : low; });
+        float value = value_bias, gate = gate_bias, rest[Out::PER];
+        in.multiply(norm.normed, [&](int r, int, float low, float high) { (r ? gate : value) += t / 2 ? high : low; });
+#pragma unroll
+        for (int r = 0; r < Out::PER; r++)
+            rest[r] = part || !Out::mine(r) ? 0.0f : ((const float*)norm.x)[out_column + r * CHANNELS] + bias[r];
         watch.mark(4);
         float u = taps[0] + taps[W] * value;
 #pragma unroll
@@ -150,7 +175,8 @@ __device__ void layer(const Args& a) {
         float four[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) four[i] = __shfl_sync(~0u, u, (4 * t + i) % 8 * 4 + (4 * t + i) / 8 * 2);
-        const uint2 own = split(make_float4(four[0], four[1], four[2], four[3]));
+        const uint4 both = split(make_float4(four[0], four[1], four[2], four[3]));
+        const uint2 own = g % 2 ? make_uint2(both.z, both.w) : make_uint2(both.x, both.y);
 #pragma unroll
         for (int i = 0; i < LOW_TILES; i++) {
             float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -161,16 +187,20 @@ __device__ void layer(const Args& a) {
         watch.mark(5);
         __syncthreads();
         watch.mark(6);
+        float sums[LOWS_EACH];  // by every warp for itself
 #pragma unroll
-        for (int j = lane; j < LOWS; j += 32) {  // every warp for itself: all write the same sums
-            float sum = 0.0f;
+        for (int i = 0; i < LOWS_EACH; i++) {
+            const float4* from = (const float4*)shares + least(lane + 32 * i, LOWS - 1) * (WARPS / 4);
+            sums[i] = 0.0f;
 #pragma unroll
-            for (int i = 0; i < WARPS / 4; i++) {
-                const float4 four = ((const float4*)shares)[j * WARPS / 4 + i];
-                sum += (four.x + four.y) + (four.z + four.w);
-            }
-            if constexpr (S > 1) sum += of_other_parts<S, LOWS>(row, sum, count, j);
-            low[j] = sum;
+            for (int w = 0; w < WARPS / 4; w++) sums[i] += (from[w].x + from[w].y) + (from[w].z + from[w].w);
+        }
+#pragma unroll
+        for (int i = 0; i < LOWS_EACH; i++) {
+            const int j = lane + 32 * i;
+            if (j >= LOWS) continue;
+            if constexpr (S > 1) add_other_parts<S, LOWS>(row, sums + i, count, j);
+            low[j] = sums[i];
         }
         __syncwarp();
         watch.mark(7);
@@ -194,13 +224,11 @@ __device__ void layer(const Args& a) {
             y += (C.x * v[0] + C.y * v[1]) + (C.z * v[2] + C.w * v[3]);
         }
         y += __shfl_xor_sync(~0u, y, 1);
-        if (half == 0) put(inner, channel, (y + skip * u) * gate);
+        if (half == 0) put((half_bits*)inner, channel, (y + skip * u) * gate);
         watch.mark(8);
         __syncthreads();
         watch.mark(9);
-        out.run(inner, [&](int j, float sum) {
-            if (j < D) exit.say(j, D16, part ? sum : sum + x[j] + bias[j], count);
-        });
+        out.run(inner, [&](int r, int j, float sum) { exit.say(j, D16, sum + rest[r], count); });
         watch.mark(10);
     }
 #pragma unroll
@@ -211,8 +239,20 @@ __device__ void layer(const Args& a) {
     watch.save(a);
 }
 
+// Puts the D numbers that get(quad) returns four at a time into an input, from number ``first`` on.
+template <int D, class Get>
+__device__ __forceinline__ void put_all(uint4* operand, int first, Get get) {
+    for (int quad = threadIdx.x; quad < (D + 3) / 4; quad += THREADS) {
+        const float4 v = get(quad);
+        const float numbers[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (4 * quad + i < D) put((half_bits*)operand, first + 4 * quad + i, numbers[i]);
+    }
+}
+
 // A share of the columns of a pooling inwards: frames of POOL times D numbers become one number a column.
-template <int D, int FRAME, int TILES>
+template <int D, int FRAME, int TILES, int FAR_MOST, int NEAR_MOST, int PUSH_MOST>
 __device__ void pool_down(const Args& a) {
     constexpr int K = up_to(FRAME * D, 16) / 16;
     const int *row = row_of_block(), tid = threadIdx.x;
@@ -220,7 +260,7 @@ __device__ void pool_down(const Args& a) {
     Weights<K, TILES, true> weights;
     at.take(weights);
     const float* bias = at.numbers(16 * TILES);
-    half_bits* frame = (half_bits*)at.shared(16 * K);
+    uint4* frame = (uint4*)at.shared(16 * K);
     float* state = (float*)a.state + row[STATE];
     for (int i = tid; i < 16 * K; i += THREADS) ((float*)frame)[i] = state[i];
     const long long before = turns(row, a.seen);
@@ -228,11 +268,11 @@ __device__ void pool_down(const Args& a) {
     __syncthreads();
     for (unsigned count = 1; count <= all; count++) {
         const unsigned place = (phase + count - 1) % FRAME, full = (phase + count) / FRAME;
-        for (int j = tid; j < D; j += THREADS) put(frame, place * D + j, gather(a, row, count, j));
+        put_all<D>(frame, place * D, [&](int quad) { return gather<FAR_MOST, NEAR_MOST>(a, row, count, quad); });
         if (place + 1 < FRAME) continue;
         __syncthreads();
         letter* to = box(a, row[OUT], row[OUT_SLOT], full);
-        weights.run(frame, [&](int j, float sum) { send(to + j, sum + bias[j], full); });
+        weights.run(frame, [&](int, int j, float sum) { send(to + j, sum + bias[j], full); });
         __syncthreads();
     }
     __syncthreads();
@@ -240,7 +280,7 @@ __device__ void pool_down(const Args& a) {
 }
 
 // A share of the columns of a pooling outwards: what a stage of width D says becomes a frame.
-template <int D, int TILES>
+template <int D, int TILES, int FAR_MOST, int NEAR_MOST, int PUSH_MOST>
 __device__ void pool_up(const Args& a) {
     constexpr int K = up_to(D, 16) / 16;
     const int *row = row_of_block(), tid = threadIdx.x;
@@ -248,21 +288,21 @@ __device__ void pool_up(const Args& a) {
     Weights<K, TILES, true> weights;
     at.take(weights);
     const float* bias = at.numbers(16 * TILES);
-    half_bits* x = (half_bits*)at.shared(16 * K);
+    uint4* x = (uint4*)at.shared(16 * K);
     for (int i = tid; i < 16 * K; i += THREADS) ((float*)x)[i] = 0.0f;
     const unsigned all = (unsigned)(turns(row, a.seen + a.length) - turns(row, a.seen));
     __syncthreads();
     for (unsigned count = 1; count <= all; count++) {
-        for (int j = tid; j < D; j += THREADS) put(x, j, gather(a, row, count, j));
+        put_all<D>(x, 0, [&](int quad) { return gather<FAR_MOST, NEAR_MOST>(a, row, count, quad); });
         __syncthreads();
         letter* to = box(a, row[OUT], row[OUT_SLOT], count);
-        weights.run(x, [&](int j, float sum) { send(to + j, sum + bias[j], count); });
+        weights.run(x, [&](int, int j, float sum) { send(to + j, sum + bias[j], count); });
         __syncthreads();
     }
 }
 
 // Draws levels, hands on their embeddings, and gets from what comes back the scores of the next one.
-template <int D>
+template <int D, int FAR_MOST, int NEAR_MOST, int PUSH_MOST>
 __device__ void mouth(const Args& a) {
     constexpr int D16 = up_to(D, 16), K = D16 / 16, TILES = up_to(LEVELS, 16) / 16;
     const int *row = row_of_block(), tid = threadIdx.x, lane = tid % 32;
@@ -272,13 +312,14 @@ __device__ void mouth(const Args& a) {
     at.take(norm);
     at.take(head);
     const float* bias_from = at.numbers(16 * TILES);
-    float *x = at.shared(D16), *logits = at.shared(16 * TILES), *chances = at.shared(LEVELS), *bias = at.shared(16 * TILES);
-    for (int j = tid; j < D16; j += THREADS) x[j] = 0.0f;
+    float *logits = at.shared(16 * TILES), *chances = at.shared(LEVELS), *bias = at.shared(16 * TILES);
+    float* embedding = at.shared(LEVELS * D);  // of the clip's class
     for (int q = tid; q < 16 * TILES; q += THREADS) {
         logits[q] = q < LEVELS ? ((const float*)a.logits)[q] : 0.0f;
         bias[q] = bias_from[q];
     }
-    const float* embedding = (const float*)a.embedding + *(const long long*)a.offset * D;
+    for (int i = tid; i < LEVELS * D; i += THREADS)
+        embedding[i] = ((const float*)a.embedding)[*(const long long*)a.offset * D + i];
     const double* how = (const double*)a.how;
     const double temperature = how[0], top_p = how[1], min_p = how[2], *uniform = (const double*)a.uniform;
     double likelihood = 0.0, next = a.draw ? uniform[0] : 0.0;
@@ -295,23 +336,17 @@ __device__ void mouth(const Args& a) {
             } else
                 choice.level = ((const long long*)a.levels)[step];
             letter* to = box(a, row[OUT], row[OUT_SLOT], count);
-            for (int j = lane; j < D; j += 32) send(to + j, embedding[choice.level * D + j], count);
+            for (int j = lane; j < D16; j += 32) send(to + j, j < D ? embedding[choice.level * D + j] : 0.0f, count);
             if (a.draw) {  // while the layers run
                 likelihood += choice.log_likelihood(logits);
                 if (step + 1 < a.length) next = uniform[step + 1];
             }
         }
         watch.mark(1);
-        for (int j = tid; j < D; j += THREADS) x[j] = gather(a, row, count, j);
+        if (tid < 32) norm.run([&](int quad) { return gather<FAR_MOST, NEAR_MOST>(a, row, count, quad); });
         watch.mark(2);
         __syncthreads();
-        uint2 normed[K];
-        norm.run(x, normed);
-        head.multiply([&](int k) { return normed[k]; },
-                      [&](int r, float low, float high) {
-                          const int t = lane % 4, q = (tid / 32 + r * WARPS) * 16 + lane / 4 + 8 * t;
-                          if (t < 2) logits[q] = (t ? high : low) + bias[q];
-                      });
+        head.run(norm.normed, [&](int, int q, float sum) { logits[q] = sum + bias[q]; });
         __syncthreads();
         watch.mark(3);
     }

@@ -19,6 +19,7 @@ from core.mixers import Mamba, MambaState
 from core.mixers.mamba import decay_rates
 
 WARPS = 8  # of a block of threads
+SHARED_LIMIT = 227 << 10  # bytes of shared memory that a block of threads may have on sm_90
 MOST_LOW = 64  # numbers that make a layer's dt, B and C
 MOST_WIDTH = 256  # of a stage: its layers' weights fit into shared memory and registers
 MOST_TILES = 32  # of a pooling's weights that a warp holds in registers
@@ -27,6 +28,7 @@ FIELDS = (
     "job", "period", "weights", "state", "out", "out_slot", "part", "shared", "said", "said_slot",
     "pool", "fars", "nears", "pushes",
 )  # fmt: skip
+WAYS = ("fars", "nears", "pushes")
 
 
 class Source(NamedTuple):
@@ -41,14 +43,18 @@ class Source(NamedTuple):
 class Job:
     """What a block of threads does: its row of the table, and where its input comes from."""
 
-    def __init__(self, row: dict[str, int], sources: list[Source], parts: int, lows: int) -> None:
-        self.row, self.sources = row, sources
+    def __init__(self, kind: str, row: dict[str, int], sources: list[Source], parts: int, lows: int) -> None:
+        self.kind, self.row, self.sources = kind, row, sources
         self.parts, self.lows = parts, lows  # of the layer, and numbers that its parts share; 0 parts if it is none
         self.place = 0  # in the grid
         self.fars: list[int] = []
         self.nears: list[int] = []
         self.pushes: list[int] = []
         self.letters = 0  # of its shared memory
+
+    def ways(self) -> dict[str, int]:
+        """How many there are of each way."""
+        return {name: len(getattr(self, name)) // 2 for name in WAYS}
 
 
 class Relay:
@@ -75,7 +81,6 @@ class Relay:
 
     def __init__(self, net: SoundNet, state: StageState, warps: int = WARPS) -> None:
         self._warps, self._channels = warps, TILE * warps
-        self._cases: dict[str, int] = {}  # code for a kind of block -> its number
         self._jobs: list[Job] = []
         self._weights: list[np.ndarray] = []
         self._states: list[Tensor] = []
@@ -90,7 +95,7 @@ class Relay:
         for _ in config.pool:
             stages.append(at)
             at = at.inner
-        embedding = self._mail(net.config.d_model)
+        embedding = self._mail(up_to(config.d_model, TILE))
         x, ends, period = [embedding], [], 1
         for (down, pool_down, _, _), its, pool in zip(layers, stages, config.pool, strict=True):
             inputs = []
@@ -122,14 +127,17 @@ class Relay:
         grid = self._places()
         for job in self._jobs:
             self._choose_ways(job)
-        most = {n: max(1, *(len(getattr(job, n)) // 2 for job in self._jobs)) for n in ("fars", "nears", "pushes")}
+        most = {name: max(1, *(job.ways()[name] for job in self._jobs)) for name in WAYS}
+        cases: dict[str, int] = {}  # code for a kind of block -> its number
         rows = []
         for place in range(up_to(len(grid), CLUSTER)):
             job = grid[place] if place < len(grid) else None
             rows.append([-1] + [0] * (len(FIELDS) - 1 + 2 * sum(most.values())))
             if job is None:
                 continue
-            job.row |= {n: len(getattr(job, n)) // 2 for n in most}
+            alike = [other.ways() for other in self._jobs if other.kind == job.kind]
+            code = ", ".join([job.kind, *(str(max(ways[name] for ways in alike)) for name in WAYS)])
+            job.row |= {"job": cases.setdefault(code, len(cases)), **job.ways()}
             rows[-1] = [job.row.get(name, 0) for name in FIELDS]
             for name, size in most.items():
                 rows[-1] += getattr(job, name) + [0] * (2 * size - len(getattr(job, name)))
@@ -138,10 +146,12 @@ class Relay:
         self.state = torch.cat(self._states)
         near = up_to(max(job.letters for job in self._jobs), 2)
         self.shared += 8 * near + up_to(4 * len(rows[0]), 16)
-        cases = " ".join(f"case {number}: {code}(a); break;" for code, number in self._cases.items())
+        if self.shared > SHARED_LIMIT:
+            raise ValueError(f"net: a block needs {self.shared:,} bytes of shared memory, wanted <= {SHARED_LIMIT:,}")
+        code = " ".join(f"case {number}: {code}>(a); break;" for code, number in cases.items())
         values = {
             "WARPS": self._warps, "CLUSTER": CLUSTER, "LEVELS": net.levels, "DEPTH": self._depth, "NEAR_LETTERS": near,
-            "FARS": most["fars"], "NEARS": most["nears"], "PUSHES": most["pushes"], "JOB_CASES": cases,
+            "FARS": most["fars"], "NEARS": most["nears"], "PUSHES": most["pushes"], "JOB_CASES": code,
         }  # fmt: skip
         self.macros = tuple(f"{name} {value}" for name, value in values.items())
 
@@ -174,18 +184,17 @@ class Relay:
         return source
 
     def _add(
-        self, code: str, pieces: list[Tensor], state: list[Tensor], sources: list[Source], row: dict[str, int],
+        self, kind: str, pieces: list[Tensor], state: list[Tensor], sources: list[Source], row: dict[str, int],
         parts: int = 0, lows: int = 0,
     ) -> int:  # fmt: skip
         """Adds a block of threads; returns its number."""
         raw = [piece.contiguous().reshape(-1).view(torch.uint8).cpu().numpy() for piece in pieces]
-        row |= {"job": self._cases.setdefault(code, len(self._cases))}
         row |= {"weights": self._sizes["weights"] // 16, "state": self._sizes["state"]}
         self._sizes["weights"] += sum(map(len, raw))
         self._sizes["state"] += sum(map(len, state))
         self._weights += raw
         self._states += state
-        self._jobs.append(Job(row, sources, parts, lows))
+        self._jobs.append(Job(kind, row, sources, parts, lows))
         return len(self._jobs) - 1
 
     def _needs(self, numbers: int) -> None:
@@ -219,9 +228,9 @@ class Relay:
         for part in range(parts):
             here = slice(part * channels, (part + 1) * channels)
             states = [conv[:, here].flatten(), ssm[here].flatten(), *frames]
-            code = f"layer<{D}, {N}, {W}, {R}, {parts}>"
+            kind = f"layer<{D}, {N}, {W}, {R}, {parts}"
             pieces = _part_of(block, parts * channels, here)
-            owner = self._add(code, pieces, states, sources, row | {"part": part}, parts, lows)
+            owner = self._add(kind, pieces, states, sources, row | {"part": part}, parts, lows)
             said_by.append(Source(out.at + part * D16, out.slot, owner, D16))
         held = D16 <= 128
         self._needs(
@@ -254,7 +263,7 @@ class Relay:
         out = self._mail(up_to(linear.out_features, TILE))
         for first, tiles, pieces in self._columns(weight, linear.bias):
             row = {"period": period, "out": out.at + first, "out_slot": out.slot}
-            self._add(f"pool_down<{D}, {pool}, {tiles}>", pieces, [operand(frame, True)], sources, row)
+            self._add(f"pool_down<{D}, {pool}, {tiles}", pieces, [operand(frame, True)], sources, row)
         self._needs(rows)
         return out
 
@@ -264,7 +273,7 @@ class Relay:
         out = self._mail(up_to(linear.out_features, TILE))
         for first, tiles, pieces in self._columns(weight, bias):
             row = {"period": period, "out": out.at + first, "out_slot": out.slot}
-            self._add(f"pool_up<{linear.in_features}, {tiles}>", pieces, [], sources, row)
+            self._add(f"pool_up<{linear.in_features}, {tiles}", pieces, [], sources, row)
         self._needs(up_to(linear.in_features, TILE))
         return out
 
@@ -274,9 +283,11 @@ class Relay:
         weight = padded(net.head.weight.detach().float().cpu(), rows, D16)
         pieces = [*_norm(net.model.norm), half_tiles(weight), padded(net.head.bias.detach().float().cpu(), rows)]
         row = {"period": 1, "out": embedding.at, "out_slot": embedding.slot}
-        self._add(f"mouth<{D}>", pieces, [], sources, row)
+        self._add(f"mouth<{D}", pieces, [], sources, row)
         held = D16 // TILE * rows // TILE <= 32 * self._warps
-        self._needs(2 * D16 + (0 if held else D16 * rows // 2) + D16 + 2 * rows + up_to(net.levels, 4))
+        self._needs(
+            4 * D16 + (0 if held else D16 * rows // 2) + 2 * rows + up_to(net.levels, 4) + up_to(net.levels * D, 4)
+        )
 
 
 def _norm(norm: Any) -> list[Tensor]:

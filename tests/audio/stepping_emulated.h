@@ -17,6 +17,7 @@ template <class T> static void __stcg(T* p, T v) { *p = v; }
 static float __fdividef(float a, float b) { return a / b; }
 static float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static float power_of_two(float x) { return exp2f(x); }
+static float reciprocal(float x) { return 1.0f / x; }
 static unsigned short nearest_half(float x) { return to_bf16(x); }
 static unsigned two_halves(float first, float second) { return to_bf16(first) | (unsigned)to_bf16(second) << 16; }
 
@@ -40,6 +41,7 @@ static int __reduce_min_sync(unsigned, int value) {
     }
     return value;
 }
+static int __reduce_max_sync(unsigned, int value) { return -__reduce_min_sync(~0u, -value); }
 
 static void multiply_single(float* c, uint4 w, unsigned x0, unsigned x1) {
     product(*(float(*)[4])c, {w.x, w.y, w.z, w.w}, {x0, x1});
@@ -97,11 +99,16 @@ static unsigned latest(const unsigned* from) {
 
 typedef unsigned long long letter;
 static void send(letter* to, float value, unsigned count) { *to = (letter)count << 32 | __float_as_uint(value); }
-static letter peek(const letter* from) {
+static letter peek_far(const letter* from) {
     others();
     return *from;
 }
-static letter peek_near(const letter* from) { return peek(from); }
+static void peek_far(const letter* from, letter* four) {
+    others();
+    for (int i = 0; i < 4; i++) four[i] = from[i];
+}
+static letter peek_near(const letter* from) { return peek_far(from); }
+static void peek_near(const letter* from, letter* four) { peek_far(from, four); }
 #define __cluster_dims__(...)
 #ifdef CLUSTER
 static int cluster_rank() { return blockIdx.x % CLUSTER; }

@@ -22,7 +22,8 @@ from core.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 WARPS = 4
-NET = SashimiConfig(20, 2, (2, 3), mixer_cfg={"d_state": 5, "d_conv": 3, "bias": True})  # layers of 1, 2 and 3 parts
+# Widths of 16, 48 and 144, layers of 1, 2 and 5 parts.
+NET = SashimiConfig(16, 2, (2, 3), expand=3, mixer_cfg={"d_state": 5, "d_conv": 3, "bias": True})
 START = """
 static Args* given;
 static void start() { relay(*given); fibers[current].done = true; others(); }

@@ -33,11 +33,11 @@ static int min(int a, int b) { return a < b ? a : b; }
 static int max(int a, int b) { return a > b ? a : b; }
 
 struct Index { int x; };
-struct Fiber { ucontext_t context; char* stack; bool done; Index index; };
+struct Barrier { int arrived = 0; long phase = 0; int all = 1; };
+struct Fiber { ucontext_t context; char* stack; bool done; Index index; Barrier* waits; long phase; };  // for a phase to end
 static std::vector<Fiber> fibers;
 static int current, threads_;
 static ucontext_t scheduler;
-struct Barrier { int arrived = 0; long phase = 0; int all = 1; };
 struct Block { Index index; float4* room; Barrier barrier; };
 static std::vector<Block> blocks_;  // those that run side by side
 static std::vector<Barrier> of_warp;
@@ -50,7 +50,11 @@ static void others() { swapcontext(&fibers[current].context, &scheduler); }
 static void wait_at(Barrier& b, int count) {
     long phase = b.phase;
     if (++b.arrived == count) b.arrived = 0, b.phase++;
-    else while (b.phase == phase) others();
+    else {
+        fibers[current].waits = &b, fibers[current].phase = phase;
+        while (b.phase == phase) others();
+        fibers[current].waits = nullptr;
+    }
 }
 static void __syncthreads() { wait_at(of_block, threads_); }
 static void __syncwarp() { wait_at(of_warp[current / 32], 32); }
@@ -113,13 +117,15 @@ static void run_blocks(void (*start)(), long long blocks, int threads, int bytes
             f.context.uc_stack.ss_size = room;
             f.done = false;
             f.index.x = i % threads;
+            f.waits = nullptr;
             makecontext(&f.context, start, 0);
         }
         for (int left = 1; left;) {
             left = 0;
             for (current = 0; current < (int)fibers.size(); current++) {
-                if (!fibers[current].done) swapcontext(&scheduler, &fibers[current].context);
-                left += !fibers[current].done;
+                const Fiber& f = fibers[current];
+                if (!f.done && !(f.waits && f.waits->phase == f.phase)) swapcontext(&scheduler, &fibers[current].context);
+                left += !f.done;
             }
         }
         for (Block& block : blocks_) free(block.room);
