@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from rich.progress import Progress
@@ -44,6 +44,7 @@ def generate(
     out: str | None = None,
     overwrite: bool = False,
     device: str = "auto",
+    precision: Literal["float32", "bfloat16"] = "float32",
     reject_low: float = 0.0,
     reject_high: float = 0.0,
     stdout: bool = False,
@@ -74,6 +75,7 @@ def generate(
         out: Folder to write to instead of the next one in runs/audio/generate.
         overwrite: Replace what an earlier generation has written to that folder.
         device: Where to run: cpu or cuda; auto is the GPU if there is one.
+        precision: Of the weights; bfloat16 on a GPU only. It is faster: one clip of a Mamba U-Net is streamed in real time.
         reject_low: Share of the drawn clips that is left out as the least likely: runaway noise is among them.
         reject_high: Share that is left out as the most likely: silence is among them. SaShiMi's protocol is 0.4 and
             0.05.
@@ -82,7 +84,9 @@ def generate(
     drawn = _drawn(num, reject_low, reject_high)
     sampling, where = _check(num, seconds, temperature, top_k, top_p), env.find_device(device)
     trained = load_trained(None if checkpoint is None else Path(checkpoint).expanduser())
-    trained.net.to(where)
+    if precision == "bfloat16" and where.type == "cpu":
+        raise UserError("--precision is bfloat16, wanted float32 on a CPU; a GPU takes both")
+    trained.net.to(where, getattr(torch, precision))
     starts = trained.starts(drawn, [name.strip() for name in classes.split(",")] if classes else ())
     start = None
     if prompt is not None:
@@ -100,6 +104,7 @@ def generate(
         "guidance": guide.strength if guide else 0,
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "prompt": prompt or "none",
         "device": env.device_name(where),
+        "precision": precision,
     }  # fmt: skip
     try:
         folder.mark({"status": "running", "command": command})

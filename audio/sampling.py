@@ -183,9 +183,12 @@ def _stepper(net: SoundNet, logits: Tensor, state: Any, classes: Tensor, strengt
     device = net.embedding.weight.device
     backend = resolve("selective_scan", "auto", device)
     if device.type == "cuda" and backend in ("cuda", "triton"):
+        from audio.relay_cuda import RelayStepper, relay_of
         from audio.stepping_cuda import CudaStepper, has_cuda_step
 
         if has_cuda_step(net):
+            if (relay := relay_of(net, state)) is not None:
+                return RelayStepper(net, relay, logits, classes)
             return _guided(CudaStepper(net, state, logits, classes), logits, strength)
     if backend == "cpu":
         from audio.stepping import CompiledStepper, has_compiled_step  # needs numba, which other backends do without

@@ -39,7 +39,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) advance(const __grid_const
     const bool owner = s < NS, real = owner && first + s < a.count;
     const long long mine = real ? first + s : a.count - 1;
     float *resident = room(AT_RESIDENT) + s * RESIDENT, *kept = w.state + (long long)s * STATE_SIZE;
-    float* logits = room(AT_LOGITS) + s * LEVELS;
+    float *logits = room(AT_LOGITS) + s * LEVELS, *chances = room(AT_CHANCES) + s * LEVELS;
     if (owner) {
         for (int i = lane; i < RESIDENT; i += 32) resident[i] = kept[i];
         for (int q = lane; q < LEVELS; q += 32) logits[q] = ((const float*)a.logits)[mine * LEVELS + q];
@@ -58,7 +58,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) advance(const __grid_const
             if (a.draw) {
                 const double number = next;
                 if (step + 1 < a.length) next = uniform[step + 1];  // long before it is needed
-                level = choose(s, temperature, top_p, min_p, a.top_k, number, &likelihood);
+                const Choice choice = choose(logits, chances, temperature, top_p, min_p, a.top_k, number);
+                level = choice.level;
+                likelihood += choice.log_likelihood(logits);
                 if (real && lane == 0) ((long long*)a.levels)[place] = level;
             } else
                 level = ((const long long*)a.levels)[place];

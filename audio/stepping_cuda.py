@@ -26,8 +26,8 @@ from core.mixers import Mamba
 from kernels import nvrtc
 
 PARTS = (
-    "stepping_machine.cuh", "stepping_stream.cuh", "stepping_products.cuh", "stepping_layers.cuh", "stepping_net.cuh",
-    "stepping_levels.cuh", "stepping.cu",
+    "stepping_machine.cuh", "stepping_functions.cuh", "stepping_stream.cuh", "stepping_products.cuh",
+    "stepping_layers.cuh", "stepping_net.cuh", "stepping_levels.cuh", "stepping.cu",
 )  # fmt: skip
 POINTERS = ("stream", "state", "embedding", "logits", "levels", "offset", "uniform", "how", "likelihood", "profile")
 INTEGERS = ("count", "length", "seen", "draw", "top_k")

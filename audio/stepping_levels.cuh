@@ -18,6 +18,12 @@ __device__ __forceinline__ double warp_sum(double value) {
     return value;
 }
 
+// The largest of a warp's numbers, which are not NaN: as whole numbers in the same order.
+__device__ __forceinline__ float warp_max(float value) {
+    const int bits = __float_as_int(value), largest = __reduce_max_sync(~0u, bits < 0 ? bits ^ 0x7fffffff : bits);
+    return __int_as_float(largest < 0 ? largest ^ 0x7fffffff : largest);
+}
+
 // Drops the levels past the top_k likeliest, and past those that together have probability top_p.
 __device__ __noinline__ void filter(const float* logits, float* weights, int top_k, double top_p) {
     const int lane = threadIdx.x % 32, kept = top_k > 0 ? least(top_k, LEVELS) : LEVELS;
@@ -35,36 +41,53 @@ __device__ __noinline__ void filter(const float* logits, float* weights, int top
     __syncwarp();
 }
 
-// Level of clip s where the distribution function passes a number; one warp a clip. As _choose in audio/stepping.py.
-__device__ __noinline__ int choose(int s, float temperature, double top_p, double min_p, int top_k, double uniform,
-                                   double* log_likelihood) {
+// A level, and what its likelihood under the net itself is made of.
+struct Choice {
+    int level;
+    float best;   // the largest of the logits
+    double mass;  // the sum of exp(logit - best)
+
+    __device__ __forceinline__ double log_likelihood(const float* logits) const {
+        const float near = mass;  // a logarithm in float64 would take a tenth of the time of a layer
+        return (double)logits[level] - (double)best - ((double)logf(near) + (mass - near) / near);
+    }
+};
+
+// Level where the distribution function passes a number, by one warp; ``kept`` is room for LEVELS numbers. As choose in
+// audio/stepping_levels.py.
+__device__ __noinline__ Choice choose(const float* logits, float* kept, float temperature, double top_p, double min_p,
+                                      int top_k, double uniform) {
     constexpr int EACH = (LEVELS + 31) / 32;
     const int lane = threadIdx.x % 32, first = lane * EACH;
-    const float* logits = room(AT_LOGITS) + s * LEVELS;
-    float weight[EACH], best = -INFINITY;
+    float below[EACH], best = -INFINITY;
+    if constexpr (LEVELS % 128 == 0) {
 #pragma unroll
-    for (int j = 0; j < EACH; j++) {
-        weight[j] = first + j < LEVELS ? logits[first + j] : -INFINITY;
-        best = fmaxf(best, weight[j]);
+        for (int j = 0; j < EACH; j += 4) {
+            const float4 four = ((const float4*)logits)[(first + j) / 4];
+            below[j] = four.x, below[j + 1] = four.y, below[j + 2] = four.z, below[j + 3] = four.w;
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < EACH; j++) below[j] = first + j < LEVELS ? logits[first + j] : -INFINITY;
     }
 #pragma unroll
-    for (int o = 16; o; o >>= 1) best = fmaxf(best, __shfl_xor_sync(~0u, best, o));
-    double mass = 0.0, own = 0.0;
+    for (int j = 0; j < EACH; j++) best = fmaxf(best, below[j]);
+    best = warp_max(best);
     int place = LEVELS;
 #pragma unroll
-    for (int j = 0; j < EACH; j++) {
-        const float below = weight[j] - best, chance = expf(below);
-        if (below == 0.0f && place == LEVELS) place = first + j;
-        weight[j] = temperature == 1.0f ? chance : expf(below / temperature);
-        mass += chance;
-        own += weight[j];
+    for (int j = EACH - 1; j >= 0; j--) {
+        below[j] -= best;
+        if (below[j] == 0.0f) place = first + j;
     }
     place = __reduce_min_sync(~0u, place);
-    int level = place;
     const bool filtered = top_k > 0 || top_p < 1.0, as_it_is = temperature == 1.0f && !filtered && min_p <= 0.0;
+    double mass = 0.0, total = 0.0;
+    int level = place;
     if (temperature != 0.0f) {
+        float weight[EACH];
+#pragma unroll
+        for (int j = 0; j < EACH; j++) weight[j] = expf(temperature == 1.0f ? below[j] : below[j] / temperature);
         if (filtered) {
-            float* kept = room(AT_CHANCES) + s * LEVELS;
 #pragma unroll
             for (int j = 0; j < EACH; j++)
                 if (first + j < LEVELS) kept[first + j] = weight[j];
@@ -73,34 +96,29 @@ __device__ __noinline__ int choose(int s, float temperature, double top_p, doubl
 #pragma unroll
             for (int j = 0; j < EACH; j++) weight[j] = first + j < LEVELS ? kept[first + j] : 0.0f;
         }
-        if (filtered || min_p > 0.0) {
-            own = 0.0;
+        double reached[EACH];  // sums of a lane's weights up to each of them
 #pragma unroll
-            for (int j = 0; j < EACH; j++) {
-                if (weight[j] < min_p) weight[j] = 0.0f;
-                own += weight[j];
-            }
-        }
-        double upto = own;
+        for (int j = 0; j < EACH; j++)
+            reached[j] = (j ? reached[j - 1] : 0.0) + (weight[j] < min_p ? 0.0f : weight[j]);
+        double upto = reached[EACH - 1];
 #pragma unroll
         for (int o = 1; o < 32; o <<= 1) {
             const double other = __shfl_up_sync(~0u, upto, o);
             if (lane >= o) upto += other;
         }
-        const double total = __shfl_sync(~0u, upto, 31), target = uniform * total;
-        double reached = upto - own;
+        total = __shfl_sync(~0u, upto, 31);
+        const double target = uniform * total, before = upto - reached[EACH - 1];
         int mine = LEVELS;
 #pragma unroll
-        for (int j = 0; j < EACH; j++) {
-            reached += weight[j];
-            if (reached > target && mine == LEVELS) mine = first + j;
-        }
+        for (int j = EACH - 1; j >= 0; j--)
+            if (before + reached[j] > target) mine = first + j;
         mine = __reduce_min_sync(~0u, mine);
         if (mine < LEVELS) level = mine;  // else rounding left the sum short of the total
-        if (as_it_is) mass = total;
     }
-    if (!as_it_is) mass = warp_sum(mass);
-    const float near = mass;  // a logarithm in float64 would take a tenth of the time of a layer
-    *log_likelihood += (double)logits[level] - (double)best - ((double)logf(near) + (mass - near) / near);
-    return level;
+    if (!as_it_is) {
+#pragma unroll
+        for (int j = 0; j < EACH; j++) mass += expf(below[j]);
+        mass = warp_sum(mass);
+    }
+    return {level, best, as_it_is ? total : mass};
 }

@@ -21,6 +21,12 @@ __device__ __forceinline__ float power_of_two(float x) {
     return y;
 }
 
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 __device__ __forceinline__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 
 __device__ __forceinline__ void begin_barrier(unsigned long long* barrier, int arrivals) {
@@ -59,8 +65,69 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, unsigned b
                  :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
 
-__device__ __forceinline__ unsigned short nearest_half(float x) {
-    unsigned pair;  // a conversion of two takes a quarter of the time of one's
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(0.0f), "f"(x));
+// The nearest bfloat16 numbers, the first in the lower half. A conversion of two takes a quarter of the time of one's.
+__device__ __forceinline__ unsigned two_halves(float first, float second) {
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
     return pair;
+}
+
+__device__ __forceinline__ unsigned short nearest_half(float x) { return two_halves(x, 0.0f); }
+
+typedef unsigned long long letter;  // a number, and above it the count of its sample
+typedef unsigned remote;            // a place in the shared memory of another block of the cluster
+
+// Both halves arrive at once, so whoever finds the count has the number: no fence, no flag of its own.
+__device__ __forceinline__ void send(letter* to, float value, unsigned count) {
+    const letter both = (letter)count << 32 | __float_as_uint(value);
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" :: "l"(to), "l"(both) : "memory");
+}
+
+// Where a place in a block's own shared memory is in that of the cluster's block ``rank``.
+__device__ __forceinline__ remote reach(const letter* own, int rank) {
+    remote there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(own)), "r"(rank));
+    return there;
+}
+
+__device__ __forceinline__ void push(remote to, int j, float value, unsigned count) {
+    const letter both = (letter)count << 32 | __float_as_uint(value);
+    asm volatile("st.relaxed.cluster.shared::cluster.b64 [%0], %1;" :: "r"(to + 8 * j), "l"(both) : "memory");
+}
+
+// A letter, or four, from global memory, and from a block's own shared memory.
+__device__ __forceinline__ letter peek_far(const letter* from) {
+    letter both;
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(both) : "l"(from) : "memory");
+    return both;
+}
+
+__device__ __forceinline__ void peek_far(const letter* from, letter* four) {
+    asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(four[0]), "=l"(four[1]) : "l"(from) : "memory");
+    asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
+                 : "=l"(four[2]), "=l"(four[3]) : "l"(from + 2) : "memory");
+}
+
+__device__ __forceinline__ letter peek_near(const letter* from) {
+    letter both;
+    asm volatile("ld.relaxed.cluster.shared::cta.b64 %0, [%1];" : "=l"(both) : "r"(shared_address(from)) : "memory");
+    return both;
+}
+
+__device__ __forceinline__ void peek_near(const letter* from, letter* four) {
+    const unsigned at = shared_address(from);
+    asm volatile("ld.relaxed.cluster.shared::cta.v2.b64 {%0, %1}, [%2];"
+                 : "=l"(four[0]), "=l"(four[1]) : "r"(at) : "memory");
+    asm volatile("ld.relaxed.cluster.shared::cta.v2.b64 {%0, %1}, [%2];"
+                 : "=l"(four[2]), "=l"(four[3]) : "r"(at + 16) : "memory");
+}
+
+__device__ __forceinline__ int cluster_rank() {
+    unsigned rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+__device__ __forceinline__ void meet_cluster() {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }

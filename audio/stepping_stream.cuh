@@ -1,11 +1,5 @@
 // Sizes, rooms in shared memory, and the stream of weights through a ring there.
 
-typedef unsigned short half_bits;
-
-__host__ __device__ constexpr int least(int a, int b) { return a < b ? a : b; }
-__host__ __device__ constexpr int most(int a, int b) { return a > b ? a : b; }
-__host__ __device__ constexpr int up_to(int n, int unit) { return (n + unit - 1) / unit * unit; }
-
 constexpr int WORKERS = 32 * WARPS, THREADS = WORKERS + 64, LAST = STAGES - 1;
 constexpr int TILE = HALF ? 512 : 1024;  // bytes of 16 columns by 16 rows
 constexpr int CHUNK = RING / SLOTS;

@@ -26,6 +26,12 @@ def padded(x: Tensor, *sizes: int) -> Tensor:
     return torch.nn.functional.pad(x, pads)
 
 
+def half_tiles(weight: Tensor) -> Tensor:
+    """Weights (outputs, inputs), multiples of 16, in bfloat16: rows of tiles, their tiles, 32 lanes, 8 numbers."""
+    parts = weight.view(-1, 2, 8, weight.shape[1] // TILE, 4, 2, 2)  # tile, upper, g, row, t, pair, number
+    return parts.permute(3, 0, 2, 4, 5, 1, 6).bfloat16().contiguous()
+
+
 class Stream:
     """Bytes of a segment of the stream, which grows piece by piece.
 
@@ -73,10 +79,10 @@ class Stream:
             self._tiles(weight[here])
 
     def _tiles(self, weight: Tensor) -> None:
-        parts = weight.view(-1, 2, 8, weight.shape[1] // TILE, 4, 2, 2)  # tile, upper, g, row, t, pair, number
         if self._half:
-            self._add(parts.permute(3, 0, 2, 4, 5, 1, 6).bfloat16().contiguous())
+            self._add(half_tiles(weight))
         else:
+            parts = weight.view(-1, 2, 8, weight.shape[1] // TILE, 4, 2, 2)
             self._add(parts.permute(3, 0, 5, 2, 4, 6, 1).contiguous())
 
     def _add(self, tensor: Tensor) -> None:

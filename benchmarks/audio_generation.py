@@ -2,7 +2,8 @@
 
 The net is the 6.1 million parameter Mamba U-Net of SC09 with random weights: speed does not depend on them. A call
 draws ``--samples`` samples of each clip, levels chosen on the GPU from all 256; prefill and copies are left out.
-``--profile`` prints the cycles of a block's phases instead, a sample and a layer of each width.
+One clip goes by the relay of blocks where it can, else, and with ``--kernel blocks``, by the kernel that gives each
+block of threads clips of its own. ``--profile`` prints the cycles of a block's phases instead.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from audio.net import SoundNet
+from audio.relay_cuda import RelayStepper, relay_of
 from audio.sampling import repeat_state
 from audio.sashimi import SashimiConfig
 from audio.stepping_cuda import CudaStepper
@@ -59,6 +62,55 @@ def print_profile(stepper: CudaStepper, uniform: torch.Tensor, config: SashimiCo
         print(f"  stage {depth}, a layer: {sum(cycles[16 * depth :][: len(PHASES)]) / number:.0f}: {', '.join(phases)}")
 
 
+RELAY_PHASES = ("input", "meet", "norm", "in", "low", "meet", "share", "scan", "meet", "out")
+
+
+def print_relay_profile(stepper: RelayStepper, uniform: torch.Tensor) -> None:
+    """Prints the cycles of one launch for each block of threads, a turn of its stage, by phase."""
+    stepper.draw(uniform, Sampling())
+    for number, (row, cycles) in enumerate(zip(stepper.relay.table.tolist(), stepper.cycles.tolist(), strict=True)):
+        if row[0] < 0 or not sum(cycles):
+            continue
+        turns = uniform.shape[1] / row[1]
+        phases = [f"{name} {c / turns:.0f}" for name, c in zip(RELAY_PHASES, cycles, strict=False) if c]
+        print(f"  block {number}, kind {row[0]}, every {row[1]}: {sum(cycles) / turns:.0f}: {', '.join(phases)}")
+
+
+def make(
+    net: SoundNet, logits: torch.Tensor, state: Any, block: int, options: argparse.Namespace
+) -> tuple[CudaStepper | RelayStepper, str]:
+    """What draws the clips of a state, and how many of them a block of threads has."""
+    relay = relay_of(net, state) if options.kernel == "auto" else None
+    if relay is not None:
+        return RelayStepper(net, relay, logits, profile=options.profile), "relay"
+    stepper = CudaStepper(net, state, logits, clips=block or None, profile=options.profile)
+    return stepper, str(stepper._clips)
+
+
+def case(
+    net: SoundNet, start: Any, name: str, weights: str, clips: int, block: int, options: argparse.Namespace
+) -> None:
+    """Measures and prints one case."""
+    logits, state = start[0][:, -1].repeat(clips, 1), repeat_state(start[1], clips)
+    uniform = torch.rand(clips, options.samples, dtype=torch.float64, device="cuda")
+    try:
+        stepper, kind = make(net, logits, state, block, options)
+        if options.profile:
+            print(f"{name} {weights}, {clips} clips, {kind} a block", flush=True)
+            if isinstance(stepper, RelayStepper):
+                print_relay_profile(stepper, uniform)
+            else:
+                print_profile(stepper, uniform, CONFIGS[name])
+            return
+        seconds = measure(lambda n: stepper.draw(uniform[:, :n], Sampling()), options.samples, options.repeats)
+    except (ValueError, RuntimeError) as error:
+        print(f"# {name} {weights} {clips} {block}: {error}", flush=True)
+        return
+    row = [name, weights, clips, kind, f"{clips / seconds:.0f}", f"{seconds * 16000:.3f}"]
+    csv.writer(sys.stdout).writerow([*row, torch.cuda.get_device_name(), torch.__version__, time.strftime("%Y-%m-%d")])
+    sys.stdout.flush()
+
+
 @torch.inference_mode()
 def main() -> None:
     """Measures and prints one row of CSV for each case, as soon as it is known."""
@@ -69,37 +121,18 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--profile", action="store_true", help="for nets whose widths are 64, 128 and 256")
-    arguments = parser.parse_args()
-    writer = csv.writer(sys.stdout)
-    writer.writerow(FIELDS)
-    for name in arguments.nets:
-        for weights in arguments.weights:
+    parser.add_argument("--profile", action="store_true", help="by blocks: for nets whose widths are 64, 128 and 256")
+    parser.add_argument("--kernel", default="auto", choices=["auto", "blocks"])
+    options = parser.parse_args()
+    csv.writer(sys.stdout).writerow(FIELDS)
+    for name in options.nets:
+        for weights in options.weights:
             torch.manual_seed(0)
             net = SoundNet(CONFIGS[name]).eval().cuda().to(getattr(torch, weights))
             start = net.forward_state(torch.full((1, 1), 128).cuda(), net.init_state(1))
-            for clips in arguments.clips:
-                logits, state = start[0][:, -1].repeat(clips, 1), repeat_state(start[1], clips)
-                uniform = torch.rand(clips, arguments.samples, dtype=torch.float64, device="cuda")
-                for block in arguments.clips_a_block:
-                    try:
-                        stepper = CudaStepper(net, state, logits, clips=block or None, profile=arguments.profile)
-                        if arguments.profile:
-                            print(f"{name} {weights}, {clips} clips, {stepper._clips} a block", flush=True)
-                            print_profile(stepper, uniform, CONFIGS[name])
-                            continue
-                        seconds = measure(
-                            lambda n, s=stepper, u=uniform: s.draw(u[:, :n], Sampling()),
-                            arguments.samples,
-                            arguments.repeats,
-                        )
-                    except (ValueError, RuntimeError) as error:
-                        print(f"# {name} {weights} {clips} {block}: {error}", flush=True)
-                        continue
-                    row = [name, weights, clips, stepper._clips, f"{clips / seconds:.0f}", f"{seconds * 16000:.3f}"]
-                    row += [torch.cuda.get_device_name(), torch.__version__, time.strftime("%Y-%m-%d")]
-                    writer.writerow(row)
-                    sys.stdout.flush()
+            for clips in options.clips:
+                for block in options.clips_a_block:
+                    case(net, start, name, weights, clips, block, options)
 
 
 if __name__ == "__main__":

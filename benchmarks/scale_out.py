@@ -1,13 +1,15 @@
 """Times training steps on one GPU and on all, each model in the same run: what several GPUs are worth.
 
-    torchrun --standalone --nproc_per_node 2 -m benchmarks.scale_out [--write] [--case NAME ...] [--steps N] [--profile]
+    torchrun --standalone --nproc_per_node 2 -m benchmarks.scale_out [--write] [--case NAME ...] [--steps N] [--eager]
 
 A step is forward, loss and backward under bfloat16 autocast, and AdamW. Every GPU gets what one GPU has alone: with
 data parallelism a batch, with sequence parallelism as many tokens, so that N GPUs work on sequences N times as long;
 with tensor parallelism they share the work of one. Efficiency is the speedup, in images or tokens a second, over N.
 Rank 0 is timed three times: alone (``NAME/1``), while every GPU takes the same step and nothing is exchanged
-(``NAME/apart``: what the machine costs), and together (``NAME/N``). The peak of memory is that of the fullest GPU and
-holds weights, moments and all. ``--profile`` prints the kernels that take most of rank 0's time in steps together.
+(``NAME/apart``: what the machine costs), and together (``NAME/N``). Where the host's calls take longer than the GPU,
+all three replay forward and backward as CUDA graphs, as commands do with ``--model.graph true``, unless ``--eager`` is
+given. The peak of memory is that of the fullest GPU and holds weights, moments and all. ``--profile`` prints the
+kernels that take most of rank 0's time in steps together.
 ``--toy`` runs tiny models, on CPUs where there is no GPU; processes without a GPU of their own share one (by gloo).
 ``--write`` puts the rows in the place of those of the same cases.
 """
@@ -16,11 +18,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -36,46 +39,60 @@ from benchmarks.vision import PROFILED, print_profile
 from core.lm import MambaConfig, MambaLM
 from core.parallel.group import SequenceGroup, sequence_parallel
 from core.parallel.tensor import head_loss, tensor_parallel
+from core.training.graphs import capture
 from genomics.models import build_lm
 
 WARM = 3  # steps before those that are timed
 Loss = Callable[[nn.Module], Tensor]  # of the model, perhaps wrapped
 
 
+class Training(NamedTuple):
+    """A model with its loss; ``inputs`` are those of the part that graphs replay, where they do."""
+
+    model: nn.Module
+    loss: Loss
+    inputs: Tensor | None = None
+
+    @property
+    def part(self) -> nn.Module:
+        """What graphs replay: of a language model all but the loss."""
+        return self.model.backbone if isinstance(self.model, MambaLM) else self.model
+
+
 @dataclass(frozen=True)
 class Case:
-    """A model with its loss, built on a device at full size or as a toy, and what its processes share."""
+    """A training, built on a device at full size or as a toy, and what its processes share."""
 
     kind: Literal["data", "sequence", "tensor"]
-    build: Callable[[torch.device, bool], tuple[nn.Module, Loss]]
+    build: Callable[[torch.device, bool], Training]
 
 
-def vmamba(device: torch.device, toy: bool) -> tuple[nn.Module, Loss]:
+def vmamba(device: torch.device, toy: bool) -> Training:
     """VMamba-T on 128 images of 224 x 224."""
     sizes: dict[str, Any] = {"dims": 16, "depths": (1, 1, 1, 1)} if toy else {}
     model = timm.create_model("vmamba_tiny_s1l8", **sizes).to(device)
     batch, size = (2, 32) if toy else (128, 224)
     images = torch.randn(batch, 3, size, size, device=device)
     labels = torch.randint(1000, (batch,), device=device)
-    return model, lambda model: F.cross_entropy(model(images), labels)
+    return Training(model, lambda model: F.cross_entropy(model(images), labels), images)
 
 
-def bases(model: nn.Module, batch: int, length: int, device: torch.device) -> tuple[nn.Module, Loss]:
+def bases(model: nn.Module, batch: int, length: int, device: torch.device) -> Training:
     """A model of DNA on random bases."""
     ids, wanted = torch.randint(7, 11, (2, batch, length), device=device)
-    return model.to(device), lambda model: F.cross_entropy(model(ids).float().flatten(0, 1), wanted.flatten())
+    return Training(model.to(device), lambda model: F.cross_entropy(model(ids).float().flatten(0, 1), wanted.flatten()))
 
 
-def genome_7m(device: torch.device, toy: bool) -> tuple[nn.Module, Loss]:
+def genome_7m(device: torch.device, toy: bool) -> Training:
     """The 7 M model of the recipe hg38_7m, whose batches of 1,024 windows two GPUs share."""
     model = build_lm(d_model=16 if toy else 256, n_layer=2 if toy else 16)
     return bases(model, 2 if toy else 512, 64 if toy else 1024, device)
 
 
-def long_mamba(width: int, layers: int, recompute: bool) -> Callable[[torch.device, bool], tuple[nn.Module, Loss]]:
+def long_mamba(width: int, layers: int, recompute: bool) -> Callable[[torch.device, bool], Training]:
     """A language model of Mamba blocks on a part of 2^20 tokens."""
 
-    def build(device: torch.device, toy: bool) -> tuple[nn.Module, Loss]:
+    def build(device: torch.device, toy: bool) -> Training:
         model = build_lm(d_model=16 if toy else width, n_layer=2 if toy else layers)
         model.set_gradient_checkpointing(recompute)  # type: ignore[operator]
         return bases(model, 1, 256 if toy else 1 << 20, device)
@@ -83,7 +100,7 @@ def long_mamba(width: int, layers: int, recompute: bool) -> Callable[[torch.devi
     return build
 
 
-def long_mamba2(device: torch.device, toy: bool) -> tuple[nn.Module, Loss]:
+def long_mamba2(device: torch.device, toy: bool) -> Training:
     """A language model of Mamba-2 blocks on a part of 2^20 tokens."""
     small = {"headdim": 8, "d_state": 8} if toy else {}
     config = MambaConfig(
@@ -92,13 +109,13 @@ def long_mamba2(device: torch.device, toy: bool) -> tuple[nn.Module, Loss]:
     return bases(MambaLM(config), 1, 256 if toy else 1 << 20, device)
 
 
-def long_caduceus(device: torch.device, toy: bool) -> tuple[nn.Module, Loss]:
+def long_caduceus(device: torch.device, toy: bool) -> Training:
     """A masked language model of bidirectional blocks on a part of 2^20 tokens."""
     model = build_lm(objective="masked", d_model=16 if toy else 128, n_layer=2 if toy else 4)
     return bases(model, 1, 256 if toy else 1 << 20, device)
 
 
-def mamba2_780m(device: torch.device, toy: bool) -> tuple[nn.Module, Loss]:
+def mamba2_780m(device: torch.device, toy: bool) -> Training:
     """The published 780 M model, 8 x 2048 tokens of text."""
     ssm = {"layer": "Mamba2", **({"headdim": 8, "d_state": 8} if toy else {})}
     config = MambaConfig(d_model=32 if toy else 1536, n_layer=2 if toy else 48, vocab_size=50277, ssm_cfg=ssm)
@@ -109,7 +126,7 @@ def mamba2_780m(device: torch.device, toy: bool) -> tuple[nn.Module, Loss]:
         return head_loss(model, model.backbone(ids[:, :-1]), ids[:, 1:]) / ids[:, 1:].numel()
 
     with device:
-        return MambaLM(config), loss
+        return Training(MambaLM(config), loss, ids[:, :-1])
 
 
 CASES = {
@@ -153,7 +170,7 @@ def milliseconds(step: Callable[[], None], steps: int, device: torch.device) -> 
 
 
 def measure(
-    case: Case, steps: int, device: torch.device, toy: bool, waiting: dist.ProcessGroup
+    case: Case, steps: int, device: torch.device, toy: bool, waiting: dist.ProcessGroup, eager: bool = False
 ) -> tuple[list[Timing], Callable[[], None]]:
     """Timings of rank 0 alone, of all ranks at once without an exchange, and of all together, and the last step.
 
@@ -163,24 +180,25 @@ def measure(
         device: This rank's.
         toy: Tiny sizes.
         waiting: A group in which ranks wait without touching a GPU.
+        eager: Without graphs.
 
     Returns:
         The timings (none but on rank 0), and the step that was timed last.
     """
     torch.manual_seed(0)
-    model, loss = case.build(device, toy)
-    step = step_of(model, loss, None, device)
-    for _ in range(WARM):  # on every rank: each compiles its kernels
-        step()
+    training = case.build(device, toy)
+    graph = training.inputs is not None and device.type == "cuda" and not eager
+    step = step_of(training.model, training.loss, None, device)
+    warm(step, training, graph)  # on every rank: each compiles its kernels
     dist.barrier(waiting)
     alone = milliseconds(step, steps, device) if dist.get_rank() == 0 else None
     dist.barrier(waiting)
     apart = milliseconds(step, steps, device)
     dist.barrier(waiting)
     del step  # and the moments
-    step = step_of(*shared(case, model, loss, device), device)
-    for _ in range(WARM):
-        step()
+    forget_graph(training)
+    step = step_of(*shared(case, training, device), device)
+    warm(step, training, graph)
     together = milliseconds(step, steps, device)
     peaks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, together.peak_mib, group=waiting)
@@ -188,10 +206,26 @@ def measure(
     return [] if alone is None else [alone, apart, together], step
 
 
-def shared(
-    case: Case, model: nn.Module, loss: Loss, device: torch.device
-) -> tuple[nn.Module, Loss, SequenceGroup | None]:
+def warm(step: Callable[[], None], training: Training, graph: bool) -> None:
+    """The steps before those that are timed; makes the graph."""
+    for _ in range(WARM):
+        step()
+    if graph and training.inputs is not None:
+        with torch.autocast("cuda", torch.bfloat16):
+            capture(training.part, training.inputs)
+        for _ in range(WARM):
+            step()
+
+
+def forget_graph(training: Training) -> None:
+    """Takes calls instead of graphs again."""
+    vars(training.part).pop("forward", None)
+    gc.collect()
+
+
+def shared(case: Case, training: Training, device: torch.device) -> tuple[nn.Module, Loss, SequenceGroup | None]:
     """The model as all ranks train it, its loss, and the ranks that share sequences."""
+    model, loss, _ = training
     everyone: Any = dist.group.WORLD
     if case.kind == "tensor":
         tensor_parallel(model, init_device_mesh(device.type, (dist.get_world_size(),)))
@@ -238,6 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", nargs="+", default=list(CASES), choices=CASES, help="only these")
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--eager", action="store_true", help="the host's calls instead of graphs")
     parser.add_argument("--profile", action="store_true", help="print the kernels that take most time")
     parser.add_argument("--toy", action="store_true", help="tiny models, to see that all of it runs")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/scale_out.csv")
@@ -255,7 +290,7 @@ def main() -> None:
     dist.init_process_group(backend)
     waiting: Any = dist.new_group(backend="gloo")
     for name in options.case:
-        timings, step = measure(CASES[name], options.steps, device, options.toy, waiting)
+        timings, step = measure(CASES[name], options.steps, device, options.toy, waiting, options.eager)
         if timings:
             rows = rows_of(name, timings, device)
             if options.write:  # as measured: a run that is cut keeps its rows

@@ -52,17 +52,17 @@ def draw_context(windows: list[Row], positions: list[Row], target: Path) -> None
         begun = f"after {warm} steps on short windows" if int(warm) else "from random weights, other pieces"
         left.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{name}, seed {seed}, {begun}")
     left.set_xlabel("window of training and test, samples")
-    for (name, window, seed), points in _lines(positions, ("name", "window", "seed"), "from").items():
+    for (name, window, seed, warm), points in _lines(positions, ("name", "window", "seed", "warm"), "from").items():
         if int(window) < FEW:
-            label = f"{name}, window {int(window):,}, seed {seed}"
+            label = f"{name}, {int(window):,}, seed {seed}" + ("" if int(warm) else ", from random weights")
             xs, ys = zip(*((max(x, 16), y) for x, y in points), strict=True)
             right.plot(xs, ys, marker="o", markersize=3, label=label)
-    right.set_xlabel("samples before the one predicted, from")
+    right.set_xlabel("samples before the one predicted, from (in windows of)")
     for axis in (left, right):
         axis.set_xscale("log", base=2)
         axis.set_ylabel("bits a sample, test")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(frameon=False, fontsize=6.5)
     _save(figure, target)
 
 

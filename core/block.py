@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core.forget import forget, forgetting
 from core.mixers.contract import Mixer
+from core.mixers.last import forward_last
 from core.parallel.group import in_parts
 from kernels.selective_scan.exactness import between_pieces
 
@@ -268,6 +269,16 @@ class Block(nn.Module):
         x, stream = self.norm(x, residual)
         x, state = self.mixer.forward_state(x, state, lengths)
         return *self.apply_mlp(x, stream), state
+
+    def forward_last(self, x: Tensor, residual: Tensor | None, state: Any) -> tuple[Tensor, Tensor, Any]:
+        """``forward_state``, of whose outputs only the last token's are wanted.
+
+        Returns:
+            This block's branch and the residual stream at the last token, (B, 1, D), and the mixer's new state.
+        """
+        x, stream = self.norm(x, residual)
+        x, state = forward_last(self.mixer, x, state)
+        return *self.apply_mlp(x, stream[:, -1:]), state
 
     def apply_mlp(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Runs the second branch, if there is one, on the branch and residual stream that the mixer left."""

@@ -103,8 +103,7 @@ def prefill(
     for start in range(0, input_ids.shape[1], size):
         ids = input_ids[:, start : start + size]
         if lengths is None:
-            hidden, state = model.backbone.forward_state(ids, state)
-            last = hidden[:, -1]
+            last, state = model.backbone.forward_last(ids, state)
             continue
         here = (lengths - start).clamp(0, ids.shape[1])
         hidden, state = model.backbone.forward_state(ids, state, here)
@@ -132,6 +131,7 @@ def stream(
     prefill_chunk: int | None = None,
     state_dtype: torch.dtype | None = None,
     graph: bool | None = None,
+    keep_logits: bool = True,
 ) -> Iterator[Step]:
     """Generates token by token and hands out each as soon as it is drawn.
 
@@ -152,6 +152,7 @@ def stream(
             the memory that many rows move, and loses increments below 1/256 of a state; long prompts then go at the
             speed of a scan whose final state nobody wants.
         graph: Replay each step, and short prompts, as CUDA graphs. None: on NVIDIA GPUs, without a ``generator``.
+        keep_logits: Whether a step's logits stay as they are; else the next step writes over them.
 
     Yields:
         A ``Step`` a token, until every row is finished or ``max_new_tokens`` are reached.
@@ -191,7 +192,9 @@ def stream(
     try:
         drawn = decoder.begin(hidden, state, seen, generator)
         for step in range(max_new_tokens):
-            yield Step(*(t.clone() for t in drawn))
+            yield Step(
+                drawn.tokens.clone(), drawn.logits.clone() if keep_logits else drawn.logits, drawn.finished.clone()
+            )
             if step + 1 == max_new_tokens or (ends and bool(drawn.finished.all())):
                 return
             drawn = decoder.step()
@@ -225,7 +228,7 @@ def generate(
         ValueError: For arguments out of range.
     """
     steps = []
-    for step in stream(model, input_ids, max_new_tokens, sampling, **options):
+    for step in stream(model, input_ids, max_new_tokens, sampling, **{"keep_logits": on_step is not None, **options}):
         steps.append((step.tokens, step.finished))
         if on_step is not None:
             on_step(step)

@@ -51,7 +51,9 @@ class TextModel(TrainingModule):
         schedule: The learning rate over the run.
         compile: Compile the model.
         graph: Replay the backbone's forward and backward as CUDA graphs, which leaves out the host's time: more than
-            the GPU's for models of up to a few hundred million parameters. Without a GPU it has no effect.
+            the GPU's for models of up to a few hundred million parameters. Batches of another shape than the second's
+            run as they do otherwise. Not with ``compile``, ``gradient_checkpointing``, accumulated gradients, or
+            sequences or weights that processes share; without a GPU it has no effect.
     """
 
     headline = "test/bits_per_byte"
@@ -102,11 +104,16 @@ class TextModel(TrainingModule):
         if (group := active()) is not None:
             inputs, wanted = group.shard(inputs), group.shard(wanted)
         if self.training and self.graph_requested and inputs.is_cuda and self._steps_seen > 1:
-            check_graphs(self)  # not at the first step, whose FLOPs are counted
-            self.graph_requested = False
+            self.graph_requested = False  # not at the first step, whose FLOPs are counted
             capture(net.backbone, inputs)
         total = head_loss(net, net.backbone(inputs), wanted, PADDING)
         return mean_share(total, (wanted != PADDING).sum(), everywhere=self.training)
+
+    def on_train_start(self) -> None:
+        """Refuse what cannot be a graph before anything is trained."""
+        super().on_train_start()
+        if self.graph_requested and self.device.type == "cuda":
+            check_graphs(self)
 
     def compiled_part(self) -> nn.Module:
         """Return the backbone: the loss does without the net's own forward."""

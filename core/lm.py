@@ -89,6 +89,15 @@ class Backbone(nn.Module):
             states.append(after)
         return self.norm_f(x, residual)[0], tuple(states)
 
+    def forward_last(self, input_ids: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+        """``forward_state`` whose output is wanted at the last token only: (B, D)."""
+        x, residual, states = self.embedding(input_ids), None, []
+        for layer, before in zip(self.layers, state, strict=True):
+            step = layer.forward_last if layer is self.layers[-1] else layer.forward_state
+            x, residual, after = step(x, residual, before)
+            states.append(after)
+        return self.norm_f(x[:, -1:], None if residual is None else residual[:, -1:])[0].squeeze(1), tuple(states)
+
 
 class MambaLM(nn.Module):
     """A causal language model, token ids (B, L) -> logits (B, L, padded V).

@@ -63,9 +63,9 @@ class PromptReader:
         model = self._model()
         assert model is not None
         before = model.init_state(ids.shape[0]) if first else self.state
-        hidden, state = model.backbone.forward_state(ids, before)
+        last, state = model.backbone.forward_last(ids, before)
         copy_state(self.state, state)
-        return hidden[:, -1].contiguous()
+        return last
 
     def _capture(self, ids: Tensor, first: bool) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
         given, graph = ids.clone(), torch.cuda.CUDAGraph()

@@ -22,6 +22,7 @@ import torch
 SHARED_MEMORY = 48 << 10  # bytes a block may use without asking for more
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
+TOGETHER = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
 EARLY = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 _Pointer = ctypes.c_void_p * 1
@@ -43,7 +44,7 @@ class _Config(ctypes.Structure):
     )  # fmt: skip
 
 
-_early = _Attribute(EARLY, 0, 1)
+_early, _together = _Attribute(EARLY, 0, 1), _Attribute(TOGETHER, 0, 1)
 
 
 @functools.cache
@@ -151,10 +152,15 @@ class Kernel:
         device: Index of the GPU.
         early: Whether it may start before what was launched before it has ended, which it waits for by itself
             (``griddepcontrol.wait``, from compute capability 9.0 on).
+        together: Whether its blocks wait for each other, so that all have to be on the GPU at once; a launch of more
+            blocks than there is room for is refused. Not with ``early``.
     """
 
-    def __init__(self, code: bytes, name: str, shared: int, device: int, early: bool = False) -> None:
-        self.shared, self.code, self.device, self.early = shared, code, device, early
+    def __init__(
+        self, code: bytes, name: str, shared: int, device: int, early: bool = False, together: bool = False
+    ) -> None:
+        self.shared, self.code, self.device = shared, code, device
+        self.attribute = _early if early else _together if together else None
         self._enter()
         module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         driver = _driver()
@@ -193,8 +199,8 @@ class Kernel:
             _thread.entered = True
         argument = _Pointer(fields.buffer_info()[0])
         stream = ctypes.c_void_p(torch._C._cuda_getCurrentRawStream(self.device))
-        if self.early:
-            attributes = ctypes.addressof(_early)
+        if self.attribute is not None:
+            attributes = ctypes.addressof(self.attribute)
             config = _Config((blocks, 1, 1), (threads, 1, 1), self.shared, stream.value, attributes, 1)
             status = _driver().cuLaunchKernelEx(ctypes.byref(config), self.function, argument, None)
         else:
@@ -206,14 +212,18 @@ class Kernel:
 
 
 @functools.cache
-def _loaded(source: str, name: str, macros: tuple[str, ...], shared: int, device: int, early: bool) -> Kernel:
+def _loaded(
+    source: str, name: str, macros: tuple[str, ...], shared: int, device: int, early: bool, together: bool
+) -> Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     suffix = "a" if major >= 9 else ""
     code = _cached_cubin(source, macros, f"sm_{major}{minor}{suffix}")
-    return Kernel(code, name, shared, device, early and major >= 9)
+    return Kernel(code, name, shared, device, early and major >= 9, together)
 
 
-def kernel(source: str, name: str, macros: tuple[str, ...] = (), shared: int = 0, early: bool = False) -> Kernel:
+def kernel(
+    source: str, name: str, macros: tuple[str, ...] = (), shared: int = 0, early: bool = False, together: bool = False
+) -> Kernel:
     """A kernel for the current device, compiled on first use.
 
     Args:
@@ -222,5 +232,6 @@ def kernel(source: str, name: str, macros: tuple[str, ...] = (), shared: int = 0
         macros: What is defined above it, such as ``N 16``.
         shared: Bytes of dynamic shared memory of a block.
         early: Whether it waits by itself for what was launched before it, where the GPU can (see ``Kernel``).
+        together: Whether its blocks wait for each other.
     """
-    return _loaded(source, name, macros, shared, torch.cuda.current_device(), early)
+    return _loaded(source, name, macros, shared, torch.cuda.current_device(), early, together)

@@ -6,7 +6,10 @@ is what PyTorch's data loader does. Here the pool belongs to one process id and 
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,6 +20,25 @@ from torch.utils.data import get_worker_info
 
 _lock = threading.Lock()
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None  # process id, threads, executor
+
+
+def _elsewhere(work: Callable[[], None]) -> Callable[[], None]:
+    """``work`` for another thread, which first leaves this thread's processor to it.
+
+    Linux may wake a thread on the processor of the one that woke it and leave both there for milliseconds, while
+    another processor is idle.
+    """
+    if sys.platform != "linux":
+        return work
+    others = os.sched_getaffinity(0) - {ctypes.CDLL(None).sched_getcpu()}
+
+    def moved() -> None:
+        if others and os.sched_getaffinity(0) != others:
+            with contextlib.suppress(OSError):  # the processors may have been taken away meanwhile
+                os.sched_setaffinity(0, others)
+        work()
+
+    return moved
 
 
 def _submit(count: int, size: int, work: Callable[[], None]) -> list[Future[None]]:
@@ -65,7 +87,7 @@ def run(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> None:
             function(*task)
 
     helpers = min(threads, len(tasks)) - 1
-    futures = _submit(helpers, threads - 1, drain) if helpers > 0 else []
+    futures = _submit(helpers, threads - 1, _elsewhere(drain)) if helpers > 0 else []
     try:
         drain()
     finally:

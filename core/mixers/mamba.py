@@ -236,7 +236,7 @@ class Mamba(nn.Module):
     def _scan(
         self,
         x: Tensor,
-        z: Tensor,
+        z: Tensor | None,
         initial: Tensor | None,
         cu_seqlens: Tensor | None,
         seq_idx: Tensor | None,

@@ -275,14 +275,14 @@ class Mamba2(nn.Module):
         """D (H,) or (H, P)."""
         return self.D.view(self.nheads, self.headdim) if self.D_has_hdim else self.D
 
-    def _scan_gate(self, z: Tensor) -> Tensor | None:
+    def _scan_gate(self, z: Tensor | None) -> Tensor | None:
         """The gate (B, L, H, P) where it belongs to the scan: without a norm."""
-        return None if self.norm is not None else z.unflatten(-1, (self.nheads, self.headdim))
+        return None if self.norm is not None or z is None else z.unflatten(-1, (self.nheads, self.headdim))
 
     def _scan(
         self,
         xbc: Tensor,
-        z: Tensor,
+        z: Tensor | None,
         dt: Tensor,
         initial: Tensor | None,
         cu_seqlens: Tensor | None,

@@ -35,6 +35,7 @@ class SequenceGroup:
                 )
             group = group.get_group()
         self.group, self.window = group, window
+        self.sizes: dict[Any, int] = {}  # tokens that states remembered, by scan
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def gather(self, t: Tensor) -> Tensor:

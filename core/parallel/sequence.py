@@ -5,7 +5,9 @@ exp(A sum(dt)) and the state s that the part leaves when it begins with zeros (G
 associative). Ranks gather (s, sum(dt)), each works out the state before its part, and runs its part once with it. The
 backward pass does the same with the adjoint state, from the other side. What a state forgets need not be looked at:
 s takes the last tokens of the part only, as many as it takes for the slowest channel to decay below rounding (all of
-them, if it does not), and likewise the gradient of the state before a part takes its first tokens only.
+them, if it does not), and likewise the gradient of the state before a part takes its first tokens only. As many as
+took it at the last step are taken at once, so that the GPU need not wait for the host to read how many it takes; ranks
+tell each other whether they were enough, and go over it again where they were not.
 
 The functions have the arguments of the custom ops in ``torch.ops.triscan``, and are these where no group is active.
 
@@ -190,11 +192,11 @@ class _Selective:
         return list(torch.ops.triscan.selective_scan_backward(dy, dstate, saved, *t, None, state, None, None, *flags))
 
     def steps(self, dt: Tensor, t: Sequence[Any]) -> Tensor:
-        """The sum of the time steps over the tokens of ``dt``, (B, D)."""
+        """The time steps of the tokens of ``dt``, (B, L, D)."""
         bias, weight = t[7:]
         dt = dt if weight is None else F.linear(dt, weight.to(dt.dtype))
         dt = dt if bias is None else dt + bias
-        return (F.softplus(dt) if self.softplus else dt).sum(1)
+        return F.softplus(dt) if self.softplus else dt
 
     def exponent(self, A: Tensor, steps: Tensor) -> Tensor:
         """The logarithm of the decay, (..., D, N), of sums of time steps (..., D)."""
@@ -226,10 +228,10 @@ class _Duality:
         return list(torch.ops.triscan.ssd_backward(dy, dstate, *t, None, state, None, None, *flags))
 
     def steps(self, dt: Tensor, t: Sequence[Any]) -> Tensor:
-        """The sum of the time steps over the tokens of ``dt``, (B, H)."""
+        """The time steps of the tokens of ``dt``, (B, L, H)."""
         bias = t[7]
         dt = dt if bias is None else dt + bias
-        return (F.softplus(dt) if self.softplus else dt).clamp(self.low, self.high).sum(1)
+        return (F.softplus(dt) if self.softplus else dt).clamp(self.low, self.high)
 
     def exponent(self, A: Tensor, steps: Tensor) -> Tensor:
         """The logarithm of the decay, (..., H, 1, 1), of sums of time steps (..., H)."""
@@ -244,12 +246,14 @@ class _Scan(torch.autograd.Function):
         *inputs, initial = tensors
         first = group.rank == (group.size - 1 if op.reverse else 0)
         plain = [None if i in op.extras else t for i, t in enumerate(inputs)]  # z and D do not touch the state
-        size, steps = _memory(group, op, plain, last=True)
-        edge = _cut(op, plain, size, last=True)
-        _, left, _ = op.run(edge, initial if first and size == inputs[0].shape[1] else None, True)
-        state = _carried(group, op, inputs[2], left, steps, forward=True)
-        state = initial if first else state
-        y, _, saved = op.run(inputs, state, False)
+        edge = _Edge(group, op, plain, last=True)
+        while True:
+            _, left, _ = op.run(edge.cut(plain), initial if first and edge.whole else None, True)
+            state = edge.carried(left)
+            state = initial if first else state
+            y, _, saved = op.run(inputs, state, False)
+            if edge.sufficed():
+                break
         ctx.group, ctx.op, ctx.first, ctx.state = group, op, first, (left.shape, left.dtype)
         ctx.autocast = autocast_dtype(y.device)
         ctx.save_for_backward(*inputs, initial, state, saved)
@@ -261,14 +265,15 @@ class _Scan(torch.autograd.Function):
         group, op = ctx.group, ctx.op
         *inputs, initial, state, saved = ctx.saved_tensors
         with torch.autocast(dy.device.type, ctx.autocast, enabled=ctx.autocast is not None):
-            size, steps = _memory(group, op, inputs, last=False)
-            edge, (dedge,) = _cut(op, inputs, size, last=False), _cut(op, [dy], size, last=False)
-            start = torch.zeros(ctx.state[0], dtype=ctx.state[1], device=dy.device)
-            kept = op.run(edge, start, False)[2]
-            entering = op.gradients(edge, start, dedge, None, kept)[-1]
-            dstate = _carried(group, op, inputs[2], entering, steps, forward=False)
+            edge, start = _Edge(group, op, inputs, last=False), dy.new_zeros(ctx.state[0], dtype=ctx.state[1])
             last = group.rank == (0 if op.reverse else group.size - 1)
-            grads = op.gradients(inputs, state, dy, None if last else dstate, saved)
+            while True:
+                part, (dedge,) = edge.cut(inputs), edge.cut([dy])
+                kept = op.run(part, start, False)[2]
+                dstate = edge.carried(op.gradients(part, start, dedge, None, kept)[-1])
+                grads = op.gradients(inputs, state, dy, None if last else dstate, saved)
+                if edge.sufficed():
+                    break
         found: list[Tensor | None] = [
             None if t is None else grad for t, grad in zip(inputs, grads[: len(inputs)], strict=True)
         ]
@@ -284,61 +289,113 @@ def _place(length: int, begin: int, end: int, at_end: bool) -> slice:
     return slice(length - end, length - begin) if at_end else slice(begin, end)
 
 
-def _cut(op: Any, inputs: Sequence[Any], size: int, last: bool) -> list[Any]:
-    """The ``last`` (or first) ``size`` tokens, in the order of the scan, of what has a length."""
-    part = _place(inputs[0].shape[1], 0, size, last != op.reverse)
-    return [t[:, part] if i in op.along and t is not None and t.ndim > 2 else t for i, t in enumerate(inputs)]
-
-
-def _memory(group: SequenceGroup, op: Any, inputs: Sequence[Any], last: bool) -> tuple[int, Tensor]:
-    """How many of the ``last`` (or first) tokens count, and the sum of their time steps.
-
-    They are as many as the slowest channel needs to forget, in the state's precision; all of them if it does not.
-    """
-    x, dt, A = inputs[:3]
-    length, wide = x.shape[1], torch.float64 if x.dtype == torch.float64 else torch.float32
-
-    def steps(begin: int, end: int) -> Tensor:
-        """The sum over tokens ``begin`` to ``end``, counted from the edge."""
-        total: Any = 0
-        for place in range(begin, end, CHUNK):
-            part = _place(length, place, min(end, place + CHUNK), last != op.reverse)
-            total = total + op.steps(dt[:, part].to(wide), inputs)
-        return total
-
-    with torch.autocast(x.device.type, enabled=False):
-        size = min(length, group.window)
-        total = steps(0, size)
-        while size < length and float(op.exponent(A, total).real.max()) > -FORGOTTEN[wide]:
-            grown = min(length, 4 * size)
-            total, size = total + steps(size, grown), grown
-    return size, total
-
-
-def _carried(group: SequenceGroup, op: Any, A: Tensor, part: Tensor, steps: Tensor, forward: bool) -> Tensor:
-    """What comes in from the parts before this one (``forward``), or back from those after it: (B, ...).
+class _Edge:
+    """The ``last`` (or first) tokens of a part, in the order of the scan: as many as its states remember.
 
     Args:
         group: The ranks.
         op: The scan.
-        A: Its rates.
-        part: The state that this part leaves alone, or the gradient of the state before it.
-        steps: The sum of this part's time steps.
-        forward: The direction, in the order of the scan.
+        inputs: Its arguments.
+        last: Which edge.
     """
-    wide = torch.view_as_real(part) if part.is_complex() else part
-    message = torch.cat([wide.flatten(), steps.to(wide.dtype).flatten()])
-    found = group.gather(message)
-    parts = found[:, : wide.numel()].reshape(group.size, *wide.shape)
-    parts = torch.view_as_complex(parts.contiguous()) if part.is_complex() else parts
-    sums = found[:, wide.numel() :].reshape(group.size, *steps.shape)
-    if forward != op.reverse:  # the parts that matter are those of lower ranks
-        parts, sums = parts[: group.rank].flip(0), sums[: group.rank].flip(0)
-    else:
-        parts, sums = parts[group.rank + 1 :], sums[group.rank + 1 :]
-    if not len(parts):
-        return torch.zeros_like(part)
-    # The steps that lie between each part and this one: the nearest comes first.
-    between = torch.cat([torch.zeros_like(sums[:1]), sums[:-1].cumsum(0)])
-    decay = op.exponent(A, between).exp()
-    return ((decay if forward else decay.conj()) * parts).sum(0)
+
+    def __init__(self, group: SequenceGroup, op: Any, inputs: Sequence[Any], last: bool) -> None:
+        x, bias = inputs[0], inputs[7]
+        self._group, self._op, self._inputs, self._last = group, op, inputs, last
+        self._length, self._at_end = x.shape[1], last != op.reverse
+        self._wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self._key = (0 if bias is None else bias.data_ptr(), x.shape, last, op)  # a layer's, more or less
+        self._size = min(self._length, group.sizes.get(self._key, 0))
+        if self._size == 0:
+            self._size = min(self._length, group.window)
+            self._look()
+            while float(self._need) == 0.0:
+                self._grow()
+                self._look()
+        else:
+            self._look()
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the part."""
+        return self._size == self._length
+
+    def cut(self, tensors: Sequence[Any]) -> list[Any]:
+        """Its tokens of what has a length, among the scan's arguments."""
+        part, along = _place(self._length, 0, self._size, self._at_end), self._op.along
+        return [t[:, part] if i in along and t is not None and t.ndim > 2 else t for i, t in enumerate(tensors)]
+
+    def _grow(self) -> None:
+        self._size = min(self._length, 4 * self._size)
+
+    def _look(self) -> None:
+        """Sum the time steps up, and find how many windows it takes to forget; 0: more than there are."""
+        window = self._group.window
+        with torch.autocast(self._inputs[0].device.type, enabled=False):
+            totals = self._totals(window)
+            exponents: Tensor = self._op.exponent(self._inputs[2], totals).real
+        self._steps = totals[-1]
+        enough = exponents.flatten(1).amax(1) <= -FORGOTTEN[self._wide]
+        if self.whole:
+            enough[-1] = True
+        self._need = torch.where(enough.any(), enough.int().argmax() + 1, 0).to(self._wide)
+
+    def _totals(self, window: int) -> Tensor:
+        """The sums of the time steps from the edge to the end of each window: (windows, B, ...)."""
+        dt, found, stride = self._inputs[1], [], max(1, CHUNK // window) * window
+        for begin in range(0, self._size, stride):
+            end = min(self._size, begin + stride)
+            part = _place(self._length, begin, end, self._at_end)
+            steps = self._op.steps(dt[:, part].to(self._wide), self._inputs)
+            steps = steps.flip(1) if self._at_end else steps
+            steps = F.pad(steps, (0, 0, 0, (begin - end) % window))
+            found.append(steps.unflatten(1, (-1, window)).sum(2))
+        return torch.cat(found, 1).cumsum(1).transpose(0, 1)
+
+    def carried(self, part: Tensor) -> Tensor:
+        """What comes in from the parts before this one (``last``), or back from those after it: (B, ...).
+
+        Args:
+            part: The state that this part leaves alone, or the gradient of the state before it.
+        """
+        group, op, A, steps, forward = self._group, self._op, self._inputs[2], self._steps, self._last
+        wide = torch.view_as_real(part) if part.is_complex() else part
+        message = torch.cat([t.to(wide.dtype).flatten() for t in (wide, steps, self._need)])
+        found = group.gather(message)
+        self._tell(found[:, -1])
+        parts = found[:, : wide.numel()].reshape(group.size, *wide.shape)
+        parts = torch.view_as_complex(parts.contiguous()) if part.is_complex() else parts
+        sums = found[:, wide.numel() : -1].reshape(group.size, *steps.shape)
+        if forward != op.reverse:  # the parts that matter are those of lower ranks
+            parts, sums = parts[: group.rank].flip(0), sums[: group.rank].flip(0)
+        else:
+            parts, sums = parts[group.rank + 1 :], sums[group.rank + 1 :]
+        if not len(parts):
+            return torch.zeros_like(part)
+        # The steps that lie between each part and this one: the nearest comes first.
+        between = torch.cat([torch.zeros_like(sums[:1]), sums[:-1].cumsum(0)])
+        decay = op.exponent(A, between).exp()
+        return ((decay if forward else decay.conj()) * parts).sum(0)
+
+    def _tell(self, needs: Tensor) -> None:
+        """Let the host know what all ranks need, once the GPU is there."""
+        self._needs, self._event = torch.empty(needs.shape, dtype=needs.dtype, pin_memory=needs.is_cuda), None
+        self._needs.copy_(needs, non_blocking=True)
+        if needs.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def sufficed(self) -> bool:
+        """Whether no rank remembers more than it took; all ranks find the same. Otherwise more are taken."""
+        if self._event is not None:
+            self._event.synchronize()
+        needs = self._needs.tolist()
+        own = int(needs[self._group.rank])
+        if own == 0:
+            self._grow()
+        else:  # a few more, as what they remember changes from step to step
+            self._group.sizes[self._key] = (own + own // 4 + 1) * self._group.window
+        if all(needs):
+            return True
+        self._look()
+        return False

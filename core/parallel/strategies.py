@@ -210,4 +210,39 @@ class FSDP2(_Mesh, ModelParallelStrategy):
         return checkpoint
 
 
+def choose_strategy(name: Any, sequence: int, tensor: int, module: Any, averages: bool) -> Any:
+    """What ``--trainer.strategy`` stands for.
+
+    Args:
+        name: Its value, a name or a strategy.
+        sequence: Processes that share a sequence.
+        tensor: Processes that share the layers.
+        module: The ``TrainingModule``, which tells whether it can be shared out like that.
+        averages: Whether the weights are averaged.
+
+    Raises:
+        UserError: If the options do not go together, or the module cannot do it.
+    """
+    if (name == "fsdp2" or tensor > 1) and averages:
+        raise UserError(
+            "--ema_decay keeps a second net on every device, which fsdp2 and --tensor_parallel avoid; give null"
+        )
+    if sequence == tensor == 1 and name != "ddp":
+        return name
+    for option, count, able, takes in (
+        ("sequence_parallel", sequence, module.cuts_sequences, "takes whole sequences"),
+        ("tensor_parallel", tensor, module.shares_layers, "has no layers to share out"),
+    ):
+        if count < 1 or (count > 1 and not able):
+            wanted = "at least 1" if count < 1 else f"1: {type(module).__name__} {takes}"
+            raise UserError(f"--{option} is {count}; wanted {wanted}")
+    if sequence > 1 and tensor > 1:
+        raise UserError("--sequence_parallel and --tensor_parallel are both given; take one of the two")
+    if name not in ("auto", "ddp", "fsdp2") or (name == "fsdp2" and tensor > 1):
+        wanted = "ddp" if tensor > 1 else "ddp or fsdp2"
+        option = "tensor_parallel" if tensor > 1 else "sequence_parallel"
+        raise UserError(f"--trainer.strategy is {name}; with --{option} it must be {wanted}")
+    return FSDP2(sequence) if name == "fsdp2" else MeshDDP(sequence, tensor)
+
+
 StrategyRegistry.register("fsdp2", FSDP2, description="Fully sharded data parallel, the second of its kind")

@@ -40,6 +40,7 @@ class Settings:
         batch_size: Sequences of a step.
         lr: Peak learning rate of AdamW.
         beta2: AdamW's decay of the mean of squared gradients; that of gradients is 0.9.
+        eps: AdamW's addend to their root. Parameters whose gradients are below it hardly move.
         warmup: Steps of the linear warm-up.
         cosine: Whether the rate falls to zero over the run by half a cosine, else it is constant.
         weight_decay: Not applied to vectors and to parameters that carry ``_no_weight_decay``.
@@ -65,6 +66,7 @@ class Settings:
     batch_size: int = 64
     lr: float = 1e-3
     beta2: float = 0.98
+    eps: float = 1e-8
     warmup: int = 500
     cosine: bool = True
     weight_decay: float = 0.0
@@ -198,7 +200,7 @@ def check(settings: Settings) -> Settings:
     for name in ("steps", "batch_size", "check_every", "test_sequences", "test_tokens", "n_layer", "d_model"):
         if getattr(settings, name) < 1:
             raise UserError(f"--{name} is {getattr(settings, name)}; wanted at least 1")
-    for name in ("lr", "clip"):
+    for name in ("lr", "clip", "eps"):
         if not getattr(settings, name) > 0:
             raise UserError(f"--{name} is {getattr(settings, name)}; wanted a positive number")
     if not 0 <= settings.beta2 < 1:

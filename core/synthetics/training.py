@@ -87,7 +87,8 @@ class Run:
         for group in groups:
             group["lr"] = torch.zeros((), device=device)
         cuda = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, settings.beta2), fused=True, capturable=cuda)
+        betas = (0.9, settings.beta2)
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=settings.eps, fused=True, capturable=cuda)
         self.stream = torch.cuda.Stream(device) if cuda else None
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(device))

@@ -1,5 +1,6 @@
 """What happens around the steps of a run: averaged weights, exact resume, Ctrl-C."""
 
+import functools
 import itertools
 import os
 import signal
@@ -261,17 +262,17 @@ class LostPeers(Callback):
     """Ends a process that waits for one which has died. NCCL waits for minutes, and no exception reaches the wait.
 
     Args:
-        say: Called before the end, with what has happened.
+        say: Called before the end, with the trainer and what has happened.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[Trainer, str], None]) -> None:
         self._say = say
         self._peers: Peers | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin to watch."""
         if trainer.world_size > 1:
-            self._peers = Peers(self._end)
+            self._peers = Peers(functools.partial(self._end, trainer))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the others go once all have come this far."""
@@ -288,8 +289,8 @@ class LostPeers(Callback):
             self._peers.stop()
             self._peers = None
 
-    def _end(self, rank: int) -> None:
-        self._say(f"process {rank} is gone")
+    def _end(self, trainer: Trainer, rank: int) -> None:
+        self._say(trainer, f"process {rank} is gone")
         os._exit(1)
 
 

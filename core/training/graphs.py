@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from core.errors import UserError
@@ -30,6 +31,8 @@ def capture(net: nn.Module, *inputs: Tensor) -> None:
 
     # Parameters under other names: their own may still be in an earlier step's graph, tied to the stream it ran on.
     aliases = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
+    for alias, parameter in zip(aliases, parameters, strict=True):
+        vars(alias).update(vars(parameter))  # marks, such as how processes share it
     on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
         replay: Any = torch.cuda.make_graphed_callables(call, (*(x.detach().clone() for x in inputs), *aliases))
@@ -46,7 +49,7 @@ def check_graphs(module: LightningModule) -> None:
     """Refuses trainings whose step cannot be a graph.
 
     Raises:
-        UserError: If gradients are accumulated, or sequences shared by processes.
+        UserError: If gradients are accumulated, or sequences or weights shared by processes.
     """
     steps = module.trainer.accumulate_grad_batches
     if steps > 1:
@@ -56,3 +59,8 @@ def check_graphs(module: LightningModule) -> None:
         )
     if active() is not None:
         raise UserError("--model.graph is on and sequences are shared by processes, wanted --model.graph false")
+    if any(isinstance(p, DTensor) for p in module.parameters()):
+        raise UserError(
+            "--model.graph is on and weights are shared by processes, which fetch them in each step, wanted "
+            "--model.graph false, or --trainer.strategy ddp"
+        )

@@ -24,6 +24,7 @@ from core.errors import UserError
 from core.parallel.cuts import gradient_norm
 from core.parallel.shards import empty_copy
 from core.parallel.tensor import group_of
+from core.training.muon import Muon
 from core.training.report import Report
 
 
@@ -355,11 +356,12 @@ def create_optimizer(net: nn.Module, options: OptimizerOptions) -> torch.optim.O
         groups = param_groups_layer_decay(
             net, options.weight_decay, no_weight_decay_list=without, layer_decay=options.layer_decay
         )
-    given = {"betas": options.betas, "eps": options.eps}
-    return create_optimizer_v2(
-        groups, options.name, lr=options.lr, weight_decay=options.weight_decay,
-        **{key: value for key, value in given.items() if value is not None},
-    )  # fmt: skip
+    given: dict[str, Any] = {"betas": options.betas, "eps": options.eps}
+    given = {key: value for key, value in given.items() if value is not None}
+    given |= {"lr": options.lr, "weight_decay": options.weight_decay}
+    if options.name.lower() in ("muon", "nmuon"):
+        return Muon(groups, nesterov=options.name.lower() == "nmuon", **given)
+    return create_optimizer_v2(groups, options.name, **given)
 
 
 def _first_tensor(batch: Any) -> Tensor:

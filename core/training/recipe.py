@@ -2,7 +2,6 @@
 
 import csv
 import os
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from core.cli import parse
 from core.errors import UserError
-from core.parallel.strategies import FSDP2, MeshDDP  # registers fsdp2
-from core.parallel.watch import announce_launcher, follow_launcher, lost_peer
+from core.parallel.strategies import choose_strategy  # registers fsdp2
+from core.parallel.watch import announce_launcher, follow_launcher
 from core.training.callbacks import EMA, Checkpoints, ExactResume, Interrupt, LostPeers
+from core.training.ending import CODES, Ending
 from core.training.folder import RunFolder, find_checkpoint, named, numbered, run_of
 from core.training.module import TrainingModule
 from core.training.progress import progress_bar
@@ -71,8 +71,6 @@ class RecipeCLI(LightningCLI):
         self.command = command
         self.links = links
         self.folder: RunFolder | None = None
-        self.record: Record | None = None
-        self.interrupt: Interrupt | None = None
         self.checkpoint: Path | None = None
         stage_parser = {"default_config_files": [str(recipe)], "usage": usage, "exit_on_error": False}
         super().__init__(
@@ -221,28 +219,9 @@ class RecipeCLI(LightningCLI):
 
     def _choose_strategy(self) -> None:
         """Put our strategy in the place of its name."""
-        trainer = self._get(self.config_init, "trainer")
-        sequence, tensor, name = self._option("sequence_parallel"), self._option("tensor_parallel"), trainer["strategy"]
-        if (name == "fsdp2" or tensor > 1) and self._option("ema_decay") is not None:
-            raise UserError(
-                "--ema_decay keeps a second net on every device, which fsdp2 and --tensor_parallel avoid; give null"
-            )
-        if sequence == tensor == 1 and name != "ddp":
-            return
-        for option, count, able, takes in (
-            ("sequence_parallel", sequence, self.model.cuts_sequences, "takes whole sequences"),
-            ("tensor_parallel", tensor, self.model.shares_layers, "has no layers to share out"),
-        ):
-            if count < 1 or (count > 1 and not able):
-                wanted = "at least 1" if count < 1 else f"1: {type(self.model).__name__} {takes}"
-                raise UserError(f"--{option} is {count}; wanted {wanted}")
-        if sequence > 1 and tensor > 1:
-            raise UserError("--sequence_parallel and --tensor_parallel are both given; take one of the two")
-        if name not in ("auto", "ddp", "fsdp2") or (name == "fsdp2" and tensor > 1):
-            wanted = "ddp" if tensor > 1 else "ddp or fsdp2"
-            option = "tensor_parallel" if tensor > 1 else "sequence_parallel"
-            raise UserError(f"--trainer.strategy is {name}; with --{option} it must be {wanted}")
-        trainer["strategy"] = FSDP2(sequence) if name == "fsdp2" else MeshDDP(sequence, tensor)
+        trainer, ema = self._get(self.config_init, "trainer"), self._option("ema_decay")
+        sequence, tensor = self._option("sequence_parallel"), self._option("tensor_parallel")
+        trainer["strategy"] = choose_strategy(trainer["strategy"], sequence, tensor, self.model, ema is not None)
 
     def _claim_folder(self, run_dir: Path | None) -> RunFolder:
         run = run_of(self.checkpoint) if self.checkpoint is not None and self.subcommand == "fit" else None
@@ -269,9 +248,10 @@ class RecipeCLI(LightningCLI):
                 raise UserError(f"--ema_decay is {decay}; it must lie between 0 and 1, such as 0.9999, or be null")
             callbacks.append(EMA(decay))
         history = self.folder.path / "logs" if self.folder is not None else None
-        self.record = Record(self.folder, self.title, self.command, self._write_config, history)
-        self.interrupt = Interrupt(self.folder.checkpoints if self.folder is not None else None)
-        return [*callbacks, self.record, self.interrupt, LostPeers(self._end_lost)]
+        record = Record(self.folder, self.title, self.command, self._write_config, history)
+        interrupt = Interrupt(self.folder.checkpoints if self.folder is not None else None)
+        self.ending = Ending(self.command, self.folder, record, interrupt)
+        return [*callbacks, record, interrupt, LostPeers(self.ending.end_lost)]
 
     def _loggers(self, given: Any) -> list[Logger]:
         """CSV and TensorBoard unless the recipe names others; the CSV is what the report draws."""
@@ -302,65 +282,27 @@ class RecipeCLI(LightningCLI):
         """
         try:
             announce_launcher()
-            follow_launcher(self._how_to_go_on)
+            follow_launcher(self.ending.go_on)
             with warnings.catch_warnings():
                 if self.subcommand != "fit":  # nothing is saved, so it does not matter where the best one stands
                     warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
                 super()._run_subcommand(str(self.subcommand))
         except BaseException as error:
-            stopped = isinstance(error, KeyboardInterrupt) or (
-                isinstance(error, SystemExit) and self.trainer.interrupted
-            )
-            lost = not stopped and self.trainer.world_size > 1 and lost_peer(error)
-            if lost:  # at once: a launcher that notices ends this process too
-                self._say_lost((str(error).strip().splitlines() or [type(error).__name__])[-1][:200])
-            self._finish("interrupted" if stopped else "failed")
+            end = Ending.of(error, self.trainer)
+            if end == "lost":  # at once: a launcher that notices ends this process too
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+                self.ending.say_lost(self.trainer, reason)
+            self._finish("interrupted" if end == "interrupted" else "failed")
             if isinstance(error, MisconfigurationException):
                 raise UserError(str(error)) from error
-            if lost:
-                raise SystemExit(1) from None
-            if not stopped:
-                raise
-            raise SystemExit(130) from None
+            if end in CODES:
+                raise SystemExit(CODES[end]) from None
+            raise
         self._finish("finished")
 
-    def _say_lost(self, reason: str) -> None:
-        """Print that another process is gone, and how to go on."""
-        print(
-            f"error: process {self.trainer.global_rank} of {self.trainer.world_size} lost another one, which has died "
-            f"or failed ({reason}); {self._how_to_go_on}",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-
-    @property
-    def _how_to_go_on(self) -> str:
-        return f"go on from the last checkpoint, if there is one: {self.command} --ckpt_path last"
-
-    def _end_lost(self, reason: str) -> None:
-        """Say that another process is gone, in a thread; the run has failed."""
-        self._say_lost(reason)
-        if self.folder is not None:
-            self.folder.mark({"status": "failed", "command": self.command})
-
     def _finish(self, status: str) -> None:
-        if status == "finished" and self.model.shares_weights:
-            self.model.net = self.model.gather_net()  # the report may run it, on rank 0 alone
-        if self.folder is None or self.record is None:
-            return
-        if not self.folder.started:
-            self.folder.discard()
-            print("stopped before the first step; nothing is kept" if status == "interrupted" else "", end="")
-            return
-        for logger in self.trainer.loggers:
-            logger.save()
-        self.record.finish(status, self.trainer, self.model, self._option("seed_everything"))
-        for name, value in sorted(self.record.metrics.items()):
-            if name.startswith(("test/", "baseline/", "val/" if self.subcommand == "validate" else "test/")):
-                print(f"{name} {'-' if value is None else format(value, '.4f')}")
-        if status == "interrupted" and self.interrupt is not None and self.interrupt.saved is not None:
-            print(f"stopped; go on with: {self.command} --ckpt_path {self.interrupt.saved}")
-        if status != "failed":
-            print(self.folder.path, flush=True)
+        figures = "val/" if self.subcommand == "validate" else "test/"
+        self.ending.finish(status, self.trainer, self.model, self._option("seed_everything"), figures)
 
     def after_fit(self) -> None:
         """Test the best weights, so that the run has a figure on data it never chose by."""

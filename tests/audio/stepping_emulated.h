@@ -8,18 +8,22 @@
 #define __expf expf
 #define memory ((char*)shared_memory)
 
+struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 template <class T> static T __ldcg(const T* p) { return *p; }
 template <class T> static void __stcg(T* p, T v) { *p = v; }
 static float __fdividef(float a, float b) { return a / b; }
 static float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 static float power_of_two(float x) { return exp2f(x); }
+static float reciprocal(float x) { return 1.0f / x; }
 static unsigned short nearest_half(float x) { return to_bf16(x); }
+static unsigned two_halves(float first, float second) { return to_bf16(first) | (unsigned)to_bf16(second) << 16; }
 
 template <class T> static T from_lane(T value, int lane) {
-    static unsigned long long held[64][32];
-    const int warp = threadIdx.x / 32;
+    static unsigned long long held[1024][32];
+    const int warp = current / 32;
     memcpy(&held[warp][threadIdx.x % 32], &value, sizeof value);
     __syncwarp();
     if (lane >= 0) memcpy(&value, &held[warp][lane], sizeof value);
@@ -37,14 +41,15 @@ static int __reduce_min_sync(unsigned, int value) {
     }
     return value;
 }
+static int __reduce_max_sync(unsigned, int value) { return -__reduce_min_sync(~0u, -value); }
 
 static void multiply_single(float* c, uint4 w, unsigned x0, unsigned x1) {
     product(*(float(*)[4])c, {w.x, w.y, w.z, w.w}, {x0, x1});
 }
 
 static void multiply_half(float* c, uint4 w, unsigned x0, unsigned x1) {
-    static unsigned held[64][32][6];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    static unsigned held[1024][32][6];
+    const int warp = current / 32, lane = threadIdx.x % 32;
     const unsigned given[6] = {w.x, w.y, w.z, w.w, x0, x1};
     memcpy(held[warp][lane], given, sizeof given);
     __syncwarp();
@@ -91,3 +96,30 @@ static unsigned latest(const unsigned* from) {
     pause_a_little();
     return *from;
 }
+
+typedef unsigned long long letter;
+static void send(letter* to, float value, unsigned count) { *to = (letter)count << 32 | __float_as_uint(value); }
+static letter peek_far(const letter* from) {
+    others();
+    return *from;
+}
+static void peek_far(const letter* from, letter* four) {
+    others();
+    for (int i = 0; i < 4; i++) four[i] = from[i];
+}
+static letter peek_near(const letter* from) { return peek_far(from); }
+static void peek_near(const letter* from, letter* four) { peek_far(from, four); }
+#define __cluster_dims__(...)
+#ifdef CLUSTER
+static int cluster_rank() { return blockIdx.x % CLUSTER; }
+typedef letter* remote;
+static remote reach(const letter* own, int rank) {
+    Block& other = blocks_[blockIdx.x / CLUSTER * CLUSTER + rank];
+    return (letter*)((char*)other.room + ((char*)own - (char*)shared_memory));
+}
+static void push(remote to, int j, float value, unsigned count) { send(to + j, value, count); }
+static void meet_cluster() {
+    static std::map<int, Barrier> barriers;
+    wait_at(barriers[blockIdx.x / CLUSTER], CLUSTER * threads_);
+}
+#endif

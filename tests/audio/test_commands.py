@@ -182,6 +182,7 @@ def test_a_model_of_classes_says_what_is_asked(tmp_path: Path, capsys: pytest.Ca
     say([str(file), "--num=3", "--classes=yes", "--seconds=0.01", "--out", str(tmp_path / "clips")])
     assert (tmp_path / "clips" / "report.html").read_text().count("wav: yes") >= 3
     fails(capsys, lambda: say([str(file), "--classes=perhaps"]), "'perhaps'", "no, yes")
+    fails(capsys, lambda: say([str(file), "--precision=bfloat16", "--device=cpu"]), "bfloat16", "float32 on a CPU")
     fails(capsys, lambda: say([str(file), "--guidance=1"]), "guidance", "untold")
     fails(capsys, lambda: say([str(file), "--guidance=-1"]), "guidance", "at least 0")
     with pytest.raises(UserError, match="exists already"):

@@ -1,15 +1,22 @@
 """Capturing a training step: which calls replay it, and that gradients reach the parameters; the graphs stand aside."""
 
+import contextlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning import LightningDataModule, Trainer, seed_everything
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from core.errors import UserError
+from core.language import TextModel
 from core.lm import MambaConfig, MambaLM
 from core.loss import linear_cross_entropy
-from core.training.graphs import capture
+from core.training.graphs import capture, check_graphs
+from core.training.module import OptimizerOptions, ScheduleOptions
 
 
 def test_training_batches_of_one_shape_replay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +51,66 @@ def test_training_batches_of_one_shape_replay(monkeypatch: pytest.MonkeyPatch) -
         net(full)
     net.eval()(full)
     assert replayed == [full.shape]
+
+
+@pytest.mark.parametrize(
+    ("steps", "shared", "message"),
+    [(2, False, "accumulate_grad_batches 2, wanted 1"), (1, True, "weights are shared by processes"), (1, False, "")],
+)
+def test_what_cannot_be_a_graph(steps: int, shared: bool, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = nn.Linear(2, 2)
+    module.trainer = SimpleNamespace(accumulate_grad_batches=steps)
+    if shared:
+        monkeypatch.setattr("core.training.graphs.DTensor", nn.Parameter)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        check_graphs(module)
+
+
+@pytest.mark.parametrize("options", [dict(compile=True), dict(gradient_checkpointing=True)])
+def test_settings_that_exclude_graphs(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"--model.graph and --model.{next(iter(options))} are both on"):
+        TextModel(vocab_size=9, d_model=8, n_layer=1, graph=True, **options)
+
+
+class Windows(LightningDataModule):
+    """Four batches of random tokens, the last of them smaller."""
+
+    def train_dataloader(self) -> DataLoader:
+        tokens = torch.randint(9, (11, 33), generator=torch.Generator().manual_seed(0))
+        return DataLoader(list(tokens), batch_size=3)  # pyright: ignore[reportArgumentType]
+
+
+def trained(graph: bool, layer: str, **options: Any) -> TextModel:
+    seed_everything(0)
+    options_of = {"Mamba1": {"d_state": 8}, "Mamba2": {"d_state": 16, "headdim": 16}}
+    model = TextModel(
+        vocab_size=9, d_model=16, n_layer=2, layer=layer, ssm_cfg=options_of[layer], graph=graph,
+        optimizer=OptimizerOptions(lr=1e-2), schedule=ScheduleOptions(name="constant"),
+    )  # fmt: skip
+    trainer = Trainer(
+        accelerator="gpu", devices=1, max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, gradient_clip_val=1.0, **options,
+    )  # fmt: skip
+    trainer.fit(model, datamodule=Windows())
+    return model
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
+@pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
+def test_a_training_by_graphs_is_a_plain_one(layer: str) -> None:
+    plain, graphed = trained(False, layer), trained(True, layer)
+    assert "forward" in vars(graphed.net.backbone)
+    assert "forward" not in vars(plain.net.backbone)
+    for got, want in zip(graphed.net.parameters(), plain.net.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
+def test_a_training_that_cannot_be_graphs_is_refused_at_its_start() -> None:
+    with pytest.raises(UserError, match="accumulate_grad_batches 2, wanted 1"):
+        trained(True, "Mamba1", accumulate_grad_batches=2)
 
 
 @pytest.mark.gpu

@@ -33,14 +33,14 @@ def test_a_run_learns_and_stops_when_it_is_right() -> None:
     assert got.history[-1]["train/loss"] < got.history[0]["train/loss"]
 
 
-def test_precision_and_beta2_reach_the_step() -> None:
-    run_of = study(precision="bfloat16", beta2=0.9)
+def test_precision_beta2_and_eps_reach_the_step() -> None:
+    run_of = study(precision="bfloat16", beta2=0.9, eps=1e-9)
     work = training.Run(run_of, run_of.run({}), torch.device("cpu"))
     dtypes = []
     work.model.lm_head.register_forward_hook(lambda module, given, out: dtypes.append(out.dtype))
     got = finish(work)
     assert set(dtypes) == {torch.bfloat16}
-    assert {group["betas"] for group in work.optimizer.param_groups} == {(0.9, 0.9)}
+    assert {(group["betas"], group["eps"]) for group in work.optimizer.param_groups} == {((0.9, 0.9), 1e-9)}
     assert got.loss == pytest.approx(result(study(beta2=0.9)).loss, rel=1e-2)
     assert got.loss != result(study(beta2=0.9)).loss
 

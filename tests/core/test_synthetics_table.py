@@ -114,6 +114,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["mqar", "--device", "tpu9"], "--device tpu9"),
         (["mqar", "--stop_at", "2"], "--stop_at is 2"),
         (["mqar", "--beta2", "1"], "--beta2 is 1.0"),
+        (["mqar", "--eps", "0"], "--eps is 0"),
         (["mqar", "--precision", "float16"], "--precision is 'float16'"),
     ],
 )

@@ -1,4 +1,4 @@
-// What the CUDA scans' source needs to run on a CPU: a block at a time, with a fiber for each of its threads. A fiber goes on
+// What the CUDA sources need to run on a CPU: a block at a time, or all at once, with a fiber for each thread. A fiber goes on
 // until it waits for others (a barrier, a product of the whole warp); shared memory starts as NaN.
 
 #include <cmath>
@@ -33,24 +33,31 @@ static int min(int a, int b) { return a < b ? a : b; }
 static int max(int a, int b) { return a > b ? a : b; }
 
 struct Index { int x; };
-struct Fiber { ucontext_t context; char* stack; bool done; Index index; };
+struct Barrier { int arrived = 0; long phase = 0; int all = 1; };
+struct Fiber { ucontext_t context; char* stack; bool done; Index index; Barrier* waits; long phase; };  // for a phase to end
 static std::vector<Fiber> fibers;
 static int current, threads_;
 static ucontext_t scheduler;
-static Index blockIdx;
-static float4* shared_memory;
+struct Block { Index index; float4* room; Barrier barrier; };
+static std::vector<Block> blocks_;  // those that run side by side
+static std::vector<Barrier> of_warp;
 #define threadIdx (fibers[current].index)
+#define blockIdx (blocks_[current / threads_].index)
+#define shared_memory (blocks_[current / threads_].room)
+#define of_block (blocks_[current / threads_].barrier)
 static void others() { swapcontext(&fibers[current].context, &scheduler); }
 
-struct Barrier { int arrived = 0; long phase = 0; int all = 1; };
-static Barrier of_block, of_warp[64];
 static void wait_at(Barrier& b, int count) {
     long phase = b.phase;
     if (++b.arrived == count) b.arrived = 0, b.phase++;
-    else while (b.phase == phase) others();
+    else {
+        fibers[current].waits = &b, fibers[current].phase = phase;
+        while (b.phase == phase) others();
+        fibers[current].waits = nullptr;
+    }
 }
 static void __syncthreads() { wait_at(of_block, threads_); }
-static void __syncwarp() { wait_at(of_warp[threadIdx.x / 32], 32); }
+static void __syncwarp() { wait_at(of_warp[current / 32], 32); }
 static int __syncthreads_and(int value) {
     if (!value) of_block.all = 0;
     __syncthreads();
@@ -66,8 +73,8 @@ static std::map<void*, Arrivals> arrivals;  // mbarriers
 
 // The tensor core's m16n8k8 in tf32, whose operands lie as PTX says.
 static void product(float (&to)[4], const unsigned (&first)[4], const unsigned (&second)[2]) {
-    static unsigned held[64][32][6];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    static unsigned held[1024][32][6];
+    const int warp = current / 32, lane = threadIdx.x % 32;
     for (int i = 0; i < 4; i++) held[warp][lane][i] = first[i] & 0xffffe000u;
     for (int i = 0; i < 2; i++) held[warp][lane][4 + i] = second[i] & 0xffffe000u;
     __syncwarp();
@@ -87,33 +94,40 @@ static unsigned short to_bf16(float v) {
     return v != v ? 0x7fff : u + 0x7fff + (u >> 16 & 1) >> 16;
 }
 
-template <class Arguments> static void run_blocks(void (*start)(), long long blocks, int threads, int bytes) {
+// Runs blocks of threads, as many side by side as are to run ``together``.
+template <class Arguments>
+static void run_blocks(void (*start)(), long long blocks, int threads, int bytes, int together = 1) {
     const int room = 1 << 17;
     threads_ = threads;
-    shared_memory = static_cast<float4*>(aligned_alloc(64, bytes / 64 * 64 + 128));
-    fibers.resize(threads);
+    fibers.resize(threads * together);
     for (Fiber& f : fibers) if (!f.stack) f.stack = static_cast<char*>(malloc(room));
-    for (blockIdx.x = 0; blockIdx.x < blocks; blockIdx.x++) {
-        memset(shared_memory, 0xff, bytes / 64 * 64 + 128);
-        of_block = Barrier();
-        for (Barrier& b : of_warp) b = Barrier();
+    for (long long first = 0; first < blocks; first += together) {
+        blocks_.assign(together, Block());
+        for (int b = 0; b < together; b++) {
+            blocks_[b].index.x = first + b;
+            blocks_[b].room = static_cast<float4*>(aligned_alloc(64, bytes / 64 * 64 + 128));
+            memset(blocks_[b].room, 0xff, bytes / 64 * 64 + 128);
+        }
+        of_warp.assign(threads * together / 32 + 1, Barrier());
         arrivals.clear();
-        for (int i = 0; i < threads; i++) {
+        for (size_t i = 0; i < fibers.size(); i++) {
             Fiber& f = fibers[i];
             getcontext(&f.context);
             f.context.uc_stack.ss_sp = f.stack;
             f.context.uc_stack.ss_size = room;
             f.done = false;
-            f.index.x = i;
+            f.index.x = i % threads;
+            f.waits = nullptr;
             makecontext(&f.context, start, 0);
         }
-        for (int left = threads; left;) {
+        for (int left = 1; left;) {
             left = 0;
-            for (current = 0; current < threads; current++) {
-                if (!fibers[current].done) swapcontext(&scheduler, &fibers[current].context);
-                left += !fibers[current].done;
+            for (current = 0; current < (int)fibers.size(); current++) {
+                const Fiber& f = fibers[current];
+                if (!f.done && !(f.waits && f.waits->phase == f.phase)) swapcontext(&scheduler, &fibers[current].context);
+                left += !f.done;
             }
         }
+        for (Block& block : blocks_) free(block.room);
     }
-    free(shared_memory);
 }

@@ -119,6 +119,24 @@ def test_each_task_runs_once_and_on_several_threads() -> None:
     assert len(names) == 3
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system moves threads by itself")
+@pytest.mark.usefixtures("three_threads")
+def test_helpers_leave_the_callers_processor_to_it() -> None:
+    allowed = os.sched_getaffinity(0)
+    found: dict[str, set[int]] = {}
+    together = threading.Barrier(3, timeout=30)
+
+    def task(_: int) -> None:
+        found[threading.current_thread().name] = os.sched_getaffinity(0)
+        together.wait()
+
+    threads.run(task, [(i,) for i in range(3)])
+    assert found.pop(threading.current_thread().name) == allowed
+    for helper in found.values():
+        assert helper < allowed if len(allowed) > 1 else helper == allowed
+        assert len(helper) >= max(1, len(allowed) - 1)
+
+
 @pytest.mark.usefixtures("three_threads")
 def test_an_error_in_a_task_is_raised_after_all_have_stopped() -> None:
     running: list[int] = []

@@ -1,0 +1,66 @@
+"""The last token alone: what the whole layer's output ends with, for every kind of layer and option."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from core.block import Block, GatedMLP
+from core.lm import MambaConfig, MambaLM
+from core.mixers import S4D, Mamba, Mamba2
+from core.mixers.last import forward_last
+
+MIXERS: dict[str, Any] = {
+    "mamba": lambda: Mamba(8, d_state=4, bias=True),
+    "mamba2": lambda: Mamba2(8, d_state=4, headdim=4, ngroups=2, bias=True),
+    "norm before the gate": lambda: Mamba2(8, d_state=4, headdim=4, norm_before_gate=True),
+    "without norm": lambda: Mamba2(8, d_state=4, headdim=4, rmsnorm=False),
+    "MLP channels": lambda: Mamba2(8, d_state=4, headdim=4, d_ssm=8),
+    "another": lambda: S4D(8),
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_last_is_the_last_of_all(name: str) -> None:
+    torch.manual_seed(0)
+    mixer = MIXERS[name]().double()
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    _, state = mixer.forward_state(torch.randn_like(x), mixer.init_state(2))
+    want, after = mixer.forward_state(x, state)
+    got, found = forward_last(mixer, x, state)
+    torch.testing.assert_close(got, want[:, -1:])
+    torch.testing.assert_close(found, after)
+
+
+def test_the_other_tokens_are_left_out() -> None:
+    """Outputs of in_proj's gate and of out_proj exist for one token."""
+    mixer, seen = Mamba(8, d_state=4), []
+    mixer.out_proj.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    forward_last(mixer, torch.randn(2, 7, 8), mixer.init_state(2))
+    assert seen == [(2, 1, 8)]
+
+
+def test_an_adapter_is_more_than_a_weight() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    mixer = Mamba(8, d_state=4)
+    mixer.in_proj = Doubled(8, 32, bias=False)
+    x, state = torch.randn(2, 7, 8), mixer.init_state(2)
+    torch.testing.assert_close(forward_last(mixer, x, state)[0], mixer.forward_state(x, state)[0][:, -1:])
+
+
+def test_a_model_with_an_mlp() -> None:
+    torch.manual_seed(0)
+    model = MambaLM(MambaConfig(d_model=8, n_layer=2, vocab_size=9, d_intermediate=12)).double()
+    assert isinstance(model.backbone.layers[-1], Block)
+    assert isinstance(model.backbone.layers[-1].mlp, GatedMLP)
+    ids = torch.randint(9, (2, 7))
+    want, after = model.backbone.forward_state(ids, model.init_state(2))
+    got, found = model.backbone.forward_last(ids, model.init_state(2))
+    torch.testing.assert_close(got, want[:, -1])
+    torch.testing.assert_close(found, after)
