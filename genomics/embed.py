@@ -38,7 +38,7 @@ def embed(
         bed: Intervals to embed, named by the fourth column; null is every record.
         pooling: Mean, maximum or last position of each interval; none keeps every base.
         format: safetensors, or parquet (one row an interval; needs pyarrow, and a pooling).
-        piece: Bases that go through the model at a time; null is 8,192 where a processor carries a state on,
+        piece: Bases that go through the model at a time; null is 16,384 where a processor carries a state on,
             262,144 where a GPU does, else 65,536.
         device: cpu, cuda, or auto.
         dtype: float32, bfloat16, or tf32: float32 whose products an NVIDIA GPU rounds to 11 bits.

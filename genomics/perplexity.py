@@ -27,7 +27,7 @@ def perplexity(
         model: Checkpoint, run folder, folder with config.json, or name on the Hugging Face hub.
         fasta: Sequences: FASTA or FASTQ, perhaps gzipped, or 2bit.
         bed: Intervals to score, named by the fourth column; null is every record.
-        piece: Bases that go through the model at a time; null is 8,192 where a processor carries a state on,
+        piece: Bases that go through the model at a time; null is 16,384 where a processor carries a state on,
             262,144 where a GPU does, else 65,536.
         device: cpu, cuda, or auto.
         dtype: float32, bfloat16, or tf32: float32 whose products an NVIDIA GPU rounds to 11 bits.

@@ -46,7 +46,7 @@ def predict(
         bed: Intervals to read, each from its start on; null is every record.
         track: classes for a classifier, surprisal or entropy for a language model; auto chooses.
         bin: Bases of a line of the track.
-        piece: Bases that go through the model at a time; rounded to a multiple of the bin; null is 8,192 where a
+        piece: Bases that go through the model at a time; rounded to a multiple of the bin; null is 16,384 where a
             processor carries a state on, 262,144 where a GPU does, else 65,536.
         format: bedgraph, or bigwig (needs pyBigWig), for surprisal and entropy.
         device: cpu, cuda, or auto.
