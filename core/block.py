@@ -195,12 +195,18 @@ class Block(nn.Module):
         return self._forward(x, residual, seq_idx, cu_seqlens)
 
     def _forward(
-        self, x: Tensor, residual: Tensor | None, seq_idx: Tensor | None, cu_seqlens: Tensor | None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        seq_idx: Tensor | None,
+        cu_seqlens: Tensor | None,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """The block, whose mixer gets the norm's output in ``dtype``; None: in x's."""
         x, stream = self.norm(x, residual)
         if residual is not None and is_large(x):
             self._forget(x, stream)
-        x = self.mixer(x, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
+        x = self.mixer(x.to(dtype or x.dtype), seq_idx=seq_idx, cu_seqlens=cu_seqlens)
         return self.apply_mlp(x, stream)
 
     def _forget(self, y: Tensor, stream: Tensor) -> None:
@@ -219,19 +225,8 @@ class Block(nn.Module):
             x, residual = total, None
         if self._cuts(x, seq_idx, cu_seqlens):
             return self._in_pieces(x, residual, dtype)
-        out = checkpoint(self._from_sum, x, residual, dtype, seq_idx, cu_seqlens, use_reentrant=False)
+        out = checkpoint(self._forward, x, residual, seq_idx, cu_seqlens, dtype, use_reentrant=False)
         return cast(tuple[Tensor, Tensor], out)
-
-    def _from_sum(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        dtype: torch.dtype,
-        seq_idx: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        y, stream = self.norm(x, residual)
-        return self.apply_mlp(self.mixer(y.to(dtype), seq_idx=seq_idx, cu_seqlens=cu_seqlens), stream)
 
     def _cuts(self, x: Tensor, seq_idx: Tensor | None, cu_seqlens: Tensor | None) -> bool:
         """Whether to checkpoint piece by piece: then one piece's activations are alive at a time, not a block's."""
