@@ -75,7 +75,7 @@ def generate(
         out: Folder to write to instead of the next one in runs/audio/generate.
         overwrite: Replace what an earlier generation has written to that folder.
         device: Where to run: cpu or cuda; auto is the GPU if there is one.
-        precision: Of the weights; bfloat16 on a GPU only. It is faster: one clip of a Mamba U-Net is streamed in real time.
+        precision: Of the weights; bfloat16 on a GPU only. It is faster: one clip of a Mamba U-Net is in real time.
         reject_low: Share of the drawn clips that is left out as the least likely: runaway noise is among them.
         reject_high: Share that is left out as the most likely: silence is among them. SaShiMi's protocol is 0.4 and
             0.05.

@@ -107,7 +107,7 @@ struct Watch {
 
     __device__ __forceinline__ void save(const Args& a) const {
         if (threadIdx.x == 0)
-            for (int i = 0; i < 16; i++) ((long long*)a.profile)[blockIdx.x * 16 + i] = sum[i];
+            for (int i = 0; i < 16; i++) ((long long*)a.profile)[blockIdx.x * 16 + i] = (int)sum[i];
     }
 #else
     __device__ __forceinline__ void mark(int) {}
