@@ -25,7 +25,8 @@ __device__ __forceinline__ letter* box(const Args& a, int at, int slot, unsigned
     return (letter*)a.mail + at + (long long)(count % DEPTH) * slot;
 }
 
-// Mail in a block's own shared memory has two slots: a layer is not asked again before its answer was read.
+// Mail in a block's own shared memory, from layers to layers, has two slots: a layer is not asked again before its answer
+// was read.
 __device__ __forceinline__ letter* near_box(int at, int slot, unsigned count) {
     return (letter*)memory + at + (int)(count % 2) * slot;
 }
