@@ -67,6 +67,7 @@ __device__ __forceinline__ void await_all(int sources, unsigned count, float* su
     if (MOST == 0) return;
     letter both[most(MOST, 1)][N];
     bool all;
+    const unsigned lanes = __activemask();  // they go on together
     do {
         all = true;
 #pragma unroll
@@ -75,7 +76,7 @@ __device__ __forceinline__ void await_all(int sources, unsigned count, float* su
 #pragma unroll
         for (int i = 0; i < MOST * N; i++)
             if (i / N < sources) all = all && has(both[i / N][i % N], count);
-    } while (!all);
+    } while (__any_sync(lanes, !all));
 #pragma unroll
     for (int i = 0; i < MOST * N; i++)
         if (i / N < sources) sum[i % N] += number(both[i / N][i % N]);
