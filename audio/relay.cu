@@ -2,9 +2,9 @@
 //
 // A layer, or 16 WARPS channels of one, has a block of threads of its own, whose weights and states stay in its registers
 // and shared memory for the whole launch. A layer's input is mailed: each number goes to global memory together with the
-// count of its sample, so the reader waits for numbers, and there is no barrier between blocks. To blocks of the same cluster it
-// goes straight into their shared memory, in a third of the time. A stage runs at its own
-// pace: what the inner ones say about a frame is needed for the next frame only, so their layers run beside the outer ones'.
+// count of its sample, so the reader waits for numbers, and there is no barrier between blocks. To layers of the same
+// cluster it goes straight into their shared memory, in a third of the time. A stage runs at its own pace: what the inner
+// ones say about a frame is needed for the next frame only, so their layers run beside the outer ones'.
 // All blocks have to be on the GPU at once.
 //
 // A number of turn n lies in slot n % DEPTH, and is overwritten DEPTH turns later. All its readers have read it by then, as

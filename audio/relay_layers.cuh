@@ -72,17 +72,22 @@ struct Said {
     }
 };
 
-// Tells the other parts of a layer this one's share of number j, by its first warp, and adds theirs to it.
-template <int S, int LOWS>
-__device__ __forceinline__ void add_other_parts(const int* row, float* own, unsigned count, int j) {
-    const int part = row[PART], first = cluster_rank() - part;
-    letter* boxes = near_box(row[SHARED], S * LOWS, count) + j;
+// Tells the other parts of a layer this one's shares of all LOWS numbers, by its first warp, and adds theirs to them. A lane
+// has EACH of them, 32 apart.
+template <int S, int LOWS, int EACH>
+__device__ __forceinline__ void add_other_parts(const int* row, float* own, unsigned count) {
+    const int part = row[PART], first = cluster_rank() - part, lane = threadIdx.x % 32;
+    letter* boxes = near_box(row[SHARED], S * LOWS, count);
     if (threadIdx.x < 32)
 #pragma unroll
-        for (int p = 0; p < S; p++)
-            if (p != part) push(reach(boxes + part * LOWS, first + p), 0, *own, count);
-    await_all<S - 1, 1>(S - 1, count, own, [&](int i, letter* one) {
-        *one = peek_near(boxes + (i + (i >= part)) * LOWS);
+        for (int i = 0; i < S * EACH; i++) {
+            const int p = i / EACH, j = lane + i % EACH * 32;
+            if (p != part && j < LOWS) push(reach(boxes + part * LOWS + j, first + p), 0, own[i % EACH], count);
+        }
+    await_all<S - 1, EACH>(S - 1, count, own, [&](int i, letter* theirs) {
+#pragma unroll
+        for (int e = 0; e < EACH; e++)
+            theirs[e] = peek_near(boxes + (i + (i >= part)) * LOWS + least(lane + 32 * e, LOWS - 1));
     });
 }
 
@@ -195,13 +200,10 @@ __device__ void layer(const Args& a) {
 #pragma unroll
             for (int w = 0; w < WARPS / 4; w++) sums[i] += (from[w].x + from[w].y) + (from[w].z + from[w].w);
         }
+        if constexpr (S > 1) add_other_parts<S, LOWS, LOWS_EACH>(row, sums, count);
 #pragma unroll
-        for (int i = 0; i < LOWS_EACH; i++) {
-            const int j = lane + 32 * i;
-            if (j >= LOWS) continue;
-            if constexpr (S > 1) add_other_parts<S, LOWS>(row, sums + i, count, j);
-            low[j] = sums[i];
-        }
+        for (int i = 0; i < LOWS_EACH; i++)
+            if (lane + 32 * i < LOWS) low[lane + 32 * i] = sums[i];
         __syncwarp();
         watch.mark(7);
         const float4* lows = (const float4*)low;

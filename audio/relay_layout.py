@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from audio.net import SoundNet
+from audio.relay_weights import norm_vectors, part_of_layer
 from audio.sashimi import StageState
 from audio.tiles import TILE, half_tiles, operand, padded, up_to
 from core.mixers import Mamba, MambaState
-from core.mixers.mamba import decay_rates
 
 WARPS = 8  # of a block of threads
 SHARED_LIMIT = 227 << 10  # bytes of shared memory that a block of threads may have on sm_90
@@ -166,10 +166,13 @@ class Relay:
         return grid
 
     def _choose_ways(self, job: Job) -> None:
-        """Mail between blocks of a cluster goes through shared memory, other mail through global memory."""
+        """Mail between layers in a cluster goes through shared memory, other mail through global memory.
+
+        Two slots would not do for a pooling, which a stage may be almost two frames ahead of.
+        """
         for source in job.sources:
             owner = self._jobs[source.owner] if source.owner >= 0 else None
-            if owner is None or owner.place // CLUSTER != job.place // CLUSTER:
+            if owner is None or not job.parts or owner.place // CLUSTER != job.place // CLUSTER:
                 job.fars += [source.at, source.slot]
                 continue
             job.nears += [job.letters, source.width]
@@ -229,7 +232,7 @@ class Relay:
             here = slice(part * channels, (part + 1) * channels)
             states = [conv[:, here].flatten(), ssm[here].flatten(), *frames]
             kind = f"layer<{D}, {N}, {W}, {R}, {parts}"
-            pieces = _part_of(block, parts * channels, here)
+            pieces = part_of_layer(block, parts * channels, here)
             owner = self._add(kind, pieces, states, sources, row | {"part": part}, parts, lows)
             said_by.append(Source(out.at + part * D16, out.slot, owner, D16))
         held = D16 <= 128
@@ -281,48 +284,13 @@ class Relay:
         D, rows = net.config.d_model, up_to(net.levels, TILE)
         D16 = up_to(D, TILE)
         weight = padded(net.head.weight.detach().float().cpu(), rows, D16)
-        pieces = [*_norm(net.model.norm), half_tiles(weight), padded(net.head.bias.detach().float().cpu(), rows)]
+        pieces = [*norm_vectors(net.model.norm), half_tiles(weight), padded(net.head.bias.detach().float().cpu(), rows)]
         row = {"period": 1, "out": embedding.at, "out_slot": embedding.slot}
         self._add(f"mouth<{D}", pieces, [], sources, row)
         held = D16 // TILE * rows // TILE <= 32 * self._warps
         self._needs(
             4 * D16 + (0 if held else D16 * rows // 2) + 2 * rows + up_to(net.levels, 4) + up_to(net.levels * D, 4)
         )
-
-
-def _norm(norm: Any) -> list[Tensor]:
-    size = up_to(len(norm.weight), TILE)
-    return [padded(t.detach().float().cpu(), size) for t in (norm.weight, norm.bias)]
-
-
-def _part_of(block: Any, inner: int, here: slice) -> list[Tensor]:
-    """The weights of the channels ``here`` of a Mamba layer and its norm, of ``inner`` channels with zeros."""
-    layer = block.layer
-    D16, E, N, R = up_to(layer.d_model, TILE), layer.d_inner, layer.d_state, layer.dt_rank
-    R4, N8 = up_to(R, 4), up_to(N, 8)
-
-    def wide(tensor: Tensor, *sizes: int) -> Tensor:
-        return padded(tensor.detach().float().cpu(), *sizes)
-
-    bias = layer.in_proj.weight.new_zeros(2 * E) if layer.in_proj.bias is None else layer.in_proj.bias
-    both = [wide(part, inner, D16)[here] for part in layer.in_proj.weight.split(E)]
-    low = [
-        wide(t, size, inner)[:, here]
-        for t, size in zip(layer.x_proj.weight.split([R, N, N]), (R4, N8, N8), strict=True)
-    ]
-    low = padded(torch.cat(low), up_to(R4 + 2 * N8, TILE), low[0].shape[1])
-    conv = layer.conv1d
-    first = conv.weight.new_zeros(E) if conv.bias is None else conv.bias
-    taps = torch.cat([first[None], conv.weight.squeeze(1).t()])
-    vectors = [*bias.split(E), *taps, layer.dt_proj.bias, layer.D]
-    decays = (decay_rates(layer.A_log.detach()).double() / math.log(2)).float()
-    out = wide(layer.out_proj.weight, D16, inner)[:, here]
-    out_bias = layer.out_proj.weight.new_zeros(layer.d_model) if layer.out_proj.bias is None else layer.out_proj.bias
-    return [
-        *_norm(block.norm), half_tiles(torch.cat(both)), half_tiles(out.contiguous()), half_tiles(low.contiguous()),
-        *(wide(vector, inner)[here] for vector in vectors),
-        wide(layer.dt_proj.weight, inner, R4)[here], wide(decays, inner, N8)[here], wide(out_bias, D16),
-    ]  # fmt: skip
 
 
 def _power_of_two_above(least: int) -> int:

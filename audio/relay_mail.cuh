@@ -25,7 +25,8 @@ __device__ __forceinline__ letter* box(const Args& a, int at, int slot, unsigned
     return (letter*)a.mail + at + (long long)(count % DEPTH) * slot;
 }
 
-// Mail in a block's own shared memory has two slots: a layer is not asked again before its answer was read.
+// Mail in a block's own shared memory, from layers to layers, has two slots: a layer is not asked again before its answer
+// was read.
 __device__ __forceinline__ letter* near_box(int at, int slot, unsigned count) {
     return (letter*)memory + at + (int)(count % 2) * slot;
 }
@@ -66,6 +67,7 @@ __device__ __forceinline__ void await_all(int sources, unsigned count, float* su
     if (MOST == 0) return;
     letter both[most(MOST, 1)][N];
     bool all;
+    const unsigned lanes = __activemask();  // they go on together
     do {
         all = true;
 #pragma unroll
@@ -74,7 +76,7 @@ __device__ __forceinline__ void await_all(int sources, unsigned count, float* su
 #pragma unroll
         for (int i = 0; i < MOST * N; i++)
             if (i / N < sources) all = all && has(both[i / N][i % N], count);
-    } while (!all);
+    } while (__any_sync(lanes, !all));
 #pragma unroll
     for (int i = 0; i < MOST * N; i++)
         if (i / N < sources) sum[i % N] += number(both[i / N][i % N]);
@@ -107,7 +109,7 @@ struct Watch {
 
     __device__ __forceinline__ void save(const Args& a) const {
         if (threadIdx.x == 0)
-            for (int i = 0; i < 16; i++) ((long long*)a.profile)[blockIdx.x * 16 + i] = sum[i];
+            for (int i = 0; i < 16; i++) ((long long*)a.profile)[blockIdx.x * 16 + i] = (int)sum[i];
     }
 #else
     __device__ __forceinline__ void mark(int) {}

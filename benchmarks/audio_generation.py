@@ -62,7 +62,7 @@ def print_profile(stepper: CudaStepper, uniform: torch.Tensor, config: SashimiCo
         print(f"  stage {depth}, a layer: {sum(cycles[16 * depth :][: len(PHASES)]) / number:.0f}: {', '.join(phases)}")
 
 
-RELAY_PHASES = ("input", "meet", "norm", "in", "low", "meet", "share", "scan", "meet", "out")
+RELAY_PHASES = ("turn", "input", "norm", "meet", "in", "low", "meet", "share", "scan", "meet", "out")
 
 
 def print_relay_profile(stepper: RelayStepper, uniform: torch.Tensor) -> None:

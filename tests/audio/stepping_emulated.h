@@ -41,6 +41,8 @@ static int __reduce_min_sync(unsigned, int value) {
     }
     return value;
 }
+static unsigned __activemask() { return ~0u; }
+static bool __any_sync(unsigned, bool own) { return own; }  // enough for a lane that waits for itself
 static int __reduce_max_sync(unsigned, int value) { return -__reduce_min_sync(~0u, -value); }
 
 static void multiply_single(float* c, uint4 w, unsigned x0, unsigned x1) {

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 NETS = {
     "small": SashimiConfig(6, 2, (2, 3), mixer_cfg={"d_state": 3, "d_conv": 3, "bias": True}),
-    "parts": SashimiConfig(72, 1, (2, 2), mixer_cfg={"d_state": 5}),
+    "parts": SashimiConfig(40, 1, (2, 2), mixer_cfg={"d_state": 5}),
     "flat": SashimiConfig(16, 2, (), mixer_cfg={"d_state": 16}),
     "paper": SashimiConfig(64, 2, (4, 4)),
     "sc09": SashimiConfig(),
