@@ -115,7 +115,7 @@ def models() -> dict[str, Model]:
     images = _alone("target/ddp_vmamba_t", 30.2e6)
     large = _alone("target/tensor_mamba2_780m", 780.1e6)
     text = _row("train_lm", "target/mamba_130m", "triscan", "forward_backward", 8 * 129.1e6)
-    scan: dict[str, Any] = {"state": 256 * 17, "edge": 256 * 3, "memory": 1 << 16}
+    scan: dict[str, Any] = {"state": 256 * 17, "edge": 256 * 3, "memory": 1 << 15}
     return {
         "VMamba-T, 128 images a GPU": Model(
             ("ddp", "fsdp2"), "target/ddp_vmamba_t", images, 30.2e6, 15, 768, 128 * 3136, largest=6.2e6
