@@ -48,7 +48,7 @@ def check_graphs(module: LightningModule) -> None:
     """Refuses trainings whose step cannot be a graph.
 
     Raises:
-        UserError: If gradients are accumulated, or sequences or layers shared by processes.
+        UserError: If gradients are accumulated, or sequences shared by processes.
     """
     steps = module.trainer.accumulate_grad_batches
     if steps > 1:
@@ -58,6 +58,3 @@ def check_graphs(module: LightningModule) -> None:
         )
     if active() is not None:
         raise UserError("--model.graph is on and sequences are shared by processes, wanted --model.graph false")
-    tensor = getattr(module.trainer.strategy, "tensor", 1)
-    if tensor > 1:  # graphs that hold collectives kept processes from ending
-        raise UserError(f"--model.graph is on and --tensor_parallel is {tensor}, wanted --model.graph false")
