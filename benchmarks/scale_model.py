@@ -1,8 +1,8 @@
 """What more GPUs would cost, worked out: ``python -m benchmarks.scale_model [--gpus N ...]``.
 
-It prints the tables of docs/scaling_out.md. The time of a step and the memory on one GPU are measured (or assumed,
-where a table says so); what travels between GPUs follows from the sizes. A step of N GPUs takes that of one, and what
-of the communication no computation hides:
+It prints the tables of docs/scaling_out.md. The time of a step and the memory on one GPU are measured; what travels
+between GPUs follows from the sizes. A step of N GPUs takes that of one, and what of the communication no computation
+hides:
 
 - ``ddp``: gradients are summed, 2 (N - 1) / N of their bytes, beside the backward pass (two thirds of a step).
 - ``fsdp2``: weights are gathered twice and gradients scattered, 3 (N - 1) / N of their bytes, beside all of the step.
@@ -29,6 +29,7 @@ from benchmarks.common import RESULTS
 Strategy = Literal["ddp", "fsdp2", "sequence", "tensor"]
 MOMENTS = 16  # bytes a parameter: weight, gradient and AdamW's two moments, in float32
 SUMS = 9  # small ones a layer, of tensor parallelism
+GRAPHS = "by CUDA graphs, the memory without"
 SCANNED = 0.5  # share of a step that scans take, about
 
 
@@ -103,23 +104,32 @@ def _row(file: str, case: str, provider: str, mode: str, held: float) -> tuple[f
     raise LookupError(f"{file}.csv has no row of {case}, {provider}, {mode}; run benchmarks.{file} with --write")
 
 
+def _alone(case: str, parameters: float, eager: float | None = None) -> tuple[float, float, str]:
+    """The same of a case of ``scale_out`` on one GPU, where weights and gradients lie beside moments.
+
+    Args:
+        case: Its name.
+        parameters: Of the model.
+        eager: MiB of activations as ``--eager`` measured them, where graphs replay the step: theirs are not counted.
+    """
+    time, memory, source = _row("scale_out", f"{case}/1", "triscan", "training", MOMENTS * parameters)
+    return (time, memory, source) if eager is None else (time, eager, f"{source}, {GRAPHS}")
+
+
 def models() -> dict[str, Model]:
     """The models of the tables, by what a step reads."""
-    long = _row("genome_training", "target/mamba_6x128", "triscan", "forward_backward", 4 * 0.7e6)
-    wide = _row("genome_training", "target/mamba_16x256", "triscan", "forward_backward", 4 * 7.0e6)
+    long = _alone("target/sequence_mamba_6x128", 0.7e6)
+    wide = _alone("target/ddp_genome_7m", 7.0e6)
+    images = _alone("target/ddp_vmamba_t", 30.2e6, 6642)
+    large = _alone("target/tensor_mamba2_780m", 780.1e6, 21408)
     text = _row("train_lm", "target/mamba_130m", "triscan", "forward_backward", 8 * 129.1e6)
-    images = _row("vision", "target/vmamba_t", "triscan+graph", "training", 0.0)
-    images = (images[0], 6.2 * 1024, f"{images[2]}, its memory counted from the saved tensors")  # a graph's is unknown
-    # 40 % of an H100's matrix products; what the layer's one op, the norms and the stream keep of a token.
-    flops, kept = 6 * 780.1e6 * 8 * 2048, 48 * 8 * 2048 * (2 * (6448 + 3072 + 1536) + 4 * 1536)
-    assumed = (1e3 * flops / (0.4 * 989e12), kept / 2**20, "assumed: 40 % of the peak of matrix products")
-    scan: dict[str, Any] = {"state": 256 * 17, "edge": 256 * 3, "memory": 1 << 16}
+    scan: dict[str, Any] = {"state": 256 * 17, "edge": 256 * 3, "memory": 1 << 15}
     return {
         "VMamba-T, 128 images a GPU": Model(
             ("ddp", "fsdp2"), "target/ddp_vmamba_t", images, 30.2e6, 15, 768, 128 * 3136, largest=6.2e6
         ),
-        "Genome LM of 7 M (16 x 256), 2^20 bases a GPU": Model(
-            ("ddp", "fsdp2"), "target/ddp_genome_7m", wide, 7.0e6, 16, 256, 1 << 20, largest=0.44e6
+        "Genome LM of 7 M (16 x 256), 512 windows of 1,024 bases a GPU": Model(
+            ("ddp", "fsdp2"), "target/ddp_genome_7m", wide, 7.0e6, 16, 256, 1 << 19, largest=0.44e6
         ),
         "Mamba 130 M, 8 x 2,048 tokens a GPU": Model(
             ("ddp", "fsdp2"), "ddp_mamba_130m", text, 129.1e6, 24, 768, 8 * 2048, largest=3.8e6
@@ -131,7 +141,7 @@ def models() -> dict[str, Model]:
             ("sequence",), "sequence_mamba_6x128_fixed", long, 0.7e6, 6, 128, 1 << 20, **scan, fixed=True
         ),
         "Mamba-2 780 M, 8 x 2,048 tokens in all (tensor) or a GPU": Model(
-            ("tensor", "ddp", "fsdp2"), "target/tensor_mamba2_780m", assumed, 780.1e6, 48, 1536, 8 * 2048,
+            ("tensor", "ddp", "fsdp2"), "target/tensor_mamba2_780m", large, 780.1e6, 48, 1536, 8 * 2048,
             largest=14.6e6, everywhere=0.04, kept=77.2e6,
         ),
     }  # fmt: skip
@@ -198,7 +208,9 @@ def table(name: str, model: Model, gpus: list[int], machine: Machine) -> list[st
             s = step(model, strategy, count, machine)
             kind = model.case.removeprefix("target/").startswith(strategy)
             found = real.get(f"{model.case}/{count}") if kind else None
-            beside = "-" if found is None else f"{found[0]:.1f} ms, {found[1] / 1024:.1f} GiB"
+            beside = "-" if found is None else f"{found[0]:.1f} ms"
+            if found is not None and not source.endswith(GRAPHS):
+                beside += f", {found[1] / 1024:.1f} GiB"
             lines.append(
                 f"| {strategy} | {count} | {s.sent / 2**20:,.1f} | {1e3 * s.seconds:.1f} | {s.efficiency:.0%} | "
                 f"{s.memory / 2**30:.1f} | {beside} |"

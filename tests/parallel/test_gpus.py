@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from core.parallel.cuts import cut_of
 from core.parallel.group import SequenceGroup, sequence_parallel
 from core.parallel.tensor import tensor_parallel
-from core.training.graphs import capture
 
 pytestmark = [
     pytest.mark.gpu,
@@ -90,27 +89,7 @@ def layers_of_some_heads(rank: int, size: int) -> dict[str, float]:
     return found
 
 
-def graphs_of_some_heads(rank: int, size: int) -> dict[str, float]:
-    """The worst error of a tensor-parallel model after steps that replay graphs."""
-    mesh, found = init_device_mesh("cuda", (size,)), {}
-    ids = torch.randint(0, 12, (2, 257), generator=torch.Generator().manual_seed(2)).cuda()
-    whole, model = build_model(1).cuda(), build_model(1).cuda()
-    tensor_parallel(model, mesh)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (whole, model)]
-    model_step(model, ids, optimizers[1])
-    model_step(whole, ids, optimizers[0])
-    capture(model.backbone, ids[:, :-1])
-    for _ in range(2):
-        for optimizer in optimizers:  # a graph's gradients lie where they lay before
-            optimizer.zero_grad()
-        losses = [model_step(m, ids, optimizer) for m, optimizer in zip((whole, model), optimizers, strict=True)]
-        found["loss"] = abs(losses[1] / losses[0] - 1)
-    for key, value in model.state_dict().items():
-        found[key] = worst(value, whole.state_dict()[key])
-    return found
-
-
-@pytest.mark.parametrize("function", [layers_of_some_heads, graphs_of_some_heads, mixers_in_parts, models_in_parts])
+@pytest.mark.parametrize("function", [layers_of_some_heads, mixers_in_parts, models_in_parts])
 def test_shares_of_two_gpus_equal_the_whole_on_one(function: Any) -> None:
     for found in run_ranks(2, function, backend="nccl"):
         assert {name: error for name, error in found.items() if not error < 2e-5} == {}

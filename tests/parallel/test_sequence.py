@@ -80,6 +80,37 @@ def test_mixers_in_parts_equal_the_whole(name: str, cuts: str, forgetful: bool) 
         torch.testing.assert_close(torch.from_numpy(found[0][2][key]) / scale, grad / scale, rtol=0, atol=3e-6)
 
 
+def remember_longer(rank: int, size: int, name: str, x: Tensor, dy: Tensor) -> Any:
+    """A step of a mixer that forgets within a few tokens, then one of the same mixer once it remembers."""
+    mixer, part = build(name, True), slice(CUTS["two"][rank], CUTS["two"][rank + 1])
+    group, taken = SequenceGroup(dist.group.WORLD, 4), []
+    for forgetful in (True, False):
+        values = build(name, forgetful).state_dict()
+        for key, parameter in mixer.named_parameters():  # they stay where they are, by which a scan is known again
+            parameter.data.copy_(values[key] + (3.0 if forgetful and key.endswith("bias") else 0.0))
+        mixer.zero_grad()
+        with sequence_parallel(group):
+            y = mixer(x[:, part])
+            y.backward(dy[:, part])
+        taken.append(max(group.sizes.values()))
+    return y.detach().numpy(), {n: group.sum(g).numpy() for n, g in gradients(mixer).items()}, taken
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2_reverse"])
+def test_more_is_taken_where_states_remember_more_than_before(name: str) -> None:
+    x, dy = torch.randn(2, 2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
+    whole = build(name, False)
+    y = whole(x)
+    y.backward(dy)
+    found = run_ranks(2, remember_longer, name, x, dy)
+    torch.testing.assert_close(joined(found, 0), y.detach(), rtol=1e-5, atol=1e-6)
+    for key, grad in gradients(whole).items():
+        scale = grad.abs().max()
+        torch.testing.assert_close(torch.from_numpy(found[0][1][key]) / scale, grad / scale, rtol=0, atol=3e-6)
+    for _, _, (before, after) in found:
+        assert before < after
+
+
 def scan_part(rank: int, size: int, tensors: list[Tensor], dy: Tensor, reverse: bool) -> Any:
     """The op itself in complex128, with an initial state, by plain operators."""
     group, cuts = SequenceGroup(dist.group.WORLD, 4), CUTS["three"]
