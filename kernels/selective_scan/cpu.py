@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels import threads
+from kernels.cpu_rows import flat
 from kernels.selective_scan import Gradients
 from kernels.selective_scan.cpu_arguments import GROUP, Inputs, Sizes
 from kernels.selective_scan.cpu_backward import Adjoints, backward_complex, backward_real
@@ -40,12 +41,14 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """
     keep = p.route is not None and not p.merge
     make = p.x.new_empty if _once(p) else p.x.new_zeros
-    y = make((p.batch, p.length, *((p.routes,) if keep else ()), p.channels), dtype=p.dtype)
+    sizes, inputs = _arguments(p, _narrow(p))
+    y = make(
+        (p.batch, p.length, *((p.routes,) if keep else ()), p.channels), dtype=p.x.dtype if _narrow(p) else p.dtype
+    )
     final = p.x.new_empty((p.sequences, p.routes, p.channels, p.state), dtype=p.state_dtype)
     make = p.x.new_empty if p.cu_seqlens is None else p.x.new_zeros  # packed sequences may leave slots over
     saved = make((p.slots, p.routes, p.state, p.channels), dtype=p.state_dtype)
-    sizes, inputs = _arguments(p)
-    outputs = (_memory(y), _memory(final), _memory(saved))
+    outputs = (flat(y), _memory(final), _memory(saved))
     count = len(inputs.blocks)
     tasks = [(*blocks, *run) for run in _cut(p.sequences, RUNS) for blocks in _cut(count, FORWARD_PARTS)]
     kernel = forward_complex if p.is_complex else forward_real
@@ -111,6 +114,11 @@ def backward(p: Problem, dy: Tensor, dstate: Tensor | None, saved: Tensor) -> Gr
 def _once(p: Problem) -> bool:
     """Whether each token is visited by one route and exactly once."""
     return p.route is None and p.code is None
+
+
+def _narrow(p: Problem) -> bool:
+    """Whether the forward reads x and z, and writes y, as bfloat16; elsewhere they are copied to and from float32."""
+    return _once(p) and not p.is_complex and all(t is None or t.dtype == torch.bfloat16 for t in (p.x, p.z))
 
 
 def _total(parts: Tensor) -> Tensor:
@@ -180,16 +188,17 @@ def _sizes(p: Problem) -> Sizes:
     )
 
 
-def _arguments(p: Problem) -> tuple[Sizes, Inputs]:
-    """The problem as the kernels read it; what follows from sizes alone is kept in its plan."""
+def _arguments(p: Problem, narrow: bool = False) -> tuple[Sizes, Inputs]:
+    """The problem as the kernels read it, x and z as they are if ``narrow``; what follows from sizes is in its plan."""
     if "cut" not in p.plan:
         p.plan["cut"] = _sizes(p), _blocks(p)
     sizes, blocks = p.plan["cut"]
     zeros = p.x.new_zeros((p.routes, p.channels), dtype=p.dtype)
     no_strides: Any = (0, 0, 0, 0)
-    x, x_strides = _flat(p.x if p.routes == 1 else p.x.expand(-1, -1, p.routes, -1), p.dtype, 3)
+    dtype = torch.bfloat16 if narrow else p.dtype
+    x, x_strides = _flat(p.x if p.routes == 1 else p.x.expand(-1, -1, p.routes, -1), dtype, 3)
     dt, dt_strides = _flat(p.dt, p.dtype, 3)
-    z, z_strides = _flat(p.z, p.dtype, 2)
+    z, z_strides = _flat(p.z, dtype, 2)
     B, B_strides = _flat(p.B, p.state_dtype, 4) if p.B.ndim == 5 else (_planar(p.B, p.state_dtype), no_strides)
     C, C_strides = _flat(p.C, p.state_dtype, 4) if p.C.ndim == 5 else (_planar(p.C, p.state_dtype), no_strides)
     return sizes, Inputs(
@@ -219,15 +228,14 @@ def _flat(t: Tensor | None, dtype: torch.dtype, axes: int) -> tuple[np.ndarray, 
 
     Copies only for another dtype or where the rest is not contiguous. Without elements: an empty array.
     """
-    if t is None or t.numel() == 0:
-        return _memory(torch.empty(0, dtype=dtype)), (0,) * axes
-    t = t.detach().to(dtype).resolve_conj()
+    t = torch.empty((0,) * (axes + 1), dtype=dtype) if t is None else t.detach().to(dtype).resolve_conj()
     if t.is_complex():
         t = torch.view_as_real(t).flatten(-2)
+    if t.numel() == 0:
+        return flat(t), (0,) * axes
     if t.stride(-1) != 1 and t.shape[-1] > 1:
         t = t.contiguous()
-    size = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    return t.as_strided((size,), (1,)).numpy(), t.stride()[:axes]
+    return flat(t), t.stride()[:axes]
 
 
 def _planar(t: Tensor, dtype: torch.dtype) -> np.ndarray:

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from kernels.cpu_rows import SOURCES
 from kernels.selective_scan.cpu_adjoint import Tiles, back_real, make_tiles
-from kernels.selective_scan.cpu_arguments import INNER, PART, SOURCES, Inputs, Sizes, kernel
+from kernels.selective_scan.cpu_arguments import INNER, PART, Inputs, Sizes, kernel
 from kernels.selective_scan.cpu_chunk import (
     Scratch,
     fill,

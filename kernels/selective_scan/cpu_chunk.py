@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from kernels.cpu_rows import read, read_one, write, write_one
 from kernels.selective_scan.cpu_arguments import FUSED, INNER, PART, Inputs, Sizes
 from kernels.selective_scan.cpu_math import sigmoid, softplus
 from kernels.selective_scan.cpu_simd import WIDTH, load, pointer, prefetch, store
@@ -67,8 +68,8 @@ def make_scratch(s: Sizes, v: Inputs, width: int) -> Scratch:
     entries = s.planes * s.padded
     return Scratch(
         np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64),
-        new_rows(CHUNK, width, v.x), new_rows(CHUNK, width, v.x), new_rows(CHUNK, width, v.x),
-        new_rows(CHUNK, width, v.x), new_rows(CHUNK, entries, v.x), new_rows(CHUNK, entries, v.x),
+        new_rows(CHUNK, width, v.D), new_rows(CHUNK, width, v.D), new_rows(CHUNK, width, v.D),
+        new_rows(CHUNK, width, v.D), new_rows(CHUNK, entries, v.D), new_rows(CHUNK, entries, v.D),
     )  # fmt: skip
 
 
@@ -167,14 +168,18 @@ def gather_tokens(s: Sizes, v: Inputs, b: int, k: int, first: int, steps: int, c
 
 @njit(**FUSED)
 def move_row(source: np.ndarray, start: int, target: np.ndarray, to: int, width: int, add: bool) -> None:
-    """Copies or adds ``width`` elements from ``start`` of one array, taken flat, to those from ``to`` of another."""
+    """Copies or adds ``width`` elements from ``start`` of one array, taken flat, to those from ``to`` of another.
+
+    Either may be bfloat16, as uint16.
+    """
     old, new = pointer(target), pointer(source)
     whole = width // WIDTH * WIDTH
     for d in range(0, whole, WIDTH):
-        row = load(new, start + d, 0, 1)
-        store(old, to + d, 0, load(old, to + d, 0, 1) + row if add else row)
+        row = read(new, start + d)
+        write(old, to + d, read(old, to + d) + row if add else row)
     for d in range(whole, width):
-        old[to + d] = old[to + d] + new[start + d] if add else new[start + d]
+        one = read_one(new, start + d)
+        write_one(old, to + d, read_one(old, to + d) + one if add else one)
 
 
 @njit(**INNER)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from kernels.selective_scan.cpu_arguments import FUSED, GROUP, INNER, PART, SOURCES, Inputs, Sizes, kernel
+from kernels.cpu_rows import SOURCES
+from kernels.selective_scan.cpu_arguments import FUSED, GROUP, INNER, PART, Inputs, Sizes, kernel
 from kernels.selective_scan.cpu_chunk import (
     Scratch,
     flush,
@@ -31,7 +32,7 @@ from kernels.selective_scan.cpu_chunk import (
     store_state,
 )
 from kernels.selective_scan.cpu_complex import advance_complex
-from kernels.selective_scan.cpu_math import decay, sigmoid
+from kernels.selective_scan.cpu_math import decay, decay_of, sigmoid
 from kernels.selective_scan.cpu_simd import WIDTH, apart, load, pointer, replace, spread, store, total
 from kernels.selective_scan.problem import CHUNK
 
@@ -71,12 +72,16 @@ def advance_real(
     C: np.ndarray,
     h: np.ndarray,
     y: np.ndarray,
+    like: np.ndarray,
 ) -> None:
-    """Runs the steps of a chunk, ``GROUP`` states of 16 channels at a time: h moves on, y ``(T, W)`` grows."""
+    """Runs the steps of a chunk, ``GROUP`` states of 16 channels at a time: h moves on, y ``(T, W)`` grows.
+
+    ``like`` is x in memory: see ``decay_of``.
+    """
     apart()
     for d in range(0, y.shape[1], WIDTH):
         for n in range(0, s.padded, GROUP):
-            walk(s, c, steps, n, d, rate, low, pointer(B), pointer(C), h, pointer(y), y.shape[1])
+            walk(s, c, steps, n, d, rate, low, pointer(B), pointer(C), h, pointer(y), y.shape[1], pointer(like))
 
 
 @njit(**FUSED)
@@ -93,6 +98,7 @@ def walk(
     states: np.ndarray,
     y: Any,
     width: int,
+    like: Any,
 ) -> None:
     """Runs a chunk with the states from ``n`` on of the lanes from ``d`` on in registers."""
     dt, u, rows_b, rows_c, restart = pointer(c.dt), pointer(c.x), pointer(c.B), pointer(c.C), pointer(c.restart)
@@ -105,7 +111,7 @@ def walk(
         # Constant B and C are loaded at each step: they have no registers left.
         b = spread(rows_b, i * s.padded + n, h) if s.varying_b else load(B, tile, width, h)
         r = spread(rows_c, i * s.padded + n, h) if s.varying_c else load(C, tile, width, h)
-        h = decay(load(dt, at, 0, 1), rate, low) * h + load(u, at, 0, 1) * b
+        h = decay_of(like, load(dt, at, 0, 1), rate, low) * h + load(u, at, 0, 1) * b
         store(y, at, 0, load(y, at, 0, 1) + total(h * r))
     store(states, tile, width, h)
 
@@ -196,11 +202,11 @@ def _make(sources: str, planes: int) -> Callable[..., None]:
             d0, d1 = v.blocks[j, 0], v.blocks[j, 1]
             g = d0 * s.groups // s.channels
             width = lanes(d1 - d0)
-            A, B = new_tile(s.planes, s.padded, width, v.x), new_tile(s.planes, s.padded, width, v.x)
-            C, h = new_tile(s.planes, s.padded, width, v.x), new_tile(s.planes, s.padded, width, v.x)
-            rate, low = new_tile(s.planes, s.padded, width, v.x), new_tile(s.planes, s.padded, width, v.x)
-            bias, D, y_rows = new_rows(1, width, v.x)[0], new_rows(1, width, v.x)[0], new_rows(CHUNK, width, v.x)
-            c, a = make_scratch(s, v, width), new_tile(s.planes, s.padded, width, v.x)
+            A, B = new_tile(s.planes, s.padded, width, v.D), new_tile(s.planes, s.padded, width, v.D)
+            C, h = new_tile(s.planes, s.padded, width, v.D), new_tile(s.planes, s.padded, width, v.D)
+            rate, low = new_tile(s.planes, s.padded, width, v.D), new_tile(s.planes, s.padded, width, v.D)
+            bias, D, y_rows = new_rows(1, width, v.D)[0], new_rows(1, width, v.D)[0], new_rows(CHUNK, width, v.D)
+            c, a = make_scratch(s, v, width), new_tile(s.planes, s.padded, width, v.D)
             for k in range(s.routes):
                 load_tile(v.A, s, k, d0, d1, A)
                 split_rates(A, rate, low)
@@ -225,7 +231,7 @@ def _make(sources: str, planes: int) -> Callable[..., None]:
                         if planes == 1 and shared:
                             advance_shared(s, c, steps, rate, low, B, C, h, y_rows)
                         elif planes == 1:
-                            advance_real(s, c, steps, rate, low, B, C, h, y_rows)
+                            advance_real(s, c, steps, rate, low, B, C, h, y_rows, v.x)
                         else:
                             advance_complex(s, c, steps, A, B, C, h, a, y_rows)
                         put(s, b, k, d0, d1 - d0, steps, c, y_rows, y)

@@ -10,6 +10,7 @@ from kernels.causal_conv1d import causal_conv1d, cpu_walk
 from kernels.cpu_rows import flat, read_row
 from kernels.norm import cpu_rms
 from kernels.norm import norm as norm_op
+from kernels.selective_scan import selective_scan
 
 
 @numba.njit
@@ -76,3 +77,24 @@ def test_norm_is_the_rounded_one_of_float32(residual: torch.dtype | None, monkey
     s = x.double() if before is None else x.double() + before.double()
     exact = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + calls[0].eps) * weight.double()
     np.testing.assert_allclose(y_wide.double(), exact, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [20, 300])
+def test_scan_of_bfloat16_has_the_state_of_float32(channels: int) -> None:
+    """Its exponentials take a term less: y within a rounding of bfloat16, the state as good, of each rate."""
+    generator = torch.Generator().manual_seed(3)
+
+    def rows(*size: int) -> Tensor:
+        return torch.randn(2, 700, *size, generator=generator).bfloat16()
+
+    x, z, B, C = rows(channels), rows(2 * channels)[..., channels:], rows(1, 8), rows(1, 8)
+    dt, A = rows(channels), -torch.logspace(-4, 2, 8).repeat(channels, 1)
+    options = {"z": z, "dt_softplus": True, "return_final_state": True, "backend": "cpu"}
+    y, state = selective_scan(x, dt, A, B, C, **options)
+    _, wide = selective_scan(x.float(), dt.float(), A, B.float(), C.float(), **{**options, "z": z.float()})
+    exact = {**options, "z": z.double(), "backend": "reference"}
+    y_exact, state_exact = selective_scan(*(t.double() for t in (x, dt, A, B, C)), **exact)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), y_exact, rtol=2**-8, atol=1e-5 * float(y_exact.abs().max()))
+    error, error_wide = ((s - state_exact).abs().amax((0, 1)) / state_exact.abs().amax((0, 1)) for s in (state, wide))
+    assert bool((error <= 1.5 * error_wide + 4e-7).all()), (error, error_wide)
