@@ -20,18 +20,49 @@ from torch import Tensor, nn
 from core import hippo
 from core.mixers.mamba import decay_rates
 from vision.models.mixer import block_diagonal
+from vision.models.patches import project_patches
 from vision.routes import check_routes
 
-__all__ = ["SS2D", "SSD2D", "ChannelAttention", "Conv2d", "DepthwiseConv2d", "LayerNorm", "MapMixer", "PatchMerging"]
+__all__ = [
+    "SS2D",
+    "SSD2D",
+    "ChannelAttention",
+    "Conv2d",
+    "DepthwiseConv2d",
+    "LayerNorm",
+    "MapMixer",
+    "PatchConv2d",
+    "PatchMerging",
+]
 
 torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in this module too
 
 
 class Conv2d(nn.Conv2d):
-    """``nn.Conv2d`` of maps (B, H, W, C): the memory format is channels-last, and nothing is copied."""
+    """``nn.Conv2d`` of maps (B, H, W, C): the memory format is channels-last, and maps are not copied, images are."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x.permute(0, 3, 1, 2), self.weight, self.bias).permute(0, 2, 3, 1)
+        x = x.contiguous().permute(0, 3, 1, 2)
+        return self._conv_forward(x, self.weight, self.bias).permute(0, 2, 3, 1)
+
+
+class PatchConv2d(nn.Conv2d):
+    """Patches of maps (B, H, W, C), one beside the other, by a matrix product; what is left of a patch is left out."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        dim: int,
+        size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_chans, dim, size, size, device=device, dtype=dtype)
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, : x.shape[1] // self.size * self.size, : x.shape[2] // self.size * self.size]
+        return project_patches(x.permute(0, 3, 1, 2), self.weight, self.bias, self.size)
 
 
 class DepthwiseConv2d(nn.Conv2d):

@@ -200,7 +200,7 @@ class StagedBackbone(nn.Module):
 
     def embed(self, image: Tensor) -> Tensor:
         """The first stage's map of images (B, channels, height, width)."""
-        return self.patch_embed(image.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1))
+        return self.patch_embed(image.permute(0, 2, 3, 1))
 
     def forward_intermediates(
         self,

@@ -19,7 +19,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision.models.loading import fit_to_model, unwrap
-from vision.models.ss2d import SS2D, SSD2D, Conv2d, LayerNorm, PatchMerging
+from vision.models.ss2d import SS2D, SSD2D, Conv2d, LayerNorm, PatchConv2d, PatchMerging
 from vision.models.staged import MixerBlock, Mlp, Stage, StagedBackbone, build, default_cfg
 
 __all__ = ["VMamba"]
@@ -101,7 +101,7 @@ class VMamba(StagedBackbone):
 
 def patch_stem(in_chans: int, dim: int, **dd: Any) -> nn.Module:
     """A 4 x 4 convolution and a norm: (B, height, width, in_chans) -> (B, height / 4, width / 4, dim)."""
-    return nn.Sequential(OrderedDict([("0", Conv2d(in_chans, dim, 4, 4, **dd)), ("2", LayerNorm(dim, **dd))]))
+    return nn.Sequential(OrderedDict([("0", PatchConv2d(in_chans, dim, 4, **dd)), ("2", LayerNorm(dim, **dd))]))
 
 
 def _conv_stem(in_chans: int, dim: int, stride: int, **dd: Any) -> nn.Module:
