@@ -8,11 +8,11 @@
 
 constexpr int GROUP = S * CH <= 2 ? 4 : 2;  // steps whose values are read ahead of those that are walked
 constexpr int BC = 2 * S;                   // floats of a lane's row of B and C
-// Steps that lie side by side in shared memory, so that one instruction reads or writes both.
-constexpr int TWO = T * RT % (2 * LOADERS) == 0 ? 2 : 1;
-// With tiles of a whole chunk a scheduler has one warp that walks: its decays are worked out a group ahead, and rows are
-// asked for tiles ahead, because memory takes longer than a tile does.
-constexpr int AHEAD = T == CHUNK, ASK = T == CHUNK;
+// Steps that lie side by side in shared memory, so that one instruction reads or writes both. With 33 states and more that
+// was slower.
+constexpr int TWO = (LN < 8 || T == CHUNK) && T * RT % (2 * LOADERS) == 0 ? 2 : 1;
+// With tiles of a whole chunk a scheduler has one warp that walks: its decays are worked out a group ahead.
+constexpr int AHEAD = T == CHUNK;
 
 struct Staged {  // two tiles of each
     float (*chan)[T / TWO][PADDED(2 * TWO * BD)];  // dt and dt x
@@ -73,26 +73,6 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
         rdt[i] = load<V>(dt[row], sure || channel && in_map(a, row), !TABLE && SOFTPLUS ? FAR_BELOW<TDT> : 0);
         loaded[i] = next[i];
         locate(i, tile + 1);
-    };
-    // A tile's rows to the second-level cache.
-    auto ask_row = [&](int i, int tile) {
-        const int row = origin + tile * T + row_in_tile(i);
-        if (!channel || col * (int)sizeof(TX) % 64 || !in_map(a, row)) return;
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(x[row]));
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(dt[row]));
-        if (HAS_Z && !ENDS) asm volatile("prefetch.global.L2 [%0];" ::"l"(z[row]));
-    };
-    auto ask_B = [&](int i, int tile) {
-        const int item = tid + i * LOADERS, row = origin + tile * T + item / BT % T;
-        if (item % BT || !in_map(a, row)) return;
-        if (!CONST_B && item < T * BT) asm volatile("prefetch.global.L2 [%0];" ::"l"(B_rows[row]));
-        if (!CONST_C && !ENDS && item / (T * BT) == 1) asm volatile("prefetch.global.L2 [%0];" ::"l"(C_rows[row]));
-    };
-    auto ask = [&](int tile) {
-#pragma unroll
-        for (int i = 0; i < BPASS; i++) ask_B(i, tile);
-#pragma unroll
-        for (int i = 0; i < PASS; i++) ask_row(i, tile);
     };
     auto locate_B = [&](int tile) {
 #pragma unroll
@@ -188,11 +168,9 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
             load_row(sure, i, tile + 2);
         }
         load_B(sure, tile + 2);
-        if (ASK && !TABLE) ask(tile + 3);
     };
 
     if (tiles > 0) {
-        for (int tile = 0; ASK && !TABLE && tile < 3; tile++) ask(tile);
         locate_B(0);
         load_B(false, 0);
 #pragma unroll
