@@ -47,29 +47,6 @@ __device__ __forceinline__ void leave(const Args& a, void* sums, i64 at, float s
     *to = a.add ? *to + sum : sum;
 }
 
-// Barriers that threads arrive at and wait for at different times; one thread of each warp arrives.
-__device__ __forceinline__ unsigned address(const void* shared) { return (unsigned)__cvta_generic_to_shared(shared); }
-__device__ __forceinline__ void set_up(i64* barrier, int count) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(barrier)), "r"(count) : "memory");
-}
-__device__ __forceinline__ void arrive(i64* barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(address(barrier)) : "memory");
-}
-// Waits until arrival number turn (from zero) is complete; every thread has waited for the one before.
-__device__ __forceinline__ void wait_for(i64* barrier, int turn) {
-    unsigned there;
-    do {
-#if __CUDA_ARCH__ >= 900
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-            : "=r"(there) : "r"(address(barrier)), "r"(turn & 1) : "memory");
-#else
-        asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-            : "=r"(there) : "r"(address(barrier)), "r"(turn & 1) : "memory");
-#endif
-    } while (!there);
-}
-
 constexpr bool SUMS = !(CONST_B && CONST_C);
 constexpr int HELD = 2;  // steps whose shares wait in registers: no load moves over a store
 constexpr bool LOCAL = EXTRA == 0 && 4 * GR * T / V >= 32;  // the rows of a part fill a warp
@@ -148,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     const Rows<TDZ> dz(a.dz, out, out_l, a);
 
     const i64 part_of = (p.d0 - (int)p.g * (int)(a.channels / a.G)) / BD;  // each block writes sums of its own
-    float* partial = reinterpret_cast<float*>(a.partial) + part_of * (a.slots * a.K * a.G * CHUNK * 2 * a.N);
+    Part* partial = reinterpret_cast<Part*>(a.partial) + part_of * (a.slots * a.K * a.G * CHUNK * 2 * a.N);
 
 #if ENDS && SOFTPLUS
     int stop = first + reach<true>(a, p, of_channels, first, last, reinterpret_cast<float*>(memory));
@@ -432,13 +409,16 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         if (LOCAL) __syncthreads();
         // 5. The slot's dB and dC.
         if (SUMS) {
-            float* to = partial + (((slot + shares) * a.K + p.k) * a.G + p.g) * CHUNK * 2 * a.N;
+            Part* to = partial + (((slot + shares) * a.K + p.k) * a.G + p.g) * CHUNK * 2 * a.N;
 #pragma unroll 4
             for (int i = tid * VN; i < CHUNK * 2 * NP; i += NT * VN) {
                 int j = i / (2 * NP), which = i / NP & 1, n = i % NP;
-                Pack<float, VN> sum;
-                fetch<VN>(sum.v, &s_B[j][n] + which * TO_C);
-                if (WHOLE_N || n < (int)a.N) *reinterpret_cast<Pack<float, VN>*>(to + (j * 2 + which) * (int)a.N + n) = sum;
+                float sum[VN];
+                fetch<VN>(sum, &s_B[j][n] + which * TO_C);
+                Pack<Part, VN> part;
+#pragma unroll
+                for (int v = 0; v < VN; v++) put(part.v[v], sum[v]);
+                save(to + (j * 2 + which) * (int)a.N + n, part, WHOLE_N || n < (int)a.N);
             }
             __syncthreads();
         }

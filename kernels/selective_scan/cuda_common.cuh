@@ -42,6 +42,13 @@ template <class E, int W> __device__ __forceinline__ void save(E* p, const Pack<
 
 #define UNCUT 1.000352f  // makes good on average for what CUT takes off products: .72 of half a unit in the last of ten places
 
+// What the parts of dB and dC are kept in: as exact as these themselves, so that a sum of many is off by little more.
+#if CUT
+typedef bf16 Part;
+#else
+typedef float Part;
+#endif
+
 // The W floats at p, which is aligned to them: one instruction.
 template <int W> __device__ __forceinline__ void fetch(float (&to)[W], const float* p) {
     if constexpr (W % 4 == 0) {
@@ -176,6 +183,29 @@ template <class E> struct Rows {
         return p;
     }
 };
+
+// Barriers that threads arrive at and wait for at different times; one thread of each warp arrives.
+__device__ __forceinline__ unsigned address(const void* shared) { return (unsigned)__cvta_generic_to_shared(shared); }
+__device__ __forceinline__ void set_up(i64* barrier, int count) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address(barrier)), "r"(count) : "memory");
+}
+__device__ __forceinline__ void arrive(i64* barrier) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) asm volatile("{.reg .b64 s; mbarrier.arrive.shared.b64 s, [%0];}" ::"r"(address(barrier)) : "memory");
+}
+// Waits until arrival number turn (from zero) is complete; every thread has waited for the one before.
+__device__ __forceinline__ void wait_for(i64* barrier, int turn) {
+    unsigned there;
+    do {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+            : "=r"(there) : "r"(address(barrier)), "r"(turn & 1) : "memory");
+#else
+        asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+            : "=r"(there) : "r"(address(barrier)), "r"(turn & 1) : "memory");
+#endif
+    } while (!there);
+}
 
 // This thread's place in the block.
 struct Place {

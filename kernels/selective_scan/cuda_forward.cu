@@ -2,32 +2,34 @@
 // only walk: states in registers, dt, dt x, B and C from shared memory, each thread's share of <C, h> to shared memory. The
 // others only load: while a tile is walked, they add up the shares of the one before, add D x, gate and write it, stage
 // the next as float32 (dt after softplus), and have the rows of the one after on their way. So the walkers' special
-// functions and the loaders' waiting for memory overlap, with one barrier a tile.
+// functions and the loaders' waiting for memory overlap. Each kind waits for the other once a tile, no warp for its own kind.
 // ENDS: only the state at the segment's end, from zero, and the sum of dt; the scan proper then starts from
 // h <- exp(A sum) h + end over the segments before it. ADD: y goes on top of that of the states before (float32).
 
 constexpr int GROUP = S * CH <= 2 ? 4 : 2;  // steps whose values are read ahead of those that are walked
 constexpr int BC = 2 * S;                   // floats of a lane's row of B and C
-// With tiles of a whole chunk a scheduler has one warp that walks: its decays are worked out a group ahead, and rows are
-// asked for tiles ahead, because memory takes longer than a tile does.
+// Steps that lie side by side in shared memory, so that one instruction reads or writes both. With 33 states and more that
+// was slower.
+constexpr int TWO = (LN < 8 || T == CHUNK) && T * RT % (2 * LOADERS) == 0 ? 2 : 1;
+// With tiles of a whole chunk a scheduler has one warp that walks: its decays are worked out a group ahead.
 constexpr int AHEAD = T == CHUNK;
 
 struct Staged {  // two tiles of each
-    float (*chan)[T][PADDED(2 * BD)];  // dt and dt x
-    float (*y)[T][PADDED(BD * LN)];    // shares of y
-    float (*bc)[T][2 * NP];            // B and C of each lane
-    float (*keep)[T];                  // whether the state is kept
+    float (*chan)[T / TWO][PADDED(2 * TWO * BD)];  // dt and dt x
+    float (*y)[T / TWO][PADDED(TWO * BD * LN)];    // shares of y
+    float (*bc)[T][2 * NP];                        // B and C of each lane
+    float (*keep)[T];                              // whether the state is kept
+    i64 *staged, *walked;                          // barriers: what a tile's steps need is there; its shares of y are
 
     __device__ __forceinline__ Staged(float4* memory) {
-        chan = reinterpret_cast<float(*)[T][PADDED(2 * BD)]>(memory);
-        y = reinterpret_cast<float(*)[T][PADDED(BD * LN)]>(chan + 2);
+        chan = reinterpret_cast<float(*)[T / TWO][PADDED(2 * TWO * BD)]>(memory);
+        y = reinterpret_cast<float(*)[T / TWO][PADDED(TWO * BD * LN)]>(chan + 2);
         bc = reinterpret_cast<float(*)[T][2 * NP]>(y + 2);
         keep = reinterpret_cast<float(*)[T]>(bc + 2);
+        staged = reinterpret_cast<i64*>(keep + 2);
+        walked = staged + 2;
     }
 };
-
-// One barrier for both kinds of warps, which meet it in different places of the program.
-__device__ __forceinline__ void meet() { asm volatile("bar.sync 0;" ::: "memory"); }
 
 // Threads that load, stage and write.
 __device__ __forceinline__ void attend(const Args& a, const Place& p, const Staged& shared, int origin, int tiles) {
@@ -57,50 +59,31 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
     // Entries of this thread's rows: of the tile whose epilogue is due, of the one that is walked, of the one whose values
     // are in registers, of the one after it.
     int due[PASS], walked[PASS], loaded[PASS], next[PASS], next_B[BPASS];
-    const int chan_slot = slot_of(2 * col), y_slot = slot_of(col * LN);
+    const int chan_slot = slot_of(2 * TWO * col), y_slot = slot_of(TWO * col * LN);
+    auto row_in_tile = [&](int i) { return TWO * (row0 + i / TWO * (LOADERS / RT)) + i % TWO; };
     constexpr bool EVEN = T * RT % LOADERS == 0, EVEN_B = T * BT % LOADERS == 0;
 
     auto locate = [&](int i, int tile) {  // row i of this thread
-        int r = row0 + i * (LOADERS / RT);
+        int r = row_in_tile(i);
         next[i] = !TABLE || (EVEN || r < T) && tile < tiles ? entry_of(a, p.b, p.k, origin + tile * T + r) : -2;
     };
-    auto load_row = [&](int i, int tile) {  // at the entry that was located, then finds the next tile's
-        int token = token_of(next[i]), row = row_of(a, next[i], origin + tile * T + row0 + i * (LOADERS / RT));
-        rx[i] = load<V>(x[token], channel && in_map(a, token));
-        rdt[i] = load<V>(dt[row], channel && in_map(a, row), !TABLE && SOFTPLUS ? FAR_BELOW<TDT> : 0);
+    auto load_row = [&](bool sure, int i, int tile) {  // at the entry that was located, then finds the next tile's
+        int token = token_of(next[i]), row = row_of(a, next[i], origin + tile * T + row_in_tile(i));
+        rx[i] = load<V>(x[token], sure || channel && in_map(a, token));
+        rdt[i] = load<V>(dt[row], sure || channel && in_map(a, row), !TABLE && SOFTPLUS ? FAR_BELOW<TDT> : 0);
         loaded[i] = next[i];
         locate(i, tile + 1);
-    };
-    // A tile's rows to the second-level cache.
-    auto ask_row = [&](int i, int tile) {
-        const int row = origin + tile * T + row0 + i * (LOADERS / RT);
-        if (!channel || col * (int)sizeof(TX) % 64 || !in_map(a, row)) return;
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(x[row]));
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(dt[row]));
-        if (HAS_Z && !ENDS) asm volatile("prefetch.global.L2 [%0];" ::"l"(z[row]));
-    };
-    auto ask_B = [&](int i, int tile) {
-        const int item = tid + i * LOADERS, row = origin + tile * T + item / BT % T;
-        if (item % BT || !in_map(a, row)) return;
-        if (!CONST_B && item < T * BT) asm volatile("prefetch.global.L2 [%0];" ::"l"(B_rows[row]));
-        if (!CONST_C && !ENDS && item / (T * BT) == 1) asm volatile("prefetch.global.L2 [%0];" ::"l"(C_rows[row]));
-    };
-    auto ask = [&](int tile) {
-#pragma unroll
-        for (int i = 0; i < BPASS; i++) ask_B(i, tile);
-#pragma unroll
-        for (int i = 0; i < PASS; i++) ask_row(i, tile);
     };
     auto locate_B = [&](int tile) {
 #pragma unroll
         for (int i = 0; i < BPASS; i++)
             next_B[i] = !TABLE || tile < tiles ? entry_of(a, p.b, p.k, origin + tile * T + (tid + i * LOADERS) / BT % T) : -2;
     };
-    auto load_B = [&](int tile) {
+    auto load_B = [&](bool sure, int tile) {
 #pragma unroll
         for (int i = 0; i < BPASS; i++) {
             int item = tid + i * LOADERS, n = item % BT * VN, row = row_of(a, next_B[i], origin + tile * T + item / BT % T);
-            bool live = in_map(a, row) && (WHOLE_N || n < (int)a.N);
+            bool live = (sure || in_map(a, row)) && (WHOLE_N || n < (int)a.N);
             if (!CONST_B && i * LOADERS < T * BT) rB[i] = load<VN>(B_rows[row] + n * (int)a.B_n, live && (EVEN_B || item < T * BT));
             if (!CONST_C && !ENDS && (i + 1) * LOADERS > T * BT)
                 rC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live && (EVEN_B || item / (T * BT) == 1));
@@ -116,89 +99,113 @@ __device__ __forceinline__ void attend(const Args& a, const Place& p, const Stag
             if (!CONST_C && !ENDS && (i + 1) * LOADERS > T * BT && (EVEN_B || item / (T * BT) == 1)) stage_states(to + S, rC[i]);
         }
     };
-    auto stage_row = [&](int i, int buf) {
-        int r = row0 + i * (LOADERS / RT);
+    auto stage_rows = [&](int i0, int buf) {  // TWO of them
+        const int r = row_in_tile(i0);
         if (!EVEN && r >= T) return;
-        float staged[2 * V];
+        float staged[2 * TWO * V];
 #pragma unroll
-        for (int v = 0; v < V; v++) {
-            float step = softplus(rdt[i][v] + bias[v]);
-            if (TABLE || !SOFTPLUS) step = is_step(a, loaded[i]) ? step : 0.0f;
-            staged[2 * v] = step;
-            staged[2 * v + 1] = step * rx[i][v];
+        for (int i = i0; i < i0 + TWO; i++) {
+#pragma unroll
+            for (int v = 0; v < V; v++) {
+                float step = softplus(rdt[i][v] + bias[v]);
+                if (TABLE || !SOFTPLUS) step = is_step(a, loaded[i]) ? step : 0.0f;
+                staged[2 * (TWO * v + i - i0)] = step;
+                staged[2 * (TWO * v + i - i0) + 1] = step * rx[i][v];
+            }
+            if (RESTARTS && col == 0) shared.keep[buf][r + i - i0] = loaded[i] <= -3 ? 0.0f : 1.0f;
         }
-        store<2 * V>(&shared.chan[buf][r][chan_slot], staged);
-        if (RESTARTS && col == 0) shared.keep[buf][r] = loaded[i] <= -3 ? 0.0f : 1.0f;
+        store<2 * TWO * V>(&shared.chan[buf][r / TWO][chan_slot], staged);
     };
-    auto load_epilogue = [&](int i, int tile) {
-        due[i] = token_of(TABLE ? walked[i] : origin + tile * T + row0 + i * (LOADERS / RT));
-        bool live = channel && in_map(a, due[i]);
+    auto load_epilogue = [&](bool sure, int i, int tile) {
+        due[i] = token_of(TABLE ? walked[i] : origin + tile * T + row_in_tile(i));
+        bool live = sure || channel && in_map(a, due[i]);
         if (HAS_D) ex[i] = load<V>(x[due[i]], live);
         if (HAS_Z) ez[i] = load<V>(z[due[i]], live);
         if (ADD) ey[i] = load<V>(before[due[i]], live);
         walked[i] = loaded[i];
     };
-    auto finish_row = [&](int i, int buf) {  // of the tile before
-        int r = row0 + i * (LOADERS / RT);
+    auto finish_rows = [&](bool sure, int i0, int buf) {  // of the tile before
+        const int r = row_in_tile(i0);
         if (!EVEN && r >= T) return;
-        Pack<TY, V> out;
+        Pack<TY, V> out[TWO];
 #pragma unroll
         for (int v = 0; v < V; v++) {
-            float parts[LN], sum = HAS_D ? skip[v] * ex[i][v] : 0.0f;
-            fetch<LN>(parts, &shared.y[buf][r][y_slot + slot_of(v * LN)]);
+            float parts[TWO * LN];
+            fetch<TWO * LN>(parts, &shared.y[buf][r / TWO][y_slot + slot_of(TWO * v * LN)]);
 #pragma unroll
-            for (int j = 0; j < LN; j++) sum += parts[j];
-            if (ADD) sum += ey[i][v];
-            if (HAS_Z) {
-                float gate = ez[i][v];
-                sum *= gate * sigmoid(gate);
+            for (int e = 0; e < TWO; e++) {
+                const int i = i0 + e;
+                float sum = HAS_D ? skip[v] * ex[i][v] : 0.0f;
+#pragma unroll
+                for (int j = 0; j < LN; j++) sum += parts[TWO * j + e];
+                if (ADD) sum += ey[i][v];
+                if (HAS_Z) {
+                    float gate = ez[i][v];
+                    sum *= gate * sigmoid(gate);
+                }
+                put(out[e].v[v], sum);
             }
-            put(out.v[v], sum);
         }
-        save(y[due[i]], out, channel && in_map(a, due[i]));
+#pragma unroll
+        for (int e = 0; e < TWO; e++) save(y[due[i0 + e]], out[e], sure || channel && in_map(a, due[i0 + e]));
+    };
+    // What there is to do while a tile is walked, once the walk over the one before is done.
+    auto attend_tile = [&](bool sure, int tile) {
+        const int buf = tile & 1 ^ 1;  // of the tile before, and of the one after
+        if (tile > 0) {
+            wait_for(shared.walked + buf, tile - 1 >> 1);
+#pragma unroll
+            for (int i = 0; i < PASS; i += TWO)
+                if (!ENDS) finish_rows(sure, i, buf);
+        }
+#pragma unroll
+        for (int i = 0; i < PASS; i += TWO) stage_rows(i, buf);
+        stage_B(buf);
+        arrive(shared.staged + buf);
+#pragma unroll
+        for (int i = 0; i < PASS; i++) {
+            if (!ENDS) load_epilogue(sure, i, tile);
+            load_row(sure, i, tile + 2);
+        }
+        load_B(sure, tile + 2);
     };
 
     if (tiles > 0) {
-        for (int tile = 0; AHEAD && !TABLE && tile < 3; tile++) ask(tile);
         locate_B(0);
-        load_B(0);
+        load_B(false, 0);
 #pragma unroll
         for (int i = 0; i < PASS; i++) {
             locate(i, 0);
-            load_row(i, 0);
-            walked[i] = loaded[i];
+            load_row(false, i, 0);
         }
         stage_B(0);
-        load_B(1);
+        load_B(false, 1);
+#pragma unroll
+        for (int i = 0; i < PASS; i += TWO) stage_rows(i, 0);
 #pragma unroll
         for (int i = 0; i < PASS; i++) {
-            stage_row(i, 0);
-            load_row(i, 1);
+            walked[i] = loaded[i];
+            load_row(false, i, 1);
         }
-        meet();
+        arrive(shared.staged);
     }
+    int tile = 0;
+#if !TABLE
+    if (p.d0 + BD <= p.dend) {
+        constexpr int READ = PASS * (LOADERS / RT);  // rows that are read of a tile, some of the next one's among them
+        const int whole = min(tiles, ((int)a.L - origin - max(0, READ - T)) / T - 2);
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; tile++) {
-        const int buf = tile & 1;
-        if (!ENDS && tile > 0) {
-#pragma unroll
-            for (int i = 0; i < PASS; i++) finish_row(i, buf ^ 1);
-        }
-#pragma unroll
-        for (int i = 0; i < PASS; i++) stage_row(i, buf ^ 1);
-        stage_B(buf ^ 1);
-#pragma unroll
-        for (int i = 0; i < PASS; i++) {
-            if (!ENDS) load_epilogue(i, tile);
-            load_row(i, tile + 2);
-        }
-        load_B(tile + 2);
-        if (AHEAD && !TABLE) ask(tile + 3);
-        meet();
+        for (; tile < whole; tile++) attend_tile(true, tile);
     }
+#endif
+#pragma unroll 1
+    for (; tile < tiles; tile++) attend_tile(false, tile);
+    if (!ENDS && tiles > 0) {
+        const int buf = tiles - 1 & 1;
+        wait_for(shared.walked + buf, tiles - 1 >> 1);
 #pragma unroll
-    for (int i = 0; i < PASS; i++)
-        if (!ENDS && tiles > 0) finish_row(i, tiles - 1 & 1);
+        for (int i = 0; i < PASS; i += TWO) finish_rows(false, i, buf);
+    }
 }
 
 struct Values { float2 chan[CH]; float bc[BC], keep; };  // what a step reads
@@ -214,7 +221,7 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates 
     for (int m = 0; m < CH; m++) {
         const Place own = p.of(m);
         const int d = p.d0 + own.ch;
-        own_chan[m] = slot_of(2 * own.ch), own_y[m] = slot_of(own.ch * LN + p.q);
+        own_chan[m] = slot_of(2 * TWO * own.ch), own_y[m] = slot_of(TWO * (own.ch * LN + p.q));
         total[m] = start;
 #pragma unroll
         for (int i = 0; i < S; i++) {
@@ -229,10 +236,10 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates 
     }
 
     i64 slot = first;
-    if (tiles > 0) meet();
 #pragma unroll 1
     for (int tile = 0; tile < tiles; tile++) {
         const int buf = tile & 1;
+        wait_for(shared.staged + buf, tile >> 1);
         if (!ENDS && a.saved && tile % (CHUNK / T) == 0) {
 #pragma unroll
             for (int m = 0; m < CH; m++)
@@ -241,68 +248,86 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates 
                     if (p.of(m).owns() && (WHOLE_N || p.q * S + i < (int)a.N)) *saved_at(a, p.of(m), slot, i) = h[m][i];
             slot++;
         }
-        Values in[3][GROUP];
+        Values in[4][GROUP];
         Terms terms[2][GROUP];
-        auto fetch_group = [&](int t0) {
+        auto fetch_group = [&](int t0, int group) {
 #pragma unroll
             for (int j = 0; j < GROUP && t0 < T; j++) {
-                Values& to = in[t0 / GROUP % 3][j];
-#pragma unroll
-                for (int m = 0; m < CH; m++) to.chan[m] = *reinterpret_cast<const float2*>(&shared.chan[buf][t0 + j][own_chan[m]]);
+                Values& to = in[group % 4][j];
                 const float* bc = &shared.bc[buf][t0 + j][p.q * BC];
                 if (!CONST_B && !(CONST_C || ENDS)) fetch<BC>(to.bc, bc);
                 else if (!CONST_B) fetch<S>(*reinterpret_cast<float(*)[S]>(to.bc), bc);
                 else if (!(CONST_C || ENDS)) fetch<S>(*reinterpret_cast<float(*)[S]>(to.bc + S), bc + S);
                 to.keep = RESTARTS ? shared.keep[buf][t0 + j] : 1.0f;
             }
+#pragma unroll
+            for (int j = 0; j < GROUP && t0 < T; j += TWO)
+#pragma unroll
+                for (int m = 0; m < CH; m++) {
+                    const float* from = &shared.chan[buf][(t0 + j) / TWO][own_chan[m]];
+                    Values* to = &in[group % 4][j];
+                    if constexpr (TWO == 2) {
+                        const float4 both = *reinterpret_cast<const float4*>(from);
+                        to[0].chan[m] = make_float2(both.x, both.y);
+                        to[1].chan[m] = make_float2(both.z, both.w);
+                    } else to[0].chan[m] = *reinterpret_cast<const float2*>(from);
+                }
         };
-        auto prepare = [&](int t0) {
+        auto prepare = [&](int t0, int group) {
 #pragma unroll
             for (int j = 0; j < GROUP && t0 < T; j++)
 #pragma unroll
                 for (int m = 0; m < CH; m++) {
-                    const Values& now = in[t0 / GROUP % 3][j];
-                    Terms& to = terms[t0 / GROUP % 2][j];
+                    const Values& now = in[group % 4][j];
+                    Terms& to = terms[group % 2][j];
                     rates[m].decays(to.e[m], now.chan[m].x, now.keep);
 #pragma unroll
                     for (int i = 0; i < S; i++) to.u[m][i] = now.chan[m].y * (CONST_B ? B[m][i] : now.bc[i]);
                 }
         };
-        fetch_group(0);
-        if (AHEAD) fetch_group(GROUP), prepare(0);
+        fetch_group(0, 0);
+        if (AHEAD) fetch_group(GROUP, 1), prepare(0, 0);
         Span span[CH];
+        constexpr int RUN = T / GROUP < 8 ? T / GROUP : 8;  // groups that the compiler is given at once: it refuses too many
 #pragma unroll
-        for (int t = 0; t < T; t += GROUP) {
+        for (int t0 = 0; t0 < T; t0 += RUN * GROUP)
+#pragma unroll
+        for (int group = 0; group < RUN; group++) {
+            const int t = t0 + group * GROUP;
             if (MENDED && t % SPAN == 0)
 #pragma unroll
                 for (int m = 0; m < CH; m++) span[m].begin(h[m]);
             // Later groups' values are on their way before this one's shares are stored: no load moves over a store.
-            fetch_group(t + (1 + AHEAD) * GROUP);
-            prepare(t + AHEAD * GROUP);
-            float shares[GROUP][CH];
+            fetch_group(t + (1 + AHEAD) * GROUP, group + 1 + AHEAD);
+            prepare(t + AHEAD * GROUP, group + AHEAD);
+            float shares[CH][GROUP];
 #pragma unroll
             for (int j = 0; j < GROUP; j++)
 #pragma unroll
                 for (int m = 0; m < CH; m++) {
-                    const Values& now = in[t / GROUP % 3][j];
-                    const Terms& of = terms[t / GROUP % 2][j];
+                    const Values& now = in[group % 4][j];
+                    const Terms& of = terms[group % 2][j];
                     step(h[m], of.e[m], of.u[m]);
-                    shares[j][m] = 0.0f;
+                    shares[m][j] = 0.0f;
 #pragma unroll
-                    for (int i = 0; i < S; i++) shares[j][m] = fmaf(h[m][i], CONST_C ? C[m][i] : now.bc[S + i], shares[j][m]);
+                    for (int i = 0; i < S; i++) shares[m][j] = fmaf(h[m][i], CONST_C ? C[m][i] : now.bc[S + i], shares[m][j]);
                     if (ENDS) add_step(total[m], now.chan[m].x, now.keep);
                     if (MENDED) span[m].add(of.e[m], now.chan[m].x, now.keep);
                 }
 #pragma unroll
-            for (int j = 0; j < GROUP; j++)
+            for (int j = 0; j < GROUP; j += TWO)
 #pragma unroll
                 for (int m = 0; m < CH; m++)
-                    if (!ENDS) shared.y[buf][t + j][own_y[m]] = shares[j][m];
+                    if constexpr (!ENDS) {
+                        float* to = &shared.y[buf][(t + j) / TWO][own_y[m]];
+                        if constexpr (TWO == 2) *reinterpret_cast<float2*>(to) = make_float2(shares[m][j], shares[m][j + 1]);
+                        else *to = shares[m][j];
+                    }
             if (MENDED && (t + GROUP) % SPAN == 0)
 #pragma unroll
                 for (int m = 0; m < CH; m++) span[m].mend(h[m], rates[m]);
         }
-        meet();
+        arrive(shared.walked + buf);
     }
 #pragma unroll
     for (int m = 0; m < CH; m++) {
@@ -340,6 +365,8 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) forward(const Args a) {
     int tiles = (int)(last - first) * (CHUNK / T);
     if (!PACKED) tiles = max(0, min(tiles, ((int)a.P - origin + T - 1) / T));
     const Staged shared(memory);
+    if (threadIdx.x < 2) set_up(shared.staged + threadIdx.x, EXTRA), set_up(shared.walked + threadIdx.x, NW);
+    __syncthreads();
     if (walks) walk(a, p, rates, shared, tiles, first, total);
     else attend(a, p, shared, origin, tiles);
 }

@@ -4,12 +4,12 @@
 constexpr int FLYING = 16;  // numbers that a thread has on their way: a GPU that waits for one at a time is idle
 
 // The sum of count numbers, stride apart, in their order.
-__device__ __forceinline__ float sum_of(const float* from, i64 stride, int count) {
+template <class E> __device__ __forceinline__ float sum_of(const E* from, i64 stride, int count) {
     float sum = 0.0f;
     for (int m = 0; m < count; m += FLYING) {
         float numbers[FLYING];
 #pragma unroll
-        for (int j = 0; j < FLYING; j++) numbers[j] = m + j < count ? from[(m + j) * stride] : 0.0f;
+        for (int j = 0; j < FLYING; j++) numbers[j] = m + j < count ? number(from[(m + j) * stride]) : 0.0f;
 #pragma unroll
         for (int j = 0; j < FLYING; j++) sum += numbers[j];
     }
@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(256) reduce(const Args a) {
     if (!in_map(a, row)) return;
     if (!TABLE) row = (int)a.first + (int)a.sign * row;
     const i64 stride = a.slots * a.K * a.G * CHUNK * 2 * a.N;
-    float sum = sum_of(reinterpret_cast<const float*>(a.partial) + (i64)run * CHUNK + threadIdx.x % CHUNK, stride, (int)a.blocks);
+    float sum = sum_of(reinterpret_cast<const Part*>(a.partial) + (i64)run * CHUNK + threadIdx.x % CHUNK, stride, (int)a.blocks);
     if (CUT) sum *= UNCUT;
     i64 to = (((b * a.L + row) * a.K + k) * a.G + g) * a.N + n;
     if (which) put(reinterpret_cast<TC*>(a.dC)[to], sum);

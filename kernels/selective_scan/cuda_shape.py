@@ -57,7 +57,7 @@ class Shape(NamedTuple):
     def forward_words(self) -> int:
         """Words of shared memory of the forward."""
         each = rows(2 * self.width) + rows(self.width * self.lanes) + 2 * self.lanes * self.states + 1
-        return 2 * self.tile * each
+        return 2 * self.tile * each + 8  # for barriers
 
     def backward_words(self, ends: bool) -> int:
         """Words of shared memory of the backward, or of its first pass."""

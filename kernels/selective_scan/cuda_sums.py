@@ -35,7 +35,7 @@ class Sums:
         maps: Sizes and dtypes of dB and dC where tokens have their own. No tensors: all of this outlives the call.
         span: Chunks of a slice; the last one may have fewer.
         slots: Saved states of a slice.
-        shares: Numbers in the parts of dB and dC, or 0.
+        shares: Float32 words of the parts of dB and dC, or 0. Those of bfloat16 are kept in bfloat16.
         kept: Numbers of the state's gradient, of all segments.
     """
 
@@ -47,11 +47,12 @@ class Sums:
         self.sums = {f"sum_{n}": size for n, size in sizes.items()}
         self.maps = {f"d{n}": (t.shape, t.dtype) for n, t in (("B", p.B), ("C", p.C)) if t.ndim == 5}
         self.chunks = -(-p.chunks // shape.segments)  # of a segment
+        self.halves = p.B.dtype == p.C.dtype == torch.bfloat16
         self.slices = self._slices(p, shape)
         self.span = -(-self.chunks // self.slices)
         self.slots = p.slots if p.cu_seqlens is not None else p.sequences * shape.segments * self.span
         each = p.routes * p.groups * CHUNK * 2 * p.state  # numbers of a slot, for one block
-        self.shares = self.slots * each * shape.blocks if self.maps else 0
+        self.shares = -(-self.slots * each * shape.blocks // (1 + self.halves)) if self.maps else 0
         self.part_blocks = -(-self.slots * each // THREADS) if self.maps else 0
         self.sum_blocks = -(-sum(torch.Size(size).numel() for size in self.sums.values()) // THREADS)
         self.kept = p.sequences * shape.segments * p.routes * p.channels * p.state if self.slices > 1 else 0
@@ -60,7 +61,7 @@ class Sums:
         """So many that the shares of one take no more room than the states that forward saved, if there are enough."""
         if p.cu_seqlens is not None or not self.maps or not self.chunks:
             return 1
-        bytes_ = -(-2 * CHUNK * shape.blocks * p.groups // p.channels)  # theirs over those of the saved states
+        bytes_ = -(-2 * CHUNK * shape.blocks * p.groups // p.channels // (1 + self.halves))  # over those of the states
         slices = max(1, min(bytes_, self.chunks // LEAST))
         return -(-self.chunks // -(-self.chunks // slices))  # none of them empty
 

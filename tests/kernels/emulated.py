@@ -24,7 +24,6 @@ FUNCTIONS = (  # of one line each: what stands before the body, and the body
     (r"pin\(int& v\)", ""),
     (r"ex2\(float v\)", "return v < -126.0f ? 0.0f : exp2f(v);"),
     (r"rcp\(float v\)", "return 1.0f / v;"),
-    (r"void meet\(\)", "__syncthreads();"),
     (r"void follow\(\)", ""),
     (r"unsigned address\(const void\* shared\)", "return 0;"),
 )
@@ -35,7 +34,10 @@ SAVE = (
     "}\n\n#define UNCUT",
     "    if (live) memcpy((void*)p, &from, sizeof(from));\n",
 )
-BARRIERS = """static void set_up(i64* barrier, int count) { arrivals[barrier] = {count, 0, 0}; }
+BARRIERS = (
+    "__device__ __forceinline__ void set_up(",
+    "// This thread's place in the block.",
+    """static void set_up(i64* barrier, int count) { arrivals[barrier] = {count, 0, 0}; }
 static void arrive(i64* barrier) {
     __syncwarp();
     Arrivals& a = arrivals[barrier];
@@ -43,7 +45,8 @@ static void arrive(i64* barrier) {
 }
 static void wait_for(i64* barrier, int turn) { while (arrivals[barrier].phase <= turn) others(); }
 
-"""
+""",
+)
 START = """
 static Args* given;
 static void start() {{ {name}(*given); fibers[current].done = true; others(); }}
@@ -60,7 +63,7 @@ def translated(source: str, name: str) -> str:
         source = re.sub(rf"({head}) \{{.*\}}\n", lambda m, body=body: f"{m[1]} {{ {body} }}\n", source)
     source = _between(source, *LOAD)
     source = _between(source, *SAVE)
-    source = _between(source, "__device__ __forceinline__ void set_up(", "constexpr bool SUMS", BARRIERS)
+    source = _between(source, *BARRIERS)
     source = re.sub(r'asm\("" : "\+r"\(none\)\);', "", source)
     source = re.sub(r'asm\("mad\.wide[^;]*;"[^;]*;', "p = (E*)((char*)base + (i64)row * stride);", source)
     source = re.sub(r'asm\("mma\.sync[^;]*;"[^;]*;', "product(to, first, second);", source)
