@@ -1,6 +1,6 @@
 """Steps of a decoder's layers: one token through a block, its mixer's state updated in place.
 
-The step of a Mamba or Mamba-2 layer is three kernels, for a few rows others than for many, see ``kernels.decode``
+The step of a Mamba or Mamba-2 layer is three kernels (for many rows of Mamba four, others), see ``kernels.decode``
 and ``kernels.decode.many``; other layers run their ``decode``.
 
 Legend: B batch, D model width.
@@ -126,7 +126,7 @@ class FusedStep(PlainStep):
 
 
 class MambaStep(FusedStep):
-    """A Mamba block in three kernels."""
+    """A Mamba block in three kernels, or four for many rows."""
 
     @staticmethod
     def supports(layer: Block) -> bool:
