@@ -7,18 +7,20 @@ Legend: B batch, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from core.decode_steps import FEW_ROWS, layer_step, narrowed
+from core.decode_steps import FEW_ROWS, FusedStep, layer_step, narrowed
 from core.lm import MambaLM
 from core.prompt import copy_state, weights_key
 from core.sampling import Sampling, penalize_repetition, sample
 from kernels.decode import project
+from kernels.decode.many import Pending
 
 KEPT_GRAPHS = 4  # a model
 
@@ -71,12 +73,16 @@ class Decoder:
         self.steps = [
             layer_step(layer, state, batch, fused) for layer, state in zip(model.backbone.layers, states, strict=True)
         ]
+        for step, behind in itertools.pairwise(self.steps):
+            if isinstance(step, FusedStep):
+                step.precede(behind)
         self.few = fused and batch <= FEW_ROWS and model.backbone.norm_f.kind == "rms"
         vocabulary = model.config.vocab_size
         new: dict[str, Any] = {"device": head.device}
         self.tokens = torch.zeros(batch, dtype=torch.int64, **new)
         self.finished = torch.zeros(batch, dtype=torch.bool, **new)
-        self.logits = torch.zeros(batch, vocabulary, dtype=head.dtype, **new)
+        self._scores = torch.zeros(batch, head.shape[0], dtype=head.dtype, **new)
+        self.logits = self._scores[:, :vocabulary]  # the head's padding rows are no tokens
         self.end_tokens = torch.tensor(sorted(ends), dtype=torch.int64, **new)
         self.allowed = torch.tensor(allowed, dtype=torch.int64, **new) if allowed else None
         penalised = sampling.repetition_penalty != 1
@@ -102,7 +108,7 @@ class Decoder:
         self.finished.zero_()
         if self.seen is not None and seen is not None:
             self.seen.copy_(seen)
-        self.logits.copy_(self.model.lm_head(hidden)[:, : self.logits.shape[1]])
+        self._scores.copy_(self.model.lm_head(hidden))
         self._draw()
         return Drawn(self.tokens, self.logits, self.finished)
 
@@ -128,14 +134,18 @@ class Decoder:
 
     def _advance(self) -> None:
         model, norm = self.model, self.model.backbone.norm_f
-        x, residual = model.backbone.embedding(self.tokens), None
+        x: Tensor | Pending = model.backbone.embedding(self.tokens)
+        residual: Tensor | None = None
         for step in self.steps:
             x, residual = step(x, residual)
+        assert isinstance(x, Tensor)
         if self.few:
             logits, _, _ = project(x, model.lm_head.weight, residual=residual, norm_weight=norm.weight, eps=norm.eps)
-        else:
-            logits = model.lm_head(norm(x, residual)[0])
-        self.logits.copy_(logits[:, : self.logits.shape[1]])  # the head's padding rows are no tokens
+            self._scores.copy_(logits)
+        elif type(model.lm_head) is nn.Linear and model.lm_head.bias is None:
+            torch.mm(norm(x, residual)[0], model.lm_head.weight.T, out=self._scores)
+        else:  # an adapter, or a quantised layer
+            self._scores.copy_(model.lm_head(norm(x, residual)[0]))
 
     def _draw(self) -> None:
         penalty = self.sampling.repetition_penalty

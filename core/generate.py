@@ -181,7 +181,7 @@ def stream(
     reader = reader_for(model, *input_ids.shape) if same else None
     if reader is None:
         narrow = state_dtype is not None and state_dtype.itemsize < 4  # which is rounded more than it could be off by
-        with between_pieces() if narrow else contextlib.nullcontext():
+        with _as_in_training(model.lm_head.weight) if narrow else contextlib.nullcontext():
             hidden, state = prefill(model, input_ids, lengths, chunk=prefill_chunk, room=room)
     else:
         hidden, state = reader(input_ids)
@@ -273,6 +273,14 @@ def log_likelihood(
         return Scores(log_probs, matches)
     padding = torch.arange(1, length, device=input_ids.device) >= lengths[:, None]
     return Scores(log_probs.masked_fill(padding, 0), matches | padding)
+
+
+@contextlib.contextmanager
+def _as_in_training(weight: Tensor) -> Iterator[None]:
+    """Scans with the GPU's own exponentials, and time steps rounded to the 16 bits of the model, as under autocast."""
+    low = weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16)
+    with between_pieces(), torch.autocast("cuda", weight.dtype if low else None, enabled=low):
+        yield
 
 
 def _to_the_left(input_ids: Tensor, lengths: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 At a batch of a few rows a step reads every weight once; what it costs beside that is kernel launches. ``project`` takes
 the addition to the residual stream, the norm and the gate in front of a product, and the convolution's step behind it,
 so that a Mamba layer is three launches (project, ``scan_step``, project). For many rows there are matrix products,
-``project_parts``, and ``scan_step`` in tiles of rows. For inference: no gradients, and the states that are passed in
-are updated in place.
+``project_parts``, ``scan_step`` in tiles of rows, and ``kernels.decode.many``. For inference: no gradients, and the
+states that are passed in are updated in place.
 
 Legend: B batch, K inputs, O outputs, C convolved channels, W convolution width, E inner width, N state, R dt rank,
 P outputs of a following projection.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernels.backend import choose
 from kernels.checks import check_float, check_shape
-from kernels.decode import reference
+from kernels.decode import reference, rows_cuda
 
 __all__ = ["Conv", "largest", "project", "project_parts", "scan_step"]
 
@@ -159,7 +159,7 @@ def scan_step(
         A_log: (E, N).
         D: (E,).
         state: (B, E, N), updated in place.
-        backend: See ``project``.
+        backend: See ``project``, or ``cuda`` where a kernel fits.
 
     Returns:
         y (B, E) in x's dtype.
@@ -173,7 +173,10 @@ def scan_step(
     check_shape("A_log", A_log, (inner, n), "(E, N)")
     check_shape("D", D, (inner,), "(E,)")
     check_shape("state", state, (batch, inner, n), "(B, E, N)")
-    if _name(backend, x) == "triton":
+    name = _name(backend, x, batch >= SCAN_ROWS and rows_cuda.scan_fits(low, x, z, dt_weight, A_log, state))
+    if name == "cuda":
+        return rows_cuda.scan(low, x, z, dt_weight, dt_bias, A_log, D, state)
+    if name == "triton":
         from kernels.decode import rows, triton
 
         if batch >= SCAN_ROWS and n <= 64 and x.dtype != torch.float64:
@@ -203,8 +206,8 @@ def largest(x: Tensor, *, backend: str = "auto") -> Tensor:
     return x.argmax(dim=-1)
 
 
-def _name(backend: str, x: Tensor) -> str:
-    """``triton`` or ``reference``: on the CPU, and wherever else there is no Triton, PyTorch's own operators do."""
+def _name(backend: str, x: Tensor, cuda: bool = False) -> str:
+    """``cuda`` if a kernel fits, ``triton`` or ``reference``: on the CPU, or without Triton, PyTorch's operators do."""
     assert not torch.is_grad_enabled() or not x.requires_grad, "decoding ops have no gradients"
-    name, _ = choose(backend, x.device)
-    return "triton" if name == "triton" else "reference"
+    name, _ = choose(backend, x.device, cuda)
+    return name if name in ("cuda", "triton") else "reference"

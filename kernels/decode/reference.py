@@ -63,3 +63,34 @@ def scan_step(
     state.copy_(h)
     y = (h * C.unsqueeze(1)).sum(-1) + wide(D) * x
     return y * F.silu(wide(z))
+
+
+def scaled(x: Tensor, weight: Tensor, bias: Tensor | None, squares: Tensor | None, eps: float) -> Tensor:
+    """x W^T (B, O) over the root mean square that the squares (B, parts) are parts of, in wide precision."""
+    y = F.linear(wide(x), wide(weight))
+    if squares is not None:
+        y = y * torch.rsqrt(wide(squares).sum(1, keepdim=True) / x.shape[1] + eps)
+    return y if bias is None else y + wide(bias)
+
+
+def heads_step(
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt: Tensor,
+    dt_bias: Tensor,
+    A_log: Tensor,
+    D: Tensor | None,
+    state: Tensor,
+    dt_limit: tuple[float, float],
+) -> Tensor:
+    """One step of Mamba-2's scan (B, H P) before its gate, in wide precision; the state (B, H, P, N) is updated."""
+    _, heads, width, n = state.shape
+    x = wide(x).unflatten(1, (heads, width))
+    keys, queries = (wide(t).unflatten(1, (-1, n)).repeat_interleave(heads * n // t.shape[1], 1) for t in (B, C))
+    step = F.softplus(wide(dt) + wide(dt_bias)).clamp(*dt_limit)
+    decay = torch.exp(-step * torch.exp(wide(A_log)))
+    h = decay[:, :, None, None] * wide(state) + (step[:, :, None] * x).unsqueeze(3) * keys.unsqueeze(2)
+    state.copy_(h)
+    y = (h * queries.unsqueeze(2)).sum(3)
+    return (y if D is None else y + wide(D).view(heads, -1) * x).flatten(1)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from core import decode, prompt
+from core import decode, decode_steps, prompt
 from core.decode import Decoder, decoder_for
 from core.generate import Sampling, generate, prefill, stream
 from core.lm import MambaConfig, MambaLM
@@ -49,10 +50,12 @@ def run(decoder: Decoder, hidden: Tensor, state: object, steps: int) -> tuple[Te
     return torch.stack(tokens, 1), torch.stack(logits, 1)
 
 
-@pytest.mark.parametrize("batch", [2, decode.FEW_ROWS + 1])
+@pytest.mark.parametrize(("batch", "hands_on"), [(2, True), (decode.FEW_ROWS + 1, True), (decode.FEW_ROWS + 1, False)])
 @pytest.mark.parametrize("name", MODELS)
-def test_steps_are_the_forward(name: str, batch: int) -> None:
+def test_steps_are_the_forward(name: str, batch: int, hands_on: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = lm(**MODELS[name])
+    if not hands_on:  # as where the kernels don't fit
+        monkeypatch.setattr(decode_steps, "products_fit", lambda *args: False)
     ids = torch.randint(VOCAB, (batch, 7), device=DEVICE)
     hidden, state = prefill(model, ids, room=20)
     for fused in (False, True):
@@ -139,6 +142,36 @@ def test_bfloat16_steps_stay_close(name: str) -> None:
     ids = torch.randint(VOCAB, (2, 7), device=DEVICE)
     hidden, state = prefill(model, ids)
     tokens, logits = run(Decoder(model, 2, GREEDY, graph=True), hidden, state, 12)
+    ids = torch.cat([ids, tokens], dim=1)
+    truth, whole = (m(ids)[:, 6:-1, :VOCAB].detach().double() for m in (exact, model))
+    assert (logits - truth).norm() < 2 * (whole - truth).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="graphs are CUDA's")
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("ssm_cfg", "residual_in_fp32"),
+    [
+        (dict(d_state=16), True),
+        (dict(layer="Mamba2", d_state=32, headdim=32), True),
+        (dict(layer="Mamba2", d_state=32, headdim=32, norm_before_gate=True, bias=True), False),
+    ],
+)
+def test_many_rows_stay_close(
+    ssm_cfg: dict[str, object], residual_in_fp32: bool, state_dtype: torch.dtype | None
+) -> None:
+    """Where blocks hand on rows that wait for a norm; the same rule, in a graph and without."""
+    options: dict[str, Any] = dict(d_model=384, ssm_cfg=ssm_cfg, residual_in_fp32=residual_in_fp32)
+    exact, model = lm(**options), lm(**options).bfloat16()
+    exact.load_state_dict(model.state_dict())
+    ids = torch.randint(VOCAB, (60, 7), device=DEVICE)
+    hidden, state = prefill(model, ids)
+    decoders = [Decoder(model, 60, GREEDY, state_dtype=state_dtype, graph=graph) for graph in (True, False)]
+    if torch.cuda.get_device_capability() >= (9, 0):
+        assert [getattr(step, "following", None) is not None for step in decoders[0].steps] == [True, True, False]
+    (tokens, logits), (_, eager) = (run(decoder, hidden, state, 12) for decoder in decoders)
+    assert torch.equal(logits, eager)
     ids = torch.cat([ids, tokens], dim=1)
     truth, whole = (m(ids)[:, 6:-1, :VOCAB].detach().double() for m in (exact, model))
     assert (logits - truth).norm() < 2 * (whole - truth).norm()
