@@ -8,7 +8,7 @@ import torch
 from accuracy import relative_rms
 
 import vision  # noqa: F401  registers the models
-from vision.models import mixer
+from vision.models import mixer, vim
 from vision.module import capture
 
 MODULES = ["efficient_vmamba", "local_vim", "local_vmamba", "mamba_nd", "plain_mamba", "vmamba", "vim"]
@@ -121,3 +121,31 @@ def test_both_directions_at_once_are_the_same(graph, monkeypatch):
     for _ in range(3):
         torch.testing.assert_close(gradients(model, images), wanted)
         model.zero_grad()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("side", [16, 64])  # one direction after the other, both at once
+def test_the_way_without_gradients_is_the_same(side, autocast, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"img_size": side, "patch_size": 2, "embed_dim": 64, "depth": 3, "num_classes": 5}
+    model = timm.create_model("vim_tiny_patch16_224", **sizes).cuda().eval()
+    images = torch.randn(5, 3, side, side, device="cuda")
+    off = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-4, "atol": 1e-5}
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        with monkeypatch.context() as patch:
+            patch.setattr(vim.Vim, "infers", lambda self, hidden: False)
+            wanted = model(images)
+        assert model.infers(model.embed(images)[0])
+        for _ in range(3):
+            torch.testing.assert_close(model(images), wanted, **off)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = model(images)
+        for _ in range(3):
+            y.zero_()
+            graph.replay()
+            torch.testing.assert_close(y, wanted, **off)
+        seen = []
+        model.layers[1].register_forward_hook(lambda module, given, result: seen.append(len(given[0])))
+        torch.testing.assert_close(model(images), wanted, **off)
+        assert seen == [5]  # who looks into a block sees the whole batch

@@ -267,3 +267,13 @@ def test_unknown_pooling_and_route():
         small(global_pool="max")
     with pytest.raises(ValueError, match="did you mean 'columns'"):
         small(routes=("raster", "colums"))
+
+
+def test_weights_made_ready_at_once_are_the_same(monkeypatch):
+    torch.manual_seed(0)
+    model = timm.create_model("vim_tiny_patch16_224", img_size=64, depth=3, embed_dim=48, num_classes=5).eval()
+    image = torch.rand(2, 3, 64, 48)
+    with torch.no_grad():
+        wanted = model(image)
+        monkeypatch.setattr(Vim, "infers", lambda self, hidden: True)
+        torch.testing.assert_close(model(image), wanted, rtol=1e-5, atol=1e-6)

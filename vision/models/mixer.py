@@ -4,7 +4,6 @@ Dimension letters: B batch, L tokens, H W grid of patches, M = H W, D model widt
 P route positions, R dt rank, W convolution width.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 
 from core import hippo
 from core.mixers.mamba import decay_rates
+from vision.models.ready import Ready, filled_up
+from vision.models.streams import leaves_idle, side_stream
 
 __all__ = ["RouteMixer", "block_diagonal"]
 
@@ -28,29 +29,45 @@ def block_diagonal(weights: Tensor) -> Tensor:
     return torch.diag_embed(weights.permute(1, 2, 0)).permute(2, 0, 3, 1).flatten(2).flatten(0, 1)
 
 
-def scan_one_way(x: Tensor, z: Tensor, parameters: list[Tensor], backwards: bool, R: int, N: int) -> Tensor:
-    """Convolves and scans tokens (B, L, E) in order, or from the last to the first; gated by z, (B, L, E).
+def prepared(parameters: list[Tensor], R: int) -> list[Tensor]:
+    """Parameters of one route as ``scan_ways`` takes them.
 
     Args:
-        x: What is scanned.
-        z: The gate.
         parameters: A_log (E, N), D (E,), weight (E, 1, W) and bias (E,) of the convolution, x_proj (R + 2 N, E), weight
             (E, R) and bias (E,) of dt_proj.
-        backwards: Which way.
         R: Rank of the time steps.
-        N: State size.
+
+    Returns:
+        The same with A for A_log, the convolution's weight as (E, W), and both projections ``filled_up``.
     """
     A_log, D, conv_weight, conv_bias, x_weight, dt_weight, dt_bias = parameters
+    x_weight, dt_weight = filled_up(x_weight, dt_weight, R)
+    return [decay_rates(A_log), D, conv_weight.squeeze(1), conv_bias, x_weight, dt_weight, dt_bias]
+
+
+def project(x: Tensor, parameters: list[Tensor], backwards: bool, R: int) -> list[Tensor]:
+    """What a scan of tokens (B, L, E) reads: convolved ones (B, L, E), time steps (B, L, E), and B, C and more.
+
+    Args:
+        x: The tokens.
+        parameters: As of ``prepared``.
+        backwards: Whether they are scanned from the last to the first.
+        R: Rank of the time steps.
+    """
     x, _ = torch.ops.triscan.causal_conv1d(
-        x, conv_weight.squeeze(1), conv_bias, None, None, None, None, "silu", backwards, False, "auto"
+        x, parameters[2], parameters[3], None, None, None, None, "silu", backwards, False, "auto"
     )
-    more = -R % 8
-    if more > 0:  # rows and ranks that are no multiple of 16 bytes take the GPU's slow products
-        x_weight, dt_weight = F.pad(x_weight, [0, 0, 0, more]), F.pad(dt_weight, [0, more])
-    parts = F.linear(x, x_weight)
-    dt, B, C = parts[..., : R + more], parts[..., R : R + N], parts[..., R + N : R + 2 * N]
+    parts = F.linear(x, parameters[4])
+    # B's first columns fill the time steps' up: they meet dt_proj's zeros.
+    return [x, F.linear(parts[..., : R + -R % 8], parameters[5]), parts[..., R:]]
+
+
+def scan(projected: list[Tensor], z: Tensor, parameters: list[Tensor], backwards: bool, N: int) -> Tensor:
+    """Scans what ``project`` returns, gated by z; all tokens are (B, L, E)."""
+    x, dt, rest = projected
+    B, C = rest[..., :N].unsqueeze(2), rest[..., N : 2 * N].unsqueeze(2)
     y, _, _ = torch.ops.triscan.selective_scan(
-        x, F.linear(dt, dt_weight), decay_rates(A_log), B.unsqueeze(2), C.unsqueeze(2), D, z, dt_bias, None, None,
+        x, dt, parameters[0], B, C, parameters[1], z, parameters[6], None, None,
         None, None, None, True, True, "sum", backwards, False, "auto",
     )  # fmt: skip
     return y
@@ -58,45 +75,47 @@ def scan_one_way(x: Tensor, z: Tensor, parameters: list[Tensor], backwards: bool
 
 @register_notrace_function
 def scan_ways(x: Tensor, z: Tensor, ways: list[list[Tensor]], backwards: list[bool], R: int, N: int) -> Tensor:
-    """The sum of ``scan_one_way`` over several ``parameters`` and directions; a leaf for tracers.
+    """The sum of the scans of tokens (B, L, E) in order, or from the last to the first, gated by z; a leaf for tracers.
 
     Two long scans of few rows leave half of a GPU idle, so they run at the same time there.
+
+    Args:
+        x: What is scanned.
+        z: The gate.
+        ways: Parameters of each scan, as of ``prepared``.
+        backwards: Which way each goes.
+        R: Rank of the time steps.
+        N: State size.
     """
     if not torch.jit.is_scripting() and len(ways) == 2 and _leaves_idle(x):
         return _side_by_side(x, z, ways, backwards, R, N)
-    y = scan_one_way(x, z, ways[0], backwards[0], R, N)
+    y = scan(project(x, ways[0], backwards[0], R), z, ways[0], backwards[0], N)
     for k in range(1, len(ways)):
-        y = y + scan_one_way(x, z, ways[k], backwards[k], R, N)
+        y = y + scan(project(x, ways[k], backwards[k], R), z, ways[k], backwards[k], N)
     return y
 
 
 @torch.jit.ignore
 def _leaves_idle(x: Tensor) -> bool:
-    """Whether one scan of tokens (B, L, E) is too narrow for its GPU, and long enough to be worth a second stream."""
-    if not x.is_cuda or torch.compiler.is_compiling():
-        return False
-    cores = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return x.shape[0] * x.shape[2] < 32 * cores and x.shape[1] >= 1024
+    return leaves_idle(x)
 
 
 @torch.jit.ignore
 def _side_by_side(x: Tensor, z: Tensor, ways: list[list[Tensor]], backwards: list[bool], R: int, N: int) -> Tensor:
-    """``scan_ways`` for two, the second on a stream of its own.
+    """``scan_ways`` for two, of which one scans on a stream of its own.
 
-    Each use of that stream begins after what the first has to do by then, so memory goes back and forth in order.
+    Both begin together: products have no room beside a scan, which takes a third of each multiprocessor's memory. Each
+    use of that stream begins after what this one has to do by then, so memory goes back and forth in order.
     """
-    main, side = torch.cuda.current_stream(x.device), _side_stream(x.device)
+    main = torch.cuda.current_stream(x.device)
+    side = side_stream(x.device, main.cuda_stream)
+    first, second = (project(x, way, back, R) for way, back in zip(ways, backwards, strict=True))
     side.wait_stream(main)
     with torch.cuda.stream(side):
-        second = scan_one_way(x, z, ways[1], backwards[1], R, N)
-    first = scan_one_way(x, z, ways[0], backwards[0], R, N)
+        y = scan(second, z, ways[1], backwards[1], N)
+    first = scan(first, z, ways[0], backwards[0], N)
     main.wait_stream(side)
-    return first + second
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return first + y
 
 
 class RouteMixer(nn.Module):
@@ -205,6 +224,16 @@ class RouteMixer(nn.Module):
             torch.stack(xs), torch.stack(dts), torch.stack(dt_biases),
         )  # fmt: skip
 
+    @torch.jit.ignore
+    def ways(self) -> list[list[Tensor]]:
+        """The parameters of each route, as ``prepared`` takes them."""
+        ways = []
+        for k in range(self.K):
+            conv, dt_proj = getattr(self, self.conv_names[k]), getattr(self, self.dt_names[k])
+            A_log, D, x_proj = (getattr(self, names[k]) for names in (self.A_names, self.D_names, self.x_names))
+            ways.append([A_log, D, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias])
+        return ways
+
     def scan_in_order(self, x: Tensor, z: Tensor) -> Tensor:
         """Convolves and scans tokens (B, L, E) forwards and backwards; the gated sum (B, L, E)."""
         if torch.jit.is_scripting():
@@ -223,11 +252,8 @@ class RouteMixer(nn.Module):
                 ],
             ]  # fmt: skip
         else:
-            ways = []
-            for k in range(self.K):
-                conv, dt_proj = getattr(self, self.conv_names[k]), getattr(self, self.dt_names[k])
-                A_log, D, x_proj = (getattr(self, names[k]) for names in (self.A_names, self.D_names, self.x_names))
-                ways.append([A_log, D, conv.weight, conv.bias, x_proj.weight, dt_proj.weight, dt_proj.bias])
+            ways = self.ways()
+        ways = [prepared(way, self.dt_rank) for way in ways]
         return scan_ways(x, z, ways, self.backwards, self.dt_rank, self.d_state)
 
     def scan_along_routes(self, x: Tensor, z: Tensor, grid: list[int]) -> Tensor:
@@ -251,3 +277,9 @@ class RouteMixer(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         y = self.scan_in_order(x, z) if self.in_order else self.scan_along_routes(x, z, grid)
         return F.linear(y, self.out_proj.weight / self.K)
+
+    @torch.jit.ignore
+    def infer(self, x: Tensor, ready: Ready) -> Tensor:
+        """``forward`` of a mixer whose routes are in order, with weights that were made ready; no gradients."""
+        x, z = F.linear(x, ready.in_proj).chunk(2, dim=-1)
+        return F.linear(scan_ways(x, z, ready.ways, self.backwards, self.dt_rank, self.d_state), ready.out_proj)

@@ -149,6 +149,16 @@ class PlainBackbone(nn.Module):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
+    @torch.jit.ignore
+    def infers(self, hidden: Tensor) -> bool:
+        """Whether tokens (B, L, D) go through blocks and last norm by ``infer``."""
+        return False
+
+    @torch.jit.ignore
+    def infer(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """What blocks and last norm make of tokens (B, L, D), by a shorter way that gives no gradients."""
+        raise NotImplementedError
+
     # timm's contract.
 
     @torch.jit.ignore
@@ -257,6 +267,8 @@ class PlainBackbone(nn.Module):
         """The map after the last norm, (B, H, W, D); with a class token all tokens, (B, M + 1, D)."""
         hidden, grid = self.embed(x)
         residual = torch.zeros_like(hidden, dtype=torch.float32)
+        if not torch.jit.is_scripting() and self.infers(hidden):
+            return self.as_map(self.infer(hidden, residual), grid, x)
         for layer in self.layers:
             hidden, residual = self.prepare(hidden, residual, grid)
             if self.grad_checkpointing and not torch.jit.is_scripting():

@@ -23,6 +23,7 @@ from vision.models.loading import fit_to_model, unwrap
 from vision.models.mixer import RouteMixer
 from vision.models.patches import ConvStem, PatchEmbed, fit_positions
 from vision.models.plain import PlainBackbone
+from vision.models.ready import Ready, make_ready
 from vision.routes import check_routes
 
 __all__ = ["Vim"]
@@ -40,6 +41,12 @@ class VimBlock(nn.Module):
         """Returns this block's branch and the residual stream without it, both (B, L, D), and the grid."""
         hidden, residual = self.norm(hidden, residual)
         return self.drop_path(self.mixer(hidden, grid)), residual, grid
+
+    @torch.jit.ignore
+    def infer(self, hidden: Tensor, residual: Tensor, ready: Ready) -> tuple[Tensor, Tensor]:
+        """The same without gradients, with weights that were made ready."""
+        hidden, residual = self.norm(hidden, residual)
+        return self.mixer.infer(hidden, ready), residual
 
 
 class Vim(PlainBackbone):
@@ -111,6 +118,30 @@ class Vim(PlainBackbone):
             [stride] * depth, class_token=True, **dd,
         )  # fmt: skip
         self.init_weights()
+
+    @torch.jit.ignore
+    def infers(self, hidden: Tensor) -> bool:
+        """On a GPU without gradients, unless somebody looks into the blocks or has changed them."""
+        if type(hidden) is not Tensor or torch.is_grad_enabled() or self.training:  # the first in a tracer
+            return False
+        if not hidden.is_cuda or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return False
+        plain = all(
+            type(b) is VimBlock and type(b.mixer.in_proj) is nn.Linear and b.mixer.in_order for b in self.layers
+        )
+        return plain and not any(m._forward_hooks or m._forward_pre_hooks for m in self.layers.modules())
+
+    @torch.jit.ignore
+    def infer(self, hidden: Tensor, residual: Tensor) -> Tensor:
+        """Weights are made ready for all blocks at once."""
+        blocks: list[Any] = list(self.layers)
+        mixer = blocks[0].mixer
+        cast = torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if cast else mixer.in_proj.weight.dtype
+        ready = make_ready([block.mixer for block in blocks], dtype)
+        for block, weights in zip(blocks, ready, strict=True):
+            hidden, residual = block.infer(hidden, residual, weights)
+        return self.norm_f(hidden, residual)[0]
 
     @torch.jit.ignore
     def init_weights(self) -> None:
