@@ -80,24 +80,26 @@ def forward_kernel(x, z, B, C, x_box, B_box, C_box, y_box, D, steps, tokens, own
             Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, in_n, FULL).to(DOT)
             Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, in_n, FULL).to(DOT)
         scores = product(Cv, tl.trans(Bv), DOT, PRECISION)
-        scores *= weighted_mask(step, high, low, segment, Q, EXACT, FOLDED, RESTART)
+        scores = (scores * weighted_mask(step, high, low, segment, Q, EXACT, FOLDED, RESTART)).to(DOT)
         out = product(Cv, h, DOT, PRECISION) * enter[:, None]
         out = product(scores, xv, DOT, PRECISION, out)
         xf = xv.to(real)
+        h = product(tl.trans(Bv), xf * weight[:, None], DOT, PRECISION, h * through)
         if HAS_D:
             out += skip * xf
         if HAS_Z:
             z_at = z + b * zs[0] + head * zs[2]
             gate, sigmoid = gates(z_at, zs[1], zs[3], origin, token, there, p, in_p, FULL, real)
             out *= gate * sigmoid
+        rounded = out.to(y.dtype.element_ty)
         to = y + ((b * L + origin) * K * H + k * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
         if TMA:
-            y_box.store([line, (head * P + block * BP).to(tl.int32)], out.to(y.dtype.element_ty))
+            if c < per_row:  # always: copies of the next chunk are under way before what stands in a condition
+                y_box.store([line, (head * P + block * BP).to(tl.int32)], rounded)
         elif FULL:
-            tl.store(to, out)
+            tl.store(to, rounded)
         else:
-            tl.store(to, out, mask=there[:, None] & in_p[None, :])
-        h = product(tl.trans(Bv), xf * weight[:, None], DOT, PRECISION, h * through)
+            tl.store(to, rounded, mask=there[:, None] & in_p[None, :])
         if PACKED:
             leaves = (sequence >= 0) & (sequence != after)
             tl.store(final + sequence * heads + matrix + tile, h, mask=live & leaves)

@@ -111,10 +111,10 @@ class Plan(Sizes):
     @cached_property
     def steps(self) -> Tensor:
         """dt and the exponents' running sums, see ``steps_kernel``."""
-        steps = self.vectors(2 + (self.exact or self.folded))
+        steps = self.vectors(4 if self.folded else 3 if self.exact else 2)
         self.launch(
             steps_kernel, self.tiles, {"steps": steps, **self.dt},
-            lambda: {"plane": steps[0].numel(), **self.dt_numbers},
+            lambda: {"plane": steps[0].numel(), "ADJOINT": self.adjoint, **self.dt_numbers},
         )  # fmt: skip
         return steps
 
