@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from kernels.checks import owned
 from kernels.selective_scan.outputs import fresh
@@ -37,8 +38,10 @@ def forward_kernel(x, z, B, C, x_box, B_box, C_box, y_box, D, steps, tokens, own
                    EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, HAS_Z: tl.constexpr,
                    HAS_D: tl.constexpr, WIDE_D: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_ENTER: tl.constexpr,
                    TMA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
-                   BN: tl.constexpr):  # fmt: skip
+                   BN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y (B, L, K, H, P) and the final states. One program a segment, route, head and block of P."""
+    if PDL:
+        gdc_wait()
     pid = tl.program_id(0).to(tl.int64)
     block, head, k = pid % blocks, pid // blocks % H, pid // blocks // H % K
     number = pid // blocks // H // K
@@ -133,7 +136,7 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor]:
                 "HAS_ENTER": enter is not None, **plan.d_numbers,
                 "HAS_INITIAL": plan.initial is not None, "segments": segments.count,
                 "length": segments.length, "L": p.length, "num_warps": plan.warps, "num_stages": plan.stages,
-                "TMA": plan.boxed,
+                "TMA": plan.boxed, **plan.early,
             },
         )  # fmt: skip
     if merging:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.backend import dependent_launch
 from kernels.plans import kept, launch_named
 from kernels.selective_scan.problem import CHUNK as SLOT
 from kernels.selective_scan.triton_steps import tokens_kernel
@@ -114,9 +115,14 @@ class Plan(Sizes):
         steps = self.vectors(4 if self.folded else 3 if self.exact else 2)
         self.launch(
             steps_kernel, self.tiles, {"steps": steps, **self.dt},
-            lambda: {"plane": steps[0].numel(), "ADJOINT": self.adjoint, **self.dt_numbers},
+            lambda: {"plane": steps[0].numel(), "ADJOINT": self.adjoint, "PDL": self.early["PDL"], **self.dt_numbers},
         )  # fmt: skip
         return steps
+
+    @kept
+    def early(self) -> dict[str, bool]:
+        """Options of the forward's kernel, which may be launched before those in front of it have ended."""
+        return dependent_launch(self.p.x)
 
     def by_chunk(self, t: Tensor, count: int = 1) -> Tensor:
         """Memory for ``count`` tensors like t a chunk, ``(count, chunks, ...)``."""
