@@ -149,7 +149,7 @@ class Plan(Sizes):
         if dy is None:
             return {"dy": None, "dy_box": None}, {"ys": (0, 0, 0, 0, 0), "TMA": self.boxed}
         strides = (*dy.stride()[:2], dy.stride(2) if dy.shape[2] > 1 else 0, *dy.stride()[3:])
-        boxed = self.boxed and boxable(self, dy)
+        boxed = self.boxed and not self.crowded and boxable(self, dy)
         box = rows_box(dy, self.chunk, self.width) if boxed else None
         return {"dy": dy, "dy_box": box}, {"ys": strides, "TMA": boxed}
 

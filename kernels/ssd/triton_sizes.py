@@ -147,10 +147,14 @@ class Sizes:
         return x.is_cuda and torch.version.hip is None and properties(x.device)[1] >= 200 << 10
 
     @kept
+    def crowded(self) -> bool:
+        """Whether a head's tiles of x, dy and z are too many to copy the next ones ahead."""
+        return -(-self.p.head_dim // self.width) * (1 if self.p.z is None else 2) > 2
+
+    @kept
     def pipeline(self) -> dict[str, int]:
-        """Warps and stages of the backward's ``chunks_kernel``: fewer where a head's tiles would fill shared memory."""
-        tiles = -(-self.p.head_dim // self.width) * (1 if self.p.z is None else 2)
-        stages = self.stages if tiles <= 2 else 1
+        """Warps and stages of the backward's ``chunks_kernel``."""
+        stages = 1 if self.crowded else self.stages
         more = int(self.roomy and stages > 1 and self.p.head_dim <= self.width)
         return {"num_warps": self.warps, "STAGES": stages, "INNER_STAGES": stages + more}
 
