@@ -23,7 +23,7 @@ from kernels.selective_scan.outputs import fresh
 from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd.problem import Problem
 from kernels.ssd.triton_backward import backward
-from kernels.ssd.triton_boxes import rows_box
+from kernels.ssd.triton_boxes import rows_box, with_even_rows
 from kernels.ssd.triton_plan import Plan
 from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tokens, skips, weighted_mask
 
@@ -113,7 +113,7 @@ def forward_kernel(x, z, B, C, x_box, B_box, C_box, y_box, D, steps, tokens, own
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """Runs the scan: y ``(B, L, [K,] H, P)`` in x's dtype and the final state ``(S, K, H, P, N)``."""
     with device_of(p.x):
-        return _forward(p)
+        return _forward(with_even_rows(p))
 
 
 def _forward(p: Problem) -> tuple[Tensor, Tensor]:

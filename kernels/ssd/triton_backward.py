@@ -24,7 +24,7 @@ from kernels.selective_scan.problem import CHUNK as SLOT
 from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd import triton_plan
 from kernels.ssd.problem import Problem
-from kernels.ssd.triton_boxes import rows_box, states_box
+from kernels.ssd.triton_boxes import rows_box, states_box, with_even_rows
 from kernels.ssd.triton_ddt import ddt_kernel, join_kernel, sums_kernel
 from kernels.ssd.triton_gradients import chunks_kernel
 from kernels.ssd.triton_plan import Plan
@@ -47,7 +47,7 @@ def backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
         dstate: Gradient of the final state ``(S, K, H, P, N)``, or None.
     """
     with device_of(p.x):
-        return _backward(p, dy, dstate)
+        return _backward(with_even_rows(p), dy, dstate)
 
 
 def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:

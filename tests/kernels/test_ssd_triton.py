@@ -201,6 +201,9 @@ LAYOUTS = {  # of x (2, 64, 2, SIDE) in memory, and whether boxes can be copied 
 }
 
 
+COPIED = ("at_an_odd_address", "odd_strides", "columns_first")  # which compiled kernels do not read in place
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if "first" in n else n for n in LAYOUTS])
 def test_boxes_only_where_the_layout_has_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
@@ -217,7 +220,8 @@ def test_boxes_only_where_the_layout_has_them(name: str, monkeypatch: pytest.Mon
     compare(
         case, torch.bfloat16, "triton", DEVICE, True, {n: t.requires_grad_() for n, t in inputs.items()}
     )  # fmt: skip
-    assert bool(boxed) == possible
+    copied = not INTERPRETED and name in COPIED
+    assert bool(boxed) == (possible or copied)
 
 
 @pytest.mark.parametrize("chunk", [64, 16])
