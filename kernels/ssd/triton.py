@@ -16,13 +16,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from kernels.checks import owned
 from kernels.selective_scan.outputs import fresh
 from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd.problem import Problem
 from kernels.ssd.triton_backward import backward
-from kernels.ssd.triton_boxes import rows_box
+from kernels.ssd.triton_boxes import rows_box, with_even_rows
 from kernels.ssd.triton_plan import Plan
 from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tokens, skips, weighted_mask
 
@@ -37,8 +38,10 @@ def forward_kernel(x, z, B, C, x_box, B_box, C_box, y_box, D, steps, tokens, own
                    EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, HAS_Z: tl.constexpr,
                    HAS_D: tl.constexpr, WIDE_D: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_ENTER: tl.constexpr,
                    TMA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
-                   BN: tl.constexpr):  # fmt: skip
+                   BN: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y (B, L, K, H, P) and the final states. One program a segment, route, head and block of P."""
+    if PDL:
+        gdc_wait()
     pid = tl.program_id(0).to(tl.int64)
     block, head, k = pid % blocks, pid // blocks % H, pid // blocks // H % K
     number = pid // blocks // H // K
@@ -80,24 +83,26 @@ def forward_kernel(x, z, B, C, x_box, B_box, C_box, y_box, D, steps, tokens, own
             Bv = read_rows(B_at, Bs[1], Bs[4], origin, token, there, n, in_n, FULL).to(DOT)
             Cv = read_rows(C_at, Cs[1], Cs[4], origin, token, there, n, in_n, FULL).to(DOT)
         scores = product(Cv, tl.trans(Bv), DOT, PRECISION)
-        scores *= weighted_mask(step, high, low, segment, Q, EXACT, FOLDED, RESTART)
+        scores = (scores * weighted_mask(step, high, low, segment, Q, EXACT, FOLDED, RESTART)).to(DOT)
         out = product(Cv, h, DOT, PRECISION) * enter[:, None]
         out = product(scores, xv, DOT, PRECISION, out)
         xf = xv.to(real)
+        h = product(tl.trans(Bv), xf * weight[:, None], DOT, PRECISION, h * through)
         if HAS_D:
             out += skip * xf
         if HAS_Z:
             z_at = z + b * zs[0] + head * zs[2]
             gate, sigmoid = gates(z_at, zs[1], zs[3], origin, token, there, p, in_p, FULL, real)
             out *= gate * sigmoid
+        rounded = out.to(y.dtype.element_ty)
         to = y + ((b * L + origin) * K * H + k * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
         if TMA:
-            y_box.store([line, (head * P + block * BP).to(tl.int32)], out.to(y.dtype.element_ty))
+            if c < per_row:  # always: copies of the next chunk are under way before what stands in a condition
+                y_box.store([line, (head * P + block * BP).to(tl.int32)], rounded)
         elif FULL:
-            tl.store(to, out)
+            tl.store(to, rounded)
         else:
-            tl.store(to, out, mask=there[:, None] & in_p[None, :])
-        h = product(tl.trans(Bv), xf * weight[:, None], DOT, PRECISION, h * through)
+            tl.store(to, rounded, mask=there[:, None] & in_p[None, :])
         if PACKED:
             leaves = (sequence >= 0) & (sequence != after)
             tl.store(final + sequence * heads + matrix + tile, h, mask=live & leaves)
@@ -108,7 +113,7 @@ def forward_kernel(x, z, B, C, x_box, B_box, C_box, y_box, D, steps, tokens, own
 def forward(p: Problem) -> tuple[Tensor, Tensor]:
     """Runs the scan: y ``(B, L, [K,] H, P)`` in x's dtype and the final state ``(S, K, H, P, N)``."""
     with device_of(p.x):
-        return _forward(p)
+        return _forward(with_even_rows(p))
 
 
 def _forward(p: Problem) -> tuple[Tensor, Tensor]:
@@ -131,7 +136,7 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor]:
                 "HAS_ENTER": enter is not None, **plan.d_numbers,
                 "HAS_INITIAL": plan.initial is not None, "segments": segments.count,
                 "length": segments.length, "L": p.length, "num_warps": plan.warps, "num_stages": plan.stages,
-                "TMA": plan.boxed,
+                "TMA": plan.boxed, **plan.early,
             },
         )  # fmt: skip
     if merging:

@@ -1,10 +1,10 @@
 """``ssd`` on GPUs, backward: the host side. ``triton_gradients.py`` has the formulas and the kernels.
 
-First ``states_kernel`` walks forwards for h and backwards for g and leaves those of every chunk; then all chunks run at
-once, each over the heads of a group, which share C B^T and the two products that give dB and dC: ``inner_kernel`` does
-what pairs of positions bring about, ``outer_kernel`` what the states do, onto the first's sums. What one kernel for
-both would have to hold does not fit into the registers. Last, ``ddt_kernel`` turns what they leave into the gradient of
-dt.
+First ``states_kernel`` walks forwards for h and backwards for g and leaves those of every chunk; then ``chunks_kernel``
+takes all chunks at once, each over the heads of a group, which share C B^T and the two products that give dB and dC:
+half of its programs do what pairs of positions bring about, the others what the states do, and ``join_kernel`` adds up
+both shares of dB and dC. What one program for both would have to hold does not fit into the registers. Last,
+``ddt_kernel`` turns what they leave into the gradient of dt.
 
 B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk, S
 sequences.
@@ -24,16 +24,17 @@ from kernels.selective_scan.problem import CHUNK as SLOT
 from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd import triton_plan
 from kernels.ssd.problem import Problem
-from kernels.ssd.triton_boxes import rows_box, states_box
-from kernels.ssd.triton_ddt import JOINED, ddt_kernel, join_kernel
-from kernels.ssd.triton_gradients import inner_kernel, outer_kernel
+from kernels.ssd.triton_boxes import rows_box, states_box, with_even_rows
+from kernels.ssd.triton_ddt import ddt_kernel, join_kernel, sums_kernel
+from kernels.ssd.triton_gradients import chunks_kernel
 from kernels.ssd.triton_plan import Plan
-from kernels.ssd.triton_sizes import Segments, cores
+from kernels.ssd.triton_sizes import Segments, cores, power
 
 if TYPE_CHECKING:
     from kernels.ssd import Gradients
 
-INNER, OUTER = frozenset(inner_kernel.arg_names), frozenset(outer_kernel.arg_names)
+TAKEN, JOIN = frozenset(chunks_kernel.arg_names), frozenset(join_kernel.arg_names)
+JOINED = 32  # columns of a program of ``join_kernel``
 BOXES = ("h_box", "g_box", "h_part", "g_part", "C_part")
 
 
@@ -46,13 +47,13 @@ def backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
         dstate: Gradient of the final state ``(S, K, H, P, N)``, or None.
     """
     with device_of(p.x):
-        return _backward(p, dy, dstate)
+        return _backward(with_even_rows(p), dy, dstate)
 
 
 def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
     from kernels.ssd import Gradients
 
-    plan = Plan(p)
+    plan = Plan(p, adjoint=True)
     maps = (p.batch, p.length, p.routes, p.heads)
     own_x = p.x.shape[2] == p.routes
     dx = fresh(p, (*maps, p.head_dim), p.x.dtype if own_x else p.dtype)
@@ -65,14 +66,13 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
         zeros = {n: None if (t := getattr(p, n)) is None else torch.zeros_like(t) for n in Gradients._fields}
         return Gradients(**zeros | {"initial_state": dinitial})
     small = _Small(plan)
-    parts = _parts(plan)
     each = (p.batch, p.length, p.routes, p.groups, p.state)
-    dB, dC = (fresh(p, (parts, *each), t.dtype if parts == 1 else p.dtype) for t in (p.B, p.C))
+    dB, dC = (fresh(p, each, t.dtype) for t in (p.B, p.C))
     pieces = -(-p.state // plan.piece)
     vectors = plan.vectors(pieces + 4)
     h_to_g = plan.by_chunk(p.A.unsqueeze(-1).expand(-1, -1, pieces))[0]
     outputs = {"dx": dx, "dz": dz, "dB": dB, "dC": dC, "dD": small.dD, "vectors": vectors, "h_to_g": h_to_g}
-    _launch(plan, dy if dy.ndim == 5 else dy.unsqueeze(2), dstate, dinitial, outputs, parts)
+    _launch(plan, dy if dy.ndim == 5 else dy.unsqueeze(2), dstate, dinitial, outputs)
     last = {"ddt": ddt, "dA": small.dA, "dbias": small.dbias, "dD": small.dD, "vectors": vectors, "h_to_g": h_to_g}
     plan.launch(
         ddt_kernel, plan.tiles, last | plan.dt,
@@ -81,7 +81,6 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
             "WEIGHED": plan.weighed, **plan.dt_numbers,
         },
     )  # fmt: skip
-    dB, dC = (dB[0], dC[0]) if parts == 1 else _joined(plan, dB, dC)
     return Gradients(
         x=dx if own_x else dx.sum(2, keepdim=True),
         dt=ddt,
@@ -89,7 +88,7 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
         C=dC,
         z=None if dz is None else dz.squeeze(2) if p.routes == 1 else dz.sum(2),
         initial_state=dinitial,
-        **small.sums(),
+        **small.sums(plan),
     )
 
 
@@ -103,22 +102,17 @@ class _Small:
         self.dA, self.dbias = self.all[0], None if p.dt_bias is None else self.all[-1]
         self.dD = self.all[1] if self.per_head else None if p.D is None else plan.by_chunk(p.D)[0]
 
-    def sums(self) -> dict[str, Tensor | None]:
+    def sums(self, plan: Plan) -> dict[str, Tensor | None]:
         """The gradients by name."""
-        total = [t.clone() for t in self.all.sum(1)]  # an op's results share no memory
+        count, chunks = self.all.shape[:2]
+        total = [self.all.new_empty(self.all.shape[2:]) for _ in range(count)]
+        plan.launch(
+            sums_kernel, (total[0].numel(), count),
+            {"by_chunk": self.all, "first": total[0], "second": total[min(1, count - 1)], "third": total[-1]},
+            lambda: {"chunks": chunks, "heads": total[0].numel(), "BC": min(2048, power(chunks))},
+        )  # fmt: skip
         dD = total[1] if self.per_head else None if self.dD is None else self.dD.sum(0)
         return {"A": total[0], "D": dD, "dt_bias": None if self.dbias is None else total[-1]}
-
-
-def _joined(plan: Plan, dB: Tensor, dC: Tensor) -> tuple[Tensor, Tensor]:
-    """dB and dC (B, L, K, G, N) in the dtypes of B and C, from their parts."""
-    sums = torch.empty_like(dB[0], dtype=plan.p.B.dtype), torch.empty_like(dC[0], dtype=plan.p.C.dtype)
-    size = sums[0].numel()
-    plan.launch(
-        join_kernel, (-(-size // JOINED), 2), {"dB": dB, "dC": dC, "B_sum": sums[0], "C_sum": sums[1]},
-        lambda: {"parts": dB.shape[0], "size": size, "BLOCK": JOINED},
-    )  # fmt: skip
-    return sums
 
 
 def _parts(plan: Plan) -> int:
@@ -130,9 +124,7 @@ def _parts(plan: Plan) -> int:
     return -(-heads // -(-heads // wanted)) if heads else 1
 
 
-def _launch(
-    plan: Plan, dy: Tensor, dstate: Tensor | None, dinitial: Tensor | None, outputs: dict[str, Any], parts: int
-) -> None:
+def _launch(plan: Plan, dy: Tensor, dstate: Tensor | None, dinitial: Tensor | None, outputs: dict[str, Any]) -> None:
     """Runs the walks over the chunks and the kernel, for as many segments at a time as the workspace holds."""
     p, segments = plan.p, plan.short_segments
     if SLOT * max(map(abs, dy.stride())) >= 2**30:  # beyond what Plan.near promises
@@ -147,9 +139,10 @@ def _launch(
         **of_gradient, "dfinal": dfinal, "dinitial": dinitial, "h_enter": h_enter, "g_enter": g_enter, "h_out": h_all,
         "g_out": g_all,
     }  # fmt: skip
+    parts = _parts(plan)
     programs = h_all.shape[0] * p.routes * p.groups * parts
-    within = torch.empty((2, programs, plan.chunk, p.state), dtype=p.dtype, device=p.x.device)
-    chunked = outputs | of_gradient | {"h_in": h_all, "g_in": g_all, "within": within}
+    shares = torch.empty((4, programs, plan.chunk, p.state), dtype=p.dtype, device=p.x.device)
+    chunked = outputs | of_gradient | {"h_in": h_all, "g_in": g_all, "shares": shares}
     if numbers["TMA"]:
         whole = {"h_box": states_box(h_all, plan.width, p.state), "g_box": states_box(g_all, plan.width, p.state)}
         pieces = {n: states_box(t, plan.width, plan.piece) for n, t in (("h_part", h_all), ("g_part", g_all))}
@@ -166,22 +159,27 @@ def _chunks(
 ) -> None:
     """Runs the two kernels that take all chunks at once."""
     p = plan.p
-    tensors = {**plan.shared, "D": plan.D, **dict.fromkeys(BOXES), **given}
+    tensors = {n: t for n, t in {**plan.shared, "D": plan.D, **dict.fromkeys(BOXES), **given}.items() if n in TAKEN}
+    units, pieces, half = p.routes * p.groups * chunks, -(-p.state // plan.piece), given["shares"][0].numel()
 
-    def numbers(names: frozenset[str]) -> dict[str, Any]:
+    def numbers() -> dict[str, Any]:
         found = plan.shared_numbers | of_gradient | {
             "first_chunk": first_chunk, "L": p.length, **plan.d_numbers, "parts": parts,
-            "heads_each": -(-(p.heads // p.groups) // parts), "part_size": given["dB"][0].numel(),
-            "BLOCKS": -(-p.head_dim // plan.width), "BO": plan.piece, "PIECES": pieces, "WEIGHED": plan.weighed,
-            "half": given["within"][0].numel(),
+            "heads_each": -(-(p.heads // p.groups) // parts), "BLOCKS": -(-p.head_dim // plan.width),
+            "BO": plan.piece, "PIECES": pieces, "WEIGHED": plan.weighed, "half": half, **plan.pipeline,
+            "AHEAD": of_gradient["TMA"] and p.x.is_cuda and plan.piece >= 64,
         }  # fmt: skip
-        return {n: v for n, v in found.items() if n in names}
+        return {n: v for n, v in found.items() if n in TAKEN or n == "num_warps"}
 
-    outer, inner = ({n: t for n, t in tensors.items() if n in names} for names in (OUTER, INNER))
-    programs, pieces = p.routes * p.groups * chunks * parts, -(-p.state // plan.piece)
-    walk = {"num_warps": plan.warps, "num_stages": plan.stages}
-    plan.launch(inner_kernel, (programs,), inner, lambda: numbers(INNER) | plan.pipeline, first_chunk)
-    plan.launch(outer_kernel, (programs * pieces,), outer, lambda: numbers(OUTER) | walk, first_chunk)
+    plan.launch(chunks_kernel, (units * parts * (1 + pieces),), tensors, numbers, first_chunk)
+    slices = -(-p.state // JOINED)
+    plan.launch(
+        join_kernel, (units * slices, 2), {n: given[n] for n in ("shares", "dB", "dC")} | {"tokens": plan.tokens},
+        lambda: {n: v for n, v in plan.shared_numbers.items() if n in JOIN} | {
+            "first_chunk": first_chunk, "L": p.length, "parts": parts, "half": half, "slices": slices, "BS": JOINED,
+        },
+        first_chunk,
+    )  # fmt: skip
 
 
 def _turns(plan: Plan, segments: Segments) -> list[tuple[int, int, int, int]]:

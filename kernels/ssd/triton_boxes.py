@@ -5,12 +5,15 @@ B batch, L tokens, K routes, H heads, P head dim, N state.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.backend import is_hopper
 from kernels.ssd import triton_sizes
+from kernels.ssd.problem import Problem
 from kernels.ssd.triton_sizes import Sizes
 
 
@@ -40,3 +43,13 @@ def states_box(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """States (chunks, K, H, P, N) as a matrix (chunks K H P, N), in boxes."""
     state = t.shape[-1]
     return TensorDescriptor(t, [t.numel() // state, state], [state, 1], [rows, columns])
+
+
+def with_even_rows(p: Problem) -> Problem:
+    """The problem with x copied where a GPU would have to read its bfloat16 rows in less than 16 bytes at a time: so
+    read, tests on an H200 found wrong results."""
+    x = p.x
+    even = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
+    if even or not x.is_cuda or x.dtype != torch.bfloat16:
+        return p
+    return replace(p, x=x.clone(memory_format=torch.contiguous_format))

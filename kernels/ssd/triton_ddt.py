@@ -1,8 +1,7 @@
 """The last kernels of ``ssd``'s backward on GPUs, in plain Triton: gradients of dt, and by chunks of A, D and dt_bias;
-the sums of the parts of dB and dC.
+the sums over chunks of these; dB and dC from their shares.
 
-The first reads what ``inner_kernel`` and ``outer_kernel`` leave for each position; ``triton_gradients.py`` has the
-formulas.
+The first reads what ``inner`` and ``outer`` leave for each position; ``triton_gradients.py`` has the formulas.
 
 B batch, L tokens, H heads, P head dim, G groups, K routes, T scan positions, Q positions of a chunk.
 """
@@ -15,8 +14,6 @@ import triton
 import triton.language as tl
 
 from kernels.ssd.triton_steps import read_dt, read_tokens
-
-JOINED = 1024  # numbers of a program of ``join_kernel``
 
 
 @triton.jit
@@ -86,15 +83,44 @@ def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, 
 
 
 @triton.jit
-def join_kernel(dB, dC, B_sum, C_sum, parts, size, BLOCK: tl.constexpr):
-    """Adds up the parts (parts, size) of dB and of dC, in their order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = at < size
-    source = dB if tl.program_id(1) == 0 else dC
-    total = tl.load(source + at, mask=live, other=0)
-    for part in range(1, parts):
-        total += tl.load(source + part * size + at, mask=live, other=0)
+def join_kernel(shares, tokens, dB, dC, t_b, t_k, per_row, first_chunk, K, G, L, T, first, sign, N, parts, half,
+                slices, TABLE: tl.constexpr, NEAR: tl.constexpr, Q: tl.constexpr, BS: tl.constexpr):  # fmt: skip
+    """dB and dC (B, L, K, G, N), the sums of their shares, in their order. One program a chunk, route, group, BS
+    columns, for each of the two."""
+    pid = tl.program_id(0).to(tl.int64)
+    piece, unit = pid % slices, pid // slices
+    group, k, local = unit % G, unit // G % K, unit // G // K
+    b, c = (first_chunk + local) // per_row, (first_chunk + local) % per_row
+    _, origin, token, there, _ = read_tokens(tokens + b * t_b + k * t_k, c, T, first, sign, Q, TABLE, NEAR)
+    n = piece * BS + tl.arange(0, BS)
+    live = there[:, None] & (n < N)[None, :]
+    source = shares + (unit * parts * Q + tl.arange(0, Q)[:, None]) * N + n[None, :]
     if tl.program_id(1) == 0:
-        tl.store(B_sum + at, total, mask=live)
+        source += half
+    total = tl.load(source, mask=live, other=0) + tl.load(source + 2 * half, mask=live, other=0)
+    for part in range(1, parts):
+        total += tl.load(source + part * Q * N, mask=live, other=0)
+        total += tl.load(source + part * Q * N + 2 * half, mask=live, other=0)
+    to = ((b * L + origin) * K + k) * G * N + group * N + (token[:, None] * (K * G * N) + n[None, :])
+    if tl.program_id(1) == 0:
+        tl.store(dB + to, total, mask=live)
     else:
-        tl.store(C_sum + at, total, mask=live)
+        tl.store(dC + to, total, mask=live)
+
+
+@triton.jit
+def sums_kernel(by_chunk, first, second, third, chunks, heads, BC: tl.constexpr):
+    """Adds up gradients by chunks (1 to 3, chunks, heads), each into memory of its own. One program a head and each."""
+    head, which = tl.program_id(0), tl.program_id(1)
+    source = by_chunk + which.to(tl.int64) * chunks * heads + head
+    total = tl.zeros([BC], by_chunk.dtype.element_ty)
+    for start in range(0, chunks, BC):
+        c = start + tl.arange(0, BC)
+        total += tl.load(source + c.to(tl.int64) * heads, mask=c < chunks, other=0)
+    found = tl.sum(total, 0)
+    if which == 0:
+        tl.store(first + head, found)
+    elif which == 1:
+        tl.store(second + head, found)
+    else:
+        tl.store(third + head, found)

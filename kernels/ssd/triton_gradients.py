@@ -23,6 +23,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.early import prefetch
 from kernels.ssd.triton_steps import (
     decay_of_pairs,
     decays,
@@ -31,6 +32,7 @@ from kernels.ssd.triton_steps import (
     read_rows,
     read_tokens,
     skips,
+    stored_weight,
     weighted_pairs,
 )
 
@@ -71,21 +73,20 @@ def state_tile(states, box, number, block, column, P, N, p, n, FULL: tl.constexp
 
 
 @triton.jit
-def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, steps, tokens, owner, h_in, g_in,
-                 dx, dz, within, dD, vectors, xs, ys, zs, Bs, Cs, t_b, t_k, d_h, per_row, first_chunk, plane, K, H, G,
-                 L, T, first, sign, P, N, parts, heads_each, half, TABLE: tl.constexpr, NEAR: tl.constexpr,
-                 RESTART: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
-                 FULL: tl.constexpr, TMA: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr,
-                 DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
-                 BLOCKS: tl.constexpr, PIECES: tl.constexpr, WEIGHED: tl.constexpr):  # fmt: skip
-    """What pairs of a chunk's positions bring about, and dx: dx, dz (B, L, K, H, P), and in ``within``, a sum for each
-    program, their share of dC and dB (2, programs, Q, N). One program a chunk, route, group, part of its heads.
+def inner(pid, x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, steps, tokens, h_in, g_in,
+          dx, dz, shares, dD, vectors, xs, ys, zs, Bs, Cs, t_b, t_k, d_h, per_row, first_chunk, plane, K, H, G,
+          L, T, first, sign, P, N, parts, heads_each, half, TABLE: tl.constexpr, NEAR: tl.constexpr,
+          RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
+          FULL: tl.constexpr, TMA: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr,
+          DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
+          BLOCKS: tl.constexpr, PIECES: tl.constexpr, WEIGHED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """What pairs of a chunk's positions bring about, and dx: dx, dz (B, L, K, H, P), and their shares of dC and dB, the
+    first two of ``shares`` (4, programs, Q, N). One program a chunk, route, group, part of its heads.
 
-    vectors is for ``ddt_kernel``: after what ``outer_kernel`` leaves, four numbers a position: the chunk's own <x, u>;
+    vectors is for ``ddt_kernel``: after what ``outer`` leaves, four numbers a position: the chunk's own <x, u>;
     da's sum over pairs (EXACT; else their sum over j, from which it follows with the first); <x, u> from g; the
     gradient of one D a head. WEIGHED says that <x, u> is times dt. A wide dD is (chunks, K, H, P).
     """
-    pid = tl.program_id(0).to(tl.int64)
     part, group, k = pid % parts, pid // parts % G, pid // parts // G % K
     local = pid // parts // G // K
     b, c = (first_chunk + local) // per_row, (first_chunk + local) % per_row
@@ -106,10 +107,11 @@ def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, s
     Cv = tile_rows(C_at, Cs, C_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
     S = tl.where(i >= j, product(Cv, tl.trans(Bv), DOT, PRECISION), 0.0)
     T_sum = tl.zeros([Q, Q], real)
-    for head in range(begin, stop):
+    for head in tl.range(begin, stop, num_stages=STAGES):
         step, high, low, segment, enter, leave, weight, _through = decays(
             steps + vector + head * each, plane, entry, Q, EXACT, FOLDED, RESTART
         )
+        weight = stored_weight(steps + vector + head * each, plane, weight, Q, FOLDED, RESTART)
         x_at, dy_at, z_at = x + head * xs[3], dy + head * ys[3], z + head * zs[2]
         E = tl.zeros([Q, Q], real)
         for block in tl.static_range(BLOCKS):  # unrolled, so that the loop over heads is the innermost
@@ -149,13 +151,17 @@ def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, s
                                                              real)  # fmt: skip
             g = state_tile(g_in, g_box, number + head, block, 0, P, N, p, n, FULL, TMA, BP)
             back = product(Bv, tl.trans(g), DOT, PRECISION) * (weight if WEIGHED else leave)[:, None]
-            u = product(tl.trans(SM.to(DOT)), dyf, DOT, PRECISION)
-            if HAS_Z and not EXACT:
-                u = product(tl.trans(SM.to(DOT)), lost, DOT, PRECISION, u)
             xf = xv.to(real)
-            own += tl.sum(xf * u, 1)
             end += tl.sum(xf * back, 1)
-            u += back
+            if EXACT:
+                u = product(tl.trans(SM.to(DOT)), dyf, DOT, PRECISION)
+                own += tl.sum(xf * u, 1)
+                u += back
+            else:  # onto it, which spares registers: own is put right below
+                u = product(tl.trans(SM.to(DOT)), dyf, DOT, PRECISION, back)
+                if HAS_Z:
+                    u = product(tl.trans(SM.to(DOT)), lost, DOT, PRECISION, u)
+                own += tl.sum(xf * u, 1)
             if not WEIGHED:
                 u *= step[:, None]
             if HAS_D:
@@ -176,6 +182,8 @@ def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, s
                     before += skip * xf
                 slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
                 tl.store(dz + at, after.to(real) * before * slope, mask=there[:, None] & in_p[None, :])
+        if not EXACT:
+            own -= end
         skipped = tl.sum(tl.where(i == j, E, 0.0), 1) if HAS_D and not WIDE_D else end
         four = tl.join(tl.join(own, end), tl.join(pairs, skipped))  # one store: each has to change its layout
         one, other, at = tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :], vector + head * each
@@ -183,27 +191,25 @@ def inner_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, s
     T_sum = tl.where(i >= j, T_sum, 0.0)
     Bv = tile_rows(B_at, Bs, B_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
     Cv = tile_rows(C_at, Cs, C_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
-    to, live = within + (pid * Q + i) * N + n[None, :], (i >= 0) & (n < N)[None, :]
+    to, live = shares + (pid * Q + i) * N + n[None, :], (n < N)[None, :]
     tl.store(to, product(T_sum, Bv, DOT, PRECISION), mask=live)
     tl.store(to + half, product(tl.trans(T_sum), Cv, DOT, PRECISION), mask=live)
 
 
 @triton.jit
-def outer_kernel(x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, tokens, owner, h_in, g_in, within,
-                 h_to_g, dB, dC, vectors, xs, ys, zs, Bs, Cs, t_b, t_k, per_row, first_chunk, plane, K, H, G, L, T,
-                 first, sign, P, N, parts, heads_each, part_size, half, TABLE: tl.constexpr, NEAR: tl.constexpr,
-                 RESTART: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
-                 FULL: tl.constexpr, TMA: tl.constexpr, HAS_Z: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
-                 Q: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, BLOCKS: tl.constexpr,
-                 PIECES: tl.constexpr):  # fmt: skip
-    """What goes through a chunk's borders: dB and dC (parts, B, L, K, G, N), onto what ``within`` holds, and da's from
-    h and from h to g. One program a chunk, route, group, part of its heads, piece of BO states.
+def outer(pid, piece, x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, tokens, h_in, g_in, shares,
+          h_to_g, vectors, xs, ys, zs, Cs, t_b, t_k, per_row, first_chunk, plane, K, H, G, L, T,
+          first, sign, P, N, parts, heads_each, half, TABLE: tl.constexpr, NEAR: tl.constexpr,
+          RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
+          FULL: tl.constexpr, TMA: tl.constexpr, HAS_Z: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+          Q: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, BLOCKS: tl.constexpr,
+          PIECES: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """What goes through a chunk's borders: shares of dC and dB, the other two of ``shares``, and da's from h and from h
+    to g. One program a chunk, route, group, part of its heads, piece of BO states.
 
     vectors begins with what comes from h (PIECES, B, K, H, chunks, Q); h_to_g (chunks, K, H, PIECES) is what passes a
     whole chunk.
     """
-    pid = tl.program_id(0).to(tl.int64)
-    piece, pid = pid % PIECES, pid // PIECES
     part, group, k = pid % parts, pid // parts % G, pid // parts // G % K
     local = pid // parts // G // K
     b, c = (first_chunk + local) // per_row, (first_chunk + local) % per_row
@@ -217,14 +223,17 @@ def outer_kernel(x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, toke
     real: tl.constexpr = steps.dtype.element_ty
     Cv = tile_rows(C + b * Cs[0] + k * Cs[2] + group * Cs[3], Cs, C_part, line, (group * N).to(tl.int32) + states,
                    origin, token, there, n, n < N, FULL, TMA).to(DOT)  # fmt: skip
-    inside = within + (pid * Q + tl.arange(0, Q)[:, None]) * N + n[None, :]
-    live = (tl.arange(0, Q) >= 0)[:, None] & (n < N)[None, :]
-    dCv, dBv = tl.load(inside, mask=live, other=0), tl.load(inside + half, mask=live, other=0)
-    for head in range(begin, stop):
+    dCv, dBv = tl.zeros([Q, BO], real), tl.zeros([Q, BO], real)
+    for head in tl.range(begin, stop, num_stages=STAGES):
         _step, _high, _low, _segment, enter, _leave, weight, through = decays(
             steps + vector + head * each, plane, entry, Q, EXACT, FOLDED, RESTART
         )
+        weight = stored_weight(steps + vector + head * each, plane, weight, Q, FOLDED, RESTART)
         x_at, dy_at, z_at = x + head * xs[3], dy + head * ys[3], z + head * zs[2]
+        if AHEAD:
+            lines = tl.arange(0, BO // 64)[None, :] * 64  # of 128 bytes
+            state = (number + tl.minimum(head + 1, stop - 1)) * P * N + states
+            prefetch(h_in + state + tl.arange(0, BP)[:, None] * N + lines)
         from_h, passing = tl.zeros([Q], real), tl.full((), 0.0, real)
         for block in tl.static_range(BLOCKS):
             p = block * BP + tl.arange(0, BP)
@@ -247,7 +256,31 @@ def outer_kernel(x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, toke
                 passing += tl.sum(tl.where(rows[:, None] == rows[None, :], both, 0.0))
         tl.store(h_to_g + (chunk + head) * PIECES + piece, through * passing)
         tl.store(vectors + piece * plane + vector + head * each + tl.arange(0, Q), from_h * enter)
-    keys = part * part_size + ((b * L + origin) * K + k) * G * N + group * N
-    to, live = keys + (token[:, None] * (K * G * N) + n[None, :]), there[:, None] & (n < N)[None, :]
-    tl.store(dC + to, dCv, mask=live)
-    tl.store(dB + to, dBv, mask=live)
+    to, live = shares + (pid * Q + tl.arange(0, Q)[:, None]) * N + n[None, :], (n < N)[None, :]
+    tl.store(to + 2 * half, dCv, mask=live)
+    tl.store(to + 3 * half, dBv, mask=live)
+
+
+@triton.jit
+def chunks_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, C_part, h_part, g_part, steps, tokens,
+                  owner, h_in, g_in, dx, dz, shares, dD, h_to_g, vectors, xs, ys, zs, Bs, Cs, t_b, t_k, d_h, per_row,
+                  first_chunk, plane, K, H, G, L, T, first, sign, P, N, parts, heads_each, half, TABLE: tl.constexpr,
+                  NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
+                  FOLDED: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr, HAS_Z: tl.constexpr,
+                  HAS_D: tl.constexpr, WIDE_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+                  Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BLOCKS: tl.constexpr,
+                  PIECES: tl.constexpr, WEIGHED: tl.constexpr, STAGES: tl.constexpr,
+                  INNER_STAGES: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """``inner`` and ``outer``, side by side: what one has read of x, dy and g the other finds in the cache."""
+    pid = tl.program_id(0).to(tl.int64)
+    role, pid = pid % (1 + PIECES), pid // (1 + PIECES)
+    if role == 0:
+        inner(pid, x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, steps, tokens, h_in, g_in, dx, dz,
+              shares, dD, vectors, xs, ys, zs, Bs, Cs, t_b, t_k, d_h, per_row, first_chunk, plane, K, H, G, L, T,
+              first, sign, P, N, parts, heads_each, half, TABLE, NEAR, RESTART, EXACT, FOLDED, FULL, TMA, HAS_Z, HAS_D,
+              WIDE_D, DOT, PRECISION, Q, BP, BN, BLOCKS, PIECES, WEIGHED, INNER_STAGES)  # fmt: skip
+    else:
+        outer(pid, role - 1, x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, tokens, h_in, g_in, shares,
+              h_to_g, vectors, xs, ys, zs, Cs, t_b, t_k, per_row, first_chunk, plane, K, H, G, L, T, first, sign, P, N,
+              parts, heads_each, half, TABLE, NEAR, RESTART, EXACT, FOLDED, FULL, TMA, HAS_Z, DOT, PRECISION, Q, BP,
+              BO, BLOCKS, PIECES, STAGES, AHEAD)  # fmt: skip

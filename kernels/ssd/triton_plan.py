@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.backend import dependent_launch
 from kernels.plans import kept, launch_named
 from kernels.selective_scan.problem import CHUNK as SLOT
 from kernels.selective_scan.triton_steps import tokens_kernel
@@ -111,12 +112,17 @@ class Plan(Sizes):
     @cached_property
     def steps(self) -> Tensor:
         """dt and the exponents' running sums, see ``steps_kernel``."""
-        steps = self.vectors(2 + (self.exact or self.folded))
+        steps = self.vectors(4 if self.folded else 3 if self.exact else 2)
         self.launch(
             steps_kernel, self.tiles, {"steps": steps, **self.dt},
-            lambda: {"plane": steps[0].numel(), **self.dt_numbers},
+            lambda: {"plane": steps[0].numel(), "ADJOINT": self.adjoint, "PDL": self.early["PDL"], **self.dt_numbers},
         )  # fmt: skip
         return steps
+
+    @kept
+    def early(self) -> dict[str, bool]:
+        """Options of the forward's kernel, which may be launched before those in front of it have ended."""
+        return dependent_launch(self.p.x)
 
     def by_chunk(self, t: Tensor, count: int = 1) -> Tensor:
         """Memory for ``count`` tensors like t a chunk, ``(count, chunks, ...)``."""
@@ -143,7 +149,7 @@ class Plan(Sizes):
         if dy is None:
             return {"dy": None, "dy_box": None}, {"ys": (0, 0, 0, 0, 0), "TMA": self.boxed}
         strides = (*dy.stride()[:2], dy.stride(2) if dy.shape[2] > 1 else 0, *dy.stride()[3:])
-        boxed = self.boxed and boxable(self, dy)
+        boxed = self.boxed and not self.crowded and boxable(self, dy)
         box = rows_box(dy, self.chunk, self.width) if boxed else None
         return {"dy": dy, "dy_box": box}, {"ys": strides, "TMA": boxed}
 

@@ -19,7 +19,7 @@ from kernels.ssd.problem import Problem
 CHUNK = {torch.bfloat16: 64, torch.float32: 32, torch.float64: 16}  # Q by the dtype of products; all divide SLOT
 SHORTEST = 8  # chunks of a segment in the forward, at least
 SHORT = 32  # and in the backward, at most
-PIECE = 64  # columns of a large state, or of one in float32, that a program of ``outer_kernel`` holds
+PIECE = 64  # columns of a large state, or of one in float32, that a program of ``outer`` holds
 NARROWEST = 32  # columns of bfloat16 tiles: of products 16 wide, ptxas 12.8 mixes up the addresses
 STATES = 64  # rows of the state that a program of ``states_kernel`` holds
 
@@ -47,9 +47,11 @@ class Sizes:
 
     Attributes:
         p: The problem.
+        adjoint: Whether its backward is meant.
     """
 
     p: Problem
+    adjoint: bool = False
 
     @kept
     def product_dtype(self) -> torch.dtype:
@@ -134,16 +136,27 @@ class Sizes:
 
     @kept
     def piece(self) -> int:
-        """Columns of the state that a program of the backward's ``outer_kernel`` holds."""
+        """Columns of the state that a program of the backward's ``outer`` holds."""
         state = self.columns
         return state if state <= 128 and self.product_dtype == torch.bfloat16 else min(state, PIECE)
 
     @kept
+    def roomy(self) -> bool:
+        """Whether shared memory holds two programs of the backward's ``chunks_kernel`` with a stage more."""
+        x = self.p.x
+        return x.is_cuda and torch.version.hip is None and properties(x.device)[1] >= 200 << 10
+
+    @kept
+    def crowded(self) -> bool:
+        """Whether a head's tiles of x, dy and z are too many to copy the next ones ahead."""
+        return -(-self.p.head_dim // self.width) * (1 if self.p.z is None else 2) > 2
+
+    @kept
     def pipeline(self) -> dict[str, int]:
-        """Warps and stages of the backward's ``inner_kernel``: one stage more where shared memory holds two of them."""
-        p = self.p
-        much = p.x.is_cuda and torch.version.hip is None and properties(p.x.device)[1] >= 200 << 10
-        return {"num_warps": self.warps, "num_stages": self.stages + (much and self.stages > 1)}
+        """Warps and stages of the backward's ``chunks_kernel``."""
+        stages = 1 if self.crowded else self.stages
+        more = int(self.roomy and stages > 1 and self.p.head_dim <= self.width)
+        return {"num_warps": self.warps, "STAGES": stages, "INNER_STAGES": stages + more}
 
     @kept
     def segments(self) -> Segments:
@@ -188,7 +201,7 @@ class Sizes:
     @kept
     def dt_block(self) -> int:
         """Heads of a program of these kernels."""
-        return min(16, 1 << max(0, self.p.heads - 1).bit_length())
+        return min(8, 1 << max(0, self.p.heads - 1).bit_length())
 
     @kept
     def tiles(self) -> tuple[int]:

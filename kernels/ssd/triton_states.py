@@ -43,6 +43,19 @@ def remembered(steps, plane, begin, stop, ADJOINT: tl.constexpr, Q: tl.constexpr
 
 
 @triton.jit
+def keep(h, wanted, c, out, out_box, from_line, lines, chunk_stride, tile, live, FULL: tl.constexpr, TMA: tl.constexpr,
+         DOT: tl.constexpr):  # fmt: skip
+    """Writes a tile of the state, if ``wanted``, as what enters chunk c, counted as those of ``out`` are."""
+    if wanted:
+        if TMA:
+            out_box.store([(c * lines + from_line).to(tl.int32), 0], h.to(DOT))
+        elif FULL:
+            tl.store(out + c * chunk_stride + tile, h)
+        else:
+            tl.store(out + c * chunk_stride + tile, h, mask=live)
+
+
+@triton.jit
 def walk(rows, r_l, r_p, rows_box, columns, z, z_l, z_p, keys, k_l, k_n, keys_box, group, line, steps, plane, tokens,
          owner, enter_from, start, end, out, out_box, from_line, lines, per_token, totals, total_decay, begin, stop,
          chunk_stride, first_chunk, T, first, sign, P, N, p, n, TABLE: tl.constexpr, NEAR: tl.constexpr,
@@ -64,6 +77,9 @@ def walk(rows, r_l, r_p, rows_box, columns, z, z_l, z_p, keys, k_l, k_n, keys_bo
     since, left = begin, tl.full((), 1.0, real)
     if not STORE and not PACKED and FOLDED:  # folded: no step is negative, and all exponents of a head have one sign
         since, left = remembered(steps, plane, begin, stop, ADJOINT, Q)
+    if STORE and not PACKED:
+        c = (stop - 1 if ADJOINT else begin) - first_chunk
+        keep(h, begin < stop, c, out, out_box, from_line, lines, chunk_stride, tile, live, FULL, TMA, DOT)
     for step_number in range(since, stop):
         c = begin + stop - 1 - step_number if ADJOINT else step_number
         if PACKED:
@@ -74,12 +90,8 @@ def walk(rows, r_l, r_p, rows_box, columns, z, z_l, z_p, keys, k_l, k_n, keys_bo
             if HAS_START:
                 fresh = tl.load(start + s * per_token + tile, mask=live & border, other=0)
             h, left = tl.where(border, fresh, h), tl.where(border, 0.0, left)
-        if STORE and TMA:
-            out_box.store([((c - first_chunk) * lines + from_line).to(tl.int32), 0], h.to(DOT))
-        elif STORE and FULL:
-            tl.store(out + (c - first_chunk) * chunk_stride + tile, h)
-        elif STORE:
-            tl.store(out + (c - first_chunk) * chunk_stride + tile, h, mask=live)
+            if STORE:
+                keep(h, True, c - first_chunk, out, out_box, from_line, lines, chunk_stride, tile, live, FULL, TMA, DOT)
         entry, origin, token, there, _ = read_tokens(tokens, c, T, first, sign, Q, TABLE, NEAR)
         _, _, _, _, enter, _, weight, through = decays(steps + c * Q, plane, entry, Q, EXACT, FOLDED, RESTART)
         at = (line + c * Q).to(tl.int32)
@@ -97,6 +109,11 @@ def walk(rows, r_l, r_p, rows_box, columns, z, z_l, z_p, keys, k_l, k_n, keys_bo
             key = read_rows(keys, k_l, k_n, origin, token, there, n, n < N, FULL)
         h = product(tl.trans(value.to(DOT)), key, DOT, PRECISION, h * through)
         left = left * through
+        if STORE and not PACKED:
+            # In a condition, and so, as Triton orders it, when the next chunk's copies are under way.
+            following, more = c - 1 if ADJOINT else c + 1, step_number + 1 < stop
+            keep(h, more, following - first_chunk, out, out_box, from_line, lines, chunk_stride, tile, live, FULL, TMA,
+                 DOT)  # fmt: skip
         if STORE and HAS_END and PACKED:
             leaves = (s >= 0) & (s != (before if ADJOINT else after))
             tl.store(end + s * per_token + tile, h, mask=live & leaves)

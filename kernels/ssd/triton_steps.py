@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from kernels.selective_scan.triton_steps import LOG2E, LOG2E_REST, softplus
 
@@ -89,8 +90,11 @@ def exponents(step, A):
 def steps_kernel(dt, A, dt_bias, tokens, steps, ts, t_b, t_k, per_row, K, H, T, first, sign, plane, blocks,
                  TABLE: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOW: tl.constexpr,
                  HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
-                 Q: tl.constexpr, BH: tl.constexpr):  # fmt: skip
-    """steps (2 or 3, B, K, H, chunks, Q): dt, the running sum of exponents in each chunk or its ``high``; ``low``."""
+                 ADJOINT: tl.constexpr, PDL: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr):  # fmt: skip
+    """steps (2 to 4, B, K, H, chunks, Q): dt, the running sum of exponents in each chunk or its ``high``; ``low``; with
+    FOLDED, the decay to the chunk's end times dt. The forward, without ADJOINT, reads neither first nor last then."""
+    if PDL:
+        gdc_launch_dependents()
     pid = tl.program_id(0).to(tl.int64)
     block, c, k, b = pid % blocks, pid // blocks % per_row, pid // blocks // per_row % K, pid // blocks // per_row // K
     head = block * BH + tl.arange(0, BH)
@@ -106,14 +110,19 @@ def steps_kernel(dt, A, dt_bias, tokens, steps, ts, t_b, t_k, per_row, K, H, T, 
     high, low = tl.cumsum(high, 1), tl.cumsum(low, 1)
     to = (((b * K + k) * H + head[:, None]) * per_row + c) * Q + tl.arange(0, Q)[None, :]
     mask = live[:, None] & (to >= 0)
-    tl.store(steps + to, step, mask=mask)
+    if ADJOINT or not FOLDED:
+        tl.store(steps + to, step, mask=mask)
     if EXACT:
         tl.store(steps + plane + to, high, mask=mask)
         tl.store(steps + 2 * plane + to, low, mask=mask)
     else:
         tl.store(steps + plane + to, high + low, mask=mask)
         if FOLDED:
-            tl.store(steps + 2 * plane + to, high + low - tl.log2(step), mask=mask)
+            folded = high + low - tl.log2(step)
+            tl.store(steps + 2 * plane + to, folded, mask=mask)
+            if ADJOINT:
+                last = tl.sum(tl.where((tl.arange(0, Q) == Q - 1)[None, :], high + low, 0.0), 1)
+                tl.store(steps + 3 * plane + to, tl.exp2(last[:, None] - folded), mask=mask)
 
 
 @triton.jit
@@ -148,6 +157,13 @@ def decays(steps, plane, entry, Q: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl
         leave, weight = tl.where(segment == last, leave, 0.0), tl.where(segment == last, weight, 0.0)
         through = tl.where(last == 0, through, 0.0)
     return step, high, low, segment, enter, leave, weight, through
+
+
+@triton.jit
+def stored_weight(steps, plane, weight, Q: tl.constexpr, FOLDED: tl.constexpr, RESTART: tl.constexpr):
+    """``weight`` of ``decays``, where possible as it is in memory: Triton then reads rows that are multiplied by it as
+    the tensor cores want them, without a way through shared memory."""
+    return tl.load(steps + 3 * plane + tl.arange(0, Q)) if FOLDED and not RESTART else weight
 
 
 @triton.jit
