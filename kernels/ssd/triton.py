@@ -30,7 +30,8 @@ from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tok
 __all__ = ["backward", "forward"]
 
 
-@triton.jit
+# A length known to be 1 leaves no loop, and ptxas 12.8 then takes parts of addresses of tiles from registers never set.
+@triton.jit(do_not_specialize=["length"])
 def forward_kernel(x, z, B, C, x_box, B_box, C_box, y_box, D, steps, tokens, owner, initial, enter_from, final, y, xs,
                    zs, Bs, Cs, t_b, t_k,
                    d_h, segments, length, per_row, plane, K, H, G, L, T, first, sign, P, N, blocks,

@@ -12,7 +12,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.backend import is_hopper
-from kernels.ssd import triton_sizes
 from kernels.ssd.problem import Problem
 from kernels.ssd.triton_sizes import Sizes
 
@@ -21,7 +20,7 @@ def boxable(sizes: Sizes, *rows: Tensor) -> bool:
     """Whether tiles of rows of tokens ``(B, L, K, ...)`` go by bulk copies: nothing needs a mask, nothing has gaps."""
     p = sizes.p
     plain = sizes.full and not p.reverse and sizes.product_dtype == torch.bfloat16 and is_hopper(p.x.device)
-    return plain and sizes.width >= triton_sizes.NARROWEST and all(as_lines(t) for t in rows)
+    return plain and all(as_lines(t) for t in rows)
 
 
 def as_lines(t: Tensor) -> bool:
@@ -47,7 +46,7 @@ def states_box(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 def with_even_rows(p: Problem) -> Problem:
     """The problem with x copied where a GPU would have to read its bfloat16 rows in less than 16 bytes at a time: so
-    read, tests on an H200 found wrong results."""
+    read, tests on an H200 failed."""
     x = p.x
     even = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1])
     if even or not x.is_cuda or x.dtype != torch.bfloat16:

@@ -114,12 +114,17 @@ class Sizes:
     @kept
     def columns(self) -> int:
         """BN, columns of a tile that holds whole states."""
-        return max(power(self.p.state), NARROWEST if self.product_dtype == torch.bfloat16 else 0)
+        return max(power(self.p.state), self.narrowest)
 
     @kept
     def width(self) -> int:
         """BP, columns of x that a program of the forward or backward holds."""
-        return min(power(self.p.head_dim), 64 if self.product_dtype.itemsize <= 4 else 32)
+        return max(min(power(self.p.head_dim), 64 if self.product_dtype.itemsize <= 4 else 32), self.narrowest)
+
+    @property
+    def narrowest(self) -> int:
+        """Columns that a tile has at least."""
+        return NARROWEST if self.product_dtype == torch.bfloat16 else 0
 
     @kept
     def programs(self) -> int:

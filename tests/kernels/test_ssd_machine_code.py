@@ -67,6 +67,13 @@ def test_no_sum_is_faulty(state: int, head_dim: int, monkeypatch: pytest.MonkeyP
     assert not faults(monkeypatch, tmp_path, full(state, head_dim), *names)
 
 
+def test_no_sum_is_faulty_of_narrow_heads_along_routes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The last stage of VMamba on SSD: maps of 7 x 7."""
+    monkeypatch.setattr(triton_plan.Plan, "tokens", property(lambda plan: torch.zeros(*plan.tables, 64).int()))
+    case = Case(B=2, L=49, H=6, P=16, N=64, K=4, without="z", state=False)
+    assert not faults(monkeypatch, tmp_path, case, "forward_kernel", "chunks_kernel")
+
+
 def test_a_faulty_sum_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(triton_sizes, "NARROWEST", 16)
     assert faults(monkeypatch, tmp_path, full(*QUICK), "chunks_kernel")
