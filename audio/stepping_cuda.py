@@ -53,8 +53,7 @@ def has_cuda_step(net: SoundNet) -> bool:
 @functools.cache
 def source() -> str:
     """The kernel with the struct of its arguments."""
-    fields = [f"void* {n};" for n in POINTERS] + [f"long long {n};" for n in INTEGERS]
-    parts = [f"struct Args {{ {' '.join(fields)} }};"]
+    parts = [nvrtc.arguments(POINTERS, INTEGERS)]
     return "\n".join(parts + [(Path(__file__).parent / name).read_text() for name in PARTS])
 
 

@@ -90,6 +90,12 @@ def available() -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
+def arguments(pointers: Sequence[str], integers: Sequence[str]) -> str:
+    """The struct ``Args`` that a ``Kernel`` takes: pointers, then whole numbers, by their names."""
+    fields = [f"void* {n};" for n in pointers] + [f"long long {n};" for n in integers]
+    return f"struct Args {{ {' '.join(fields)} }};"
+
+
 def compile_cubin(source: str, macros: Sequence[str], architecture: str) -> bytes:
     """Machine code of ``source``.
 

@@ -111,11 +111,10 @@ def _has_kernels(x: Tensor) -> bool:
 @functools.cache
 def source(name: str) -> str:
     """A kernel with what it shares with the others, and the struct of its arguments."""
-    fields = [f"void* {n};" for n in POINTERS[name]] + [f"long long {n};" for n in INTEGERS[name]]
     here = Path(__file__).parent
     numbers = (here.parent / "selective_scan" / "cuda_numbers.cuh").read_text()
     files = ((here / n).read_text() for n in ("rows.cuh", f"rows_{name}.cu"))
-    return "\n".join([numbers, f"struct Args {{ {' '.join(fields)} }};", *files])
+    return "\n".join([numbers, nvrtc.arguments(POINTERS[name], INTEGERS[name]), *files])
 
 
 @functools.cache

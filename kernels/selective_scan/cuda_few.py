@@ -75,11 +75,10 @@ SHAPES = {
 @functools.cache
 def source(name: str) -> str:
     """``forward``, ``backward`` or ``merge`` with what they share, and the struct of their arguments."""
-    fields = [f"void* {n};" for n in POINTERS] + [f"long long {n};" for n in INTEGERS]
     folder = Path(__file__).parent
     names = ("numbers.cuh", "few_numbers.cuh", "few_layout.cuh", f"few_{name}.cu")
     parts = [(folder / f"cuda_{n}").read_text() for n in names]
-    return "\n".join([f"struct Args {{ {' '.join(fields)} }};", *parts])
+    return "\n".join([nvrtc.arguments(POINTERS, INTEGERS), *parts])
 
 
 def enough(state: int, width: int, scans: int, cores: int) -> bool:

@@ -49,11 +49,10 @@ Fields = dict[str, "int | Tensor | None"]
 @functools.cache
 def source(name: str) -> str:
     """A kernel with what it shares with the others, and the struct of its arguments."""
-    fields = [f"void* {n};" for n in POINTERS] + [f"long long {n};" for n in INTEGERS]
     folder = Path(__file__).parent
     names = ("numbers.cuh", "common.cuh", "states.cuh", f"{name}.cu")
     files = ((folder / f"cuda_{n}").read_text() for n in names)
-    return "\n".join([f"struct Args {{ {' '.join(fields)} }};", *files])
+    return "\n".join([nvrtc.arguments(POINTERS, INTEGERS), *files])
 
 
 @functools.cache
