@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 import threading
@@ -22,6 +23,12 @@ _lock = threading.Lock()
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None  # process id, threads, executor
 
 
+@functools.cache
+def _c() -> ctypes.CDLL:
+    """The C library of this process."""
+    return ctypes.CDLL(None)
+
+
 def _elsewhere(work: Callable[[], None]) -> Callable[[], None]:
     """``work`` for another thread, which first leaves this thread's processor to it.
 
@@ -30,7 +37,7 @@ def _elsewhere(work: Callable[[], None]) -> Callable[[], None]:
     """
     if sys.platform != "linux":
         return work
-    others = os.sched_getaffinity(0) - {ctypes.CDLL(None).sched_getcpu()}
+    others = os.sched_getaffinity(0) - {_c().sched_getcpu()}
 
     def moved() -> None:
         if others and os.sched_getaffinity(0) != others:
