@@ -220,9 +220,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The block with nothing kept but its stream: the sum of what came in is enough, where it has all digits."""
         dtype = x.dtype
-        total = start_stream(x, self.norm.residual_in_fp32) if residual is None else x + residual
-        if total.dtype in (torch.float32, torch.float64) and (residual is None or residual.dtype == total.dtype):
-            x, residual = total, None
+        if residual is None:
+            x = start_stream(x, self.norm.residual_in_fp32)
+        elif torch.promote_types(x.dtype, residual.dtype) == residual.dtype in (torch.float32, torch.float64):
+            x, residual = x + residual, None
         if self._cuts(x, seq_idx, cu_seqlens):
             return self._in_pieces(x, residual, dtype)
         out = checkpoint(self._forward, x, residual, seq_idx, cu_seqlens, dtype, use_reentrant=False)
