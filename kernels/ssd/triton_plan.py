@@ -110,12 +110,27 @@ class Plan(Sizes):
         return torch.empty(size, dtype=p.dtype, device=p.x.device)
 
     @cached_property
+    def ready(self) -> Tensor | None:
+        """Whether each sharer has handed its state to the next one; ``steps_kernel`` says no."""
+        sharing = self.share and not self.adjoint
+        return torch.empty(self.sharers, dtype=torch.int32, device=self.p.x.device) if sharing else None
+
+    @cached_property
+    def handed(self) -> Tensor | None:
+        """Those states."""
+        size = (self.sharers, self.columns, self.width)
+        return torch.empty(size, dtype=self.p.dtype, device=self.p.x.device) if self.share else None
+
+    @cached_property
     def steps(self) -> Tensor:
         """dt and the exponents' running sums, see ``steps_kernel``."""
         steps = self.vectors(4 if self.folded else 3 if self.exact else 2)
         self.launch(
-            steps_kernel, self.tiles, {"steps": steps, **self.dt},
-            lambda: {"plane": steps[0].numel(), "ADJOINT": self.adjoint, "PDL": self.early["PDL"], **self.dt_numbers},
+            steps_kernel, self.tiles, {"steps": steps, "ready": self.ready, **self.dt},
+            lambda: {
+                "plane": steps[0].numel(), "ADJOINT": self.adjoint, "PDL": self.early["PDL"],
+                "sharers": 0 if self.ready is None else self.sharers, **self.dt_numbers,
+            },
         )  # fmt: skip
         return steps
 

@@ -173,6 +173,25 @@ class Sizes:
         return self.cut(max(SHORTEST, -(-self.per_row // max(1, 4 * many // programs))))
 
     @kept
+    def share(self) -> int:
+        """Chunks that a program of the forward takes where all share the chunks of all rows evenly; else 0.
+
+        Two programs fit into a multiprocessor. A last round of a few takes as long as one of all, and even shares cost
+        5 %: rows at different chunks find less of B and C in the cache.
+        """
+        units, fit = self.rows * self.programs, 2 * cores(self.p.x.device)
+        uneven = units > fit and -units % fit > units // 10
+        resettable = self.tiles[0] >= fit  # by the kernel in front, a flag a program
+        if self.p.cu_seqlens is not None or self.warps > 4 or not (uneven and resettable):
+            return 0
+        return -(-units * self.per_row // fit)
+
+    @kept
+    def sharers(self) -> int:
+        """Programs that share them."""
+        return -(-self.rows * self.programs * self.per_row // self.share) if self.share else 0
+
+    @kept
     def short_segments(self) -> Segments:
         """How the backward does, which keeps the states of a few segments at a time: then more, shorter ones."""
         return self.cut(SHORT)

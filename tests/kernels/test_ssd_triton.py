@@ -96,6 +96,35 @@ def test_segments(name: str, turns: bool, monkeypatch: pytest.MonkeyPatch) -> No
     assert_equals_reference(run, SEGMENTED[name], "triton", DEVICE)
 
 
+SHARED = {
+    "all": Case(B=2, L=90, H=2),
+    "reverse_without_states": Case(B=3, L=70, H=1, reverse=True, state=False, without="D z dt_bias"),
+    "packed": Case(B=3, L=60, H=1, packed=True),
+    "route": Case(B=1, L=30, H=2, K=2, positions=70),
+}
+
+
+def sharing(monkeypatch: pytest.MonkeyPatch, share: int) -> None:
+    """Lets every program of the forward take so many chunks."""
+    new_plans(monkeypatch)
+    monkeypatch.setattr(Plan, "share", share)
+
+
+# Chunks of a row are 5 or 6: shares of less, which wait for one another in a chain, of more, and of whole rows.
+@pytest.mark.parametrize(
+    "share", [pytest.param(2, marks=pytest.mark.slow), 7, pytest.param(12, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("name", [n if n == "all" else pytest.param(n, marks=pytest.mark.slow) for n in SHARED])
+def test_rows_shared_evenly(name: str, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(triton_sizes.CHUNK, torch.float64, 16)
+    sharing(monkeypatch, share)
+    inputs = {n: t.detach() for n, t in SHARED[name].inputs(torch.float64, DEVICE).items()}
+    options = SHARED[name].options(DEVICE) | {"return_final_state": True}
+    results = (ssd(**inputs, **options, backend=backend) for backend in ("triton", "reference"))  # type: ignore
+    for got, truth in zip(*results, strict=True):
+        assert relative_rms(got, truth) < 1e-12
+
+
 @pytest.mark.parametrize("length", [15, 16, 17, 32])
 def test_chunk_borders(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(triton_sizes.CHUNK, torch.float64, 16)
