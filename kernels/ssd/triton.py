@@ -2,7 +2,8 @@
 
 A program takes a head (or BP of its P columns) and walks the chunks of a row with the state in registers: C B^T under
 the structured mask times x, plus C times the state, then the state's update. No state is written to memory, except
-where a row is cut into segments (``triton_states.py``): few heads, long sequences. Where the layout allows it
+where a row is cut: into segments (``triton_states.py``) if heads are few and sequences long, or at the borders of even
+shares of all chunks if rows and heads are more than fit at a time. Where the layout allows it
 (``triton_boxes.py``), tiles come and go by bulk copies (TMA) instead of by their elements' addresses.
 
 B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan positions, Q positions of a chunk, S
@@ -75,7 +76,7 @@ def forward_kernel(x, z, B, C, x_box, B_box, C_box, y_box, D, steps, tokens, own
         if HAS_ENTER:
             h = tl.load(enter_from + number * heads + matrix + tile, mask=live, other=0)
         whole = tl.arange(0, BN)[:, None] * BP + tl.arange(0, BP)[None, :]
-        if SHARED and begin > 0:
+        if SHARED and begin > 0:  # programs start in their order, and wait for none that comes later
             while tl.atomic_add(ready + pid - 1, 0, sem="acquire") == 0:
                 pass
             h = tl.load(handed + (pid - 1) * BN * BP + whole, cache_modifier=".cg")

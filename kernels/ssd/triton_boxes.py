@@ -15,17 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.backend import is_hopper
 from kernels.ssd.problem import Problem
-from kernels.ssd.triton_sizes import Sizes
 from kernels.ssd.triton_steps import read_rows
-
-
-def boxable(sizes: Sizes, *rows: Tensor) -> bool:
-    """Whether tiles of rows of tokens ``(B, L, K, ...)`` go by bulk copies: nothing needs a mask, nothing has gaps."""
-    p = sizes.p
-    plain = sizes.full and not p.reverse and sizes.product_dtype == torch.bfloat16 and is_hopper(p.x.device)
-    return plain and all(as_lines(t) for t in rows)
 
 
 def as_lines(t: Tensor) -> bool:

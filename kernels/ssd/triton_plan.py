@@ -21,7 +21,7 @@ from kernels.backend import dependent_launch
 from kernels.plans import kept, launch_named
 from kernels.selective_scan.problem import CHUNK as SLOT
 from kernels.selective_scan.triton_steps import tokens_kernel
-from kernels.ssd.triton_boxes import boxable, rows_box
+from kernels.ssd.triton_boxes import as_lines, rows_box
 from kernels.ssd.triton_sizes import STATES, Segments, Sizes, power
 from kernels.ssd.triton_states import carry_kernel, states_kernel
 from kernels.ssd.triton_steps import steps_kernel
@@ -143,11 +143,6 @@ class Plan(Sizes):
         """Memory for ``count`` tensors like t a chunk, ``(count, chunks, ...)``."""
         return torch.empty((count, self.rows * self.per_row, *t.shape), dtype=self.p.dtype, device=t.device)
 
-    @kept
-    def boxed(self) -> bool:
-        """Whether tiles of x, B and C go by bulk copies."""
-        return boxable(self, self.p.x, self.p.B, self.p.C)
-
     @cached_property
     def shared(self) -> dict[str, Tensor | TensorDescriptor | None]:
         """Tensors of every kernel that walks chunks."""
@@ -164,7 +159,7 @@ class Plan(Sizes):
         if dy is None:
             return {"dy": None, "dy_box": None}, {"ys": (0, 0, 0, 0, 0), "TMA": self.boxed}
         strides = (*dy.stride()[:2], dy.stride(2) if dy.shape[2] > 1 else 0, *dy.stride()[3:])
-        boxed = self.boxed and not self.crowded and boxable(self, dy)
+        boxed = self.boxed and not self.crowded and as_lines(dy)
         box = rows_box(dy, self.chunk, self.width) if boxed else None
         return {"dy": dy, "dy_box": box}, {"ys": strides, "TMA": boxed}
 

@@ -215,8 +215,9 @@ def with_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
     new_plans(monkeypatch)
     monkeypatch.setattr(Plan, "product_dtype", torch.bfloat16)
-    monkeypatch.setattr(triton_boxes, "is_hopper", lambda device: True)
-    monkeypatch.setattr(triton_sizes, "NARROWEST", 16)  # the interpreter multiplies narrow tiles well
+    monkeypatch.setattr(triton_sizes, "is_hopper", lambda device: True)
+    for name in ("NARROWEST", "BY_ADDRESS"):  # the interpreter multiplies narrow tiles well
+        monkeypatch.setattr(triton_sizes, name, 16)
 
 
 SIDE = 16 if INTERPRETED else 32  # compiled kernels copy no narrower tiles in boxes
@@ -237,7 +238,7 @@ COPIED = ("at_an_odd_address", "odd_strides", "columns_first")  # which compiled
 def test_boxes_only_where_the_layout_has_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         with_hopper(monkeypatch)
-    elif not triton_boxes.is_hopper(torch.device(DEVICE)):
+    elif not triton_sizes.is_hopper(torch.device(DEVICE)):
         pytest.skip("a GPU that copies boxes of tensors")
     boxed, rows_box = [], triton_boxes.rows_box
     for module in (triton, triton_backward):  # y and dx go out in boxes where x comes in boxes
@@ -313,8 +314,9 @@ needs_gpu = pytest.mark.skipif(INTERPRETED, reason="needs compiled kernels: a GP
         Case(B=1, L=256, H=2, P=64, N=64, without="z D", state=False),
         Case(B=1, L=256, H=2, P=128, N=128),  # the most tiles of a head at a time
         Case(B=1, L=256, H=2, P=256, N=64, without="z"),
+        Case(B=2, L=784, H=4, P=16, N=64, K=4, without="z", wide_d=True),  # VMamba's
     ],
-    ids=["mamba2", "gated", "wide", "odd", "full", "without_D", "wide_gated", "widest"],
+    ids=["mamba2", "gated", "wide", "odd", "full", "without_D", "wide_gated", "widest", "routes"],
 )
 def test_realistic_sizes(case: Case, dtype: torch.dtype) -> None:
     compare(case, dtype, "triton", DEVICE, products=dtype == torch.bfloat16)
