@@ -131,7 +131,7 @@ def test_chunk_borders(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equals_reference(run, Case(B=1, L=length, H=1), "triton", DEVICE)
 
 
-@pytest.mark.parametrize(("P", "N"), [(70, 3), (16, 40), (5, 200)])
+@pytest.mark.parametrize(("P", "N"), [(70, 3), (16, 40), (5, 200), (258, 3)])
 def test_wide_heads_and_states(P: int, N: int) -> None:
     assert_equals_reference(run, Case(B=1, L=9, H=2, P=P, N=N, wide_d=True), "triton", DEVICE)
 
