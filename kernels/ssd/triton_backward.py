@@ -14,6 +14,7 @@ sequences.
 # (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +25,7 @@ from kernels.selective_scan.problem import CHUNK as SLOT
 from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd import triton_plan
 from kernels.ssd.problem import Problem
-from kernels.ssd.triton_boxes import rows_box, states_box, with_even_rows
+from kernels.ssd.triton_boxes import as_lines, rows_box, states_box, with_even_rows
 from kernels.ssd.triton_ddt import ddt_kernel, join_kernel, sums_kernel
 from kernels.ssd.triton_gradients import chunks_kernel
 from kernels.ssd.triton_plan import Plan
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from kernels.ssd import Gradients
 
 TAKEN, JOIN = frozenset(chunks_kernel.arg_names), frozenset(join_kernel.arg_names)
+WIDEST = 128  # channels of a head: of wider ones, gradients of dt were wrong on an H200
 JOINED = 32  # columns of a program of ``join_kernel``
 BOXES = ("h_box", "g_box", "h_part", "g_part", "C_part")
 
@@ -46,8 +48,47 @@ def backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
         dy: Gradient of y, in its shape.
         dstate: Gradient of the final state ``(S, K, H, P, N)``, or None.
     """
+    parts = _parts_of_heads(p.head_dim)
     with device_of(p.x):
+        if parts > 1:
+            return _backward_in_parts(p, dy, dstate, parts)
         return _backward(with_even_rows(p), dy, dstate)
+
+
+def _parts_of_heads(size: int) -> int:
+    """How many heads a head of so many channels is taken as; one if it has no divisor near."""
+    fewest = -(-size // WIDEST)
+    return next((n for n in range(max(1, fewest), 2 * fewest + 1) if size % n == 0), 1)
+
+
+def _backward_in_parts(p: Problem, dy: Tensor, dstate: Tensor | None, parts: int) -> Gradients:
+    """``backward`` with every head as so many narrower ones, which share its dt, A and state's columns."""
+
+    def rows(t: Tensor) -> Tensor:  # (..., H, P), of which each part has its own
+        return t.unflatten(-1, (parts, -1)).flatten(-3, -2)
+
+    def states(t: Tensor) -> Tensor:  # (..., H, P, N)
+        return t.unflatten(-2, (parts, -1)).flatten(-4, -3)
+
+    def alike(t: Tensor) -> Tensor:  # (..., H), of which all have the same; not rounded before the parts are added up
+        return t.to(p.dtype).repeat_interleave(parts, -1)
+
+    per_head = p.D is not None and p.D.ndim == 2
+    narrow = replace(
+        p,
+        x=rows(p.x),
+        dt=alike(p.dt),
+        A=alike(p.A),
+        D=None if p.D is None else alike(p.D) if per_head else rows(p.D),
+        z=None if p.z is None else rows(p.z),
+        dt_bias=None if p.dt_bias is None else alike(p.dt_bias),
+        initial_state=None if p.initial_state is None else states(p.initial_state),
+        plan=p.plan.setdefault("parts", {}),
+    )
+    found = _backward(with_even_rows(narrow), rows(dy), None if dstate is None else states(dstate))
+    shared = ("dt", "A", "dt_bias", *(("D",) if per_head else ()))
+    sums = {n: t.unflatten(-1, (-1, parts)).sum(-1) for n in shared if (t := getattr(found, n)) is not None}
+    return found._replace(**sums)  # the others are only to be reshaped
 
 
 def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
@@ -129,6 +170,8 @@ def _launch(plan: Plan, dy: Tensor, dstate: Tensor | None, dinitial: Tensor | No
     p, segments = plan.p, plan.short_segments
     if SLOT * max(map(abs, dy.stride())) >= 2**30:  # beyond what Plan.near promises
         dy = dy.contiguous()
+    if plan.boxed and not as_lines(dy):  # tiles may be narrower than those that are read by address
+        dy = dy.clone(memory_format=torch.contiguous_format)
     dfinal = None if dstate is None else dstate.to(p.dtype).contiguous()
     h_enter, g_enter = plan.entering(segments, dy, dfinal)
     turns = _turns(plan, segments)
