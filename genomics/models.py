@@ -33,7 +33,8 @@ class GenomeLM(MambaLM):
         d_model: Width D.
         n_layer: Number of blocks.
         d_state: State size of each channel.
-        d_conv: Width of the causal convolution. Wider than text models' 4, a block sees a whole k-mer at once.
+        d_conv: Width of the causal convolution, which Mamba-3 does without. Wider than text models' 4, a block sees a
+            whole k-mer at once.
         expand: Inner width over D.
         layer: Published name of the mixer, a key of ``MambaLM.mixers``.
         attention_layers: Blocks that hold attention instead, counted from 0: heads of about 64 channels with rotary
@@ -62,12 +63,20 @@ class GenomeLM(MambaLM):
             d_model=d_model,
             n_layer=n_layer,
             vocab_size=len(TOKENS),
-            ssm_cfg={"layer": layer, "d_state": d_state, "d_conv": d_conv, "expand": expand},
+            ssm_cfg={"layer": layer, "d_state": d_state, "expand": expand, **_own(layer, expand * d_model, d_conv)},
             attn_layer_idx=list(attention_layers),
             attn_cfg=_attention(d_model) if attention_layers else {},
             d_intermediate=d_mlp,
         )
         super().__init__(config)
+
+
+def _own(layer: str, channels: int, d_conv: int) -> dict[str, Any]:
+    """Arguments that not every mixer has: Mamba-3 has no convolution, Mamba no heads, here of at most 64 channels."""
+    own: dict[str, Any] = {"a_activation": "heavy_tail"} if layer == "Mamba3" else {"d_conv": d_conv}
+    if layer != "Mamba1":
+        own["headdim"] = next(width for width in range(min(64, channels), 0, -1) if channels % width == 0)
+    return own
 
 
 def _attention(d_model: int) -> dict[str, Any]:
@@ -101,7 +110,7 @@ def build_lm(
         d_model: Width D.
         n_layer: Number of blocks.
         d_state: State size; of Mamba.
-        d_conv: Width of the short convolution; of Mamba.
+        d_conv: Width of the short convolution; of Mamba and Mamba-2.
         expand: Inner width over D; of Mamba.
         rcps: Reverse-complement equivariant; masked models only.
         attention_layers: Blocks of a Mamba that hold attention instead; causal models only.

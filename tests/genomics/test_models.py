@@ -40,6 +40,18 @@ def test_the_published_1k_size_has_the_published_parameters() -> None:
     assert abs(parameters - 1.4e6) < 0.05e6  # Gu & Dao 2023, table 11
 
 
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "mamba3"])
+def test_every_mixer_at_any_width(mixer: str) -> None:
+    """From one position to the next, with a gradient for each parameter; heads divide the channels."""
+    torch.manual_seed(0)
+    net, ids = build_lm(mixer, d_model=12, n_layer=2), sequences(20, 20)  # type: ignore[arg-type]
+    later = ids.clone()
+    later[:, 12:] = 7
+    torch.testing.assert_close(net(ids)[:, :12], net(later)[:, :12])
+    net(ids).square().sum().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == []
+
+
 def test_attention_everywhere_and_in_hybrids() -> None:
     sizes = {"d_model": 128, "n_layer": 3}
     net = build_lm("attention", **sizes)  # type: ignore[arg-type]

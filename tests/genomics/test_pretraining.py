@@ -145,4 +145,4 @@ def test_memory_estimate_counts_what_is_kept() -> None:
     assert plain["weights"] == 16 * sum(p.numel() for p in net.parameters())
     assert 4 * 1000 * 16 * 4 * 8 < plain["activations"] < 4 * 1000 * 16 * 4 * 60  # so many channels a token and block
     assert again["activations"] < plain["activations"] / 2
-    assert estimate(net, 1000, False, True)["activations"] == plain["activations"] / 2
+    assert 0.5 < estimate(net, 1000, False, True)["activations"] / plain["activations"] < 0.7  # the stream stays wide
