@@ -24,6 +24,7 @@ from genomics.intervals import (
     read_bed,
     split_by_coordinate,
     split_by_records,
+    tile,
     whole_records,
 )
 from genomics.vocabulary import BOS, PAD, N, reverse_complement
@@ -113,7 +114,8 @@ class GenomeData(LightningDataModule):
         seed: Of that choice.
         pad: Pad sequences shorter than the window; otherwise they are an error.
         reverse_complement: Train on either strand at random; validation and test read the strand in the file.
-        batch_size: Windows per step and device.
+        batch_size: Windows per step and device; null is what batch_tokens makes.
+        batch_tokens: Bases per step and device where batch_size is null: as many windows as that makes, at least one.
         num_workers: Processes that read windows, per device.
 
     Raises:
@@ -136,10 +138,13 @@ class GenomeData(LightningDataModule):
         seed: int = 0,
         pad: bool = False,
         reverse_complement: bool = True,
-        batch_size: int = 16,
+        batch_size: int | None = None,
+        batch_tokens: int = 16_384,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        if batch_size is None:
+            batch_size = max(batch_tokens // max(window, 1), 1)
         for name, value, least in (("window", window, 2), ("batch_size", batch_size, 1)):
             if value < least:
                 raise UserError(f"--data.{name} is {value}; wanted at least {least}")
@@ -150,6 +155,7 @@ class GenomeData(LightningDataModule):
             self.fasta: Fasta = Genomes(fasta, lower)
         else:
             self.fasta = Fasta(EXCERPT / "human.fa.gz" if fasta is None else fasta, lower)
+        self.excerpt = fasta is None
         self.bed, self.window, self.pad = bed, window, pad
         self.strategy: Strategy = strategy
         self.val_records, self.test_records = list(val_records), list(test_records)
@@ -174,6 +180,12 @@ class GenomeData(LightningDataModule):
 
     def _split(self) -> dict[str, list[Interval]]:
         lengths = self.fasta.lengths
+        named = [*self.val_records, *self.test_records]
+        if self.excerpt and named and not set(named) <= set(lengths):
+            raise UserError(
+                f"the excerpt that comes with the package has no records {', '.join(named)} to hold out; give a genome "
+                "that has: --data.fasta hg38.fa.gz (python -m genomics.download says where they are)"
+            )
         rows = [(i, "") for i in whole_records(lengths)] if self.bed is None else read_bed(self.bed, lengths)
         intervals = [interval for interval, _ in rows]
         if not self.pad and self.strategy == "tile":
@@ -190,7 +202,18 @@ class GenomeData(LightningDataModule):
         else:
             parts = split_by_coordinate(merge(intervals), self.val_share, self.test_share)
         check_parts_disjoint(parts)
+        for part, found in parts.items():
+            if not any(self._has_bases(interval) for interval in found):
+                raise UserError(
+                    f"{self.fasta.path}: the {part} part holds no A, C, G or T"
+                    + (", for lower case is read as N; give --data.lower keep" if self.fasta.lower == "mask" else "")
+                )
         return parts
+
+    def _has_bases(self, interval: Interval) -> bool:
+        """Whether there is anything to predict; N at its start is passed over a million at a time."""
+        pieces = tile([interval], 1 << 20)
+        return any((self.fasta.read(piece.record, piece.start, piece.end) < N).any() for piece in pieces)
 
     def sequences(self, part: str, most: int) -> list[np.ndarray]:
         """Return the sequences of a part, uint8 token ids, one an interval, as far as ``most`` bases reach."""

@@ -119,6 +119,8 @@ def build_lm(
     Raises:
         ValueError: For parts that do not go together.
     """
+    if n_layer < 1:
+        raise ValueError(f"n_layer: got {n_layer}, wanted at least 1")
     mamba = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
     if attention_layers and (objective == "masked" or mixer in ("hyena", "attention")):
         raise ValueError(

@@ -3,7 +3,6 @@
 Legend: B sequences, L bases of a window, V padded vocabulary.
 """
 
-import gzip
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from core.errors import UserError
 from core.training.report import Report
 from genomics.fasta import Fasta
 from genomics.inference import Loaded, load_model, to_tensor
+from genomics.intervals import read_lines
 from genomics.output import Results, progress
 from genomics.vocabulary import BASES, MASK, PAD, A, T, decode, encode, reverse_complement
 
@@ -181,16 +181,10 @@ def read_vcf(path: Path, genome: Fasta) -> Iterator[tuple[list[str], list[Varian
     Raises:
         UserError: Naming the line, if it is no VCF line or its reference allele is not the genome's.
     """
-    try:
-        opener = gzip.open if path.read_bytes()[:2] == b"\x1f\x8b" else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            lines = list(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a VCF file: {error}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path, "VCF"), 1):
         if line.startswith("#") or not line.strip():
             continue
-        columns = line.rstrip("\n").split("\t")
+        columns = line.split("\t")
         if len(columns) < 5 or not columns[1].isdigit():
             raise UserError(f"{path}, line {number}: wanted CHROM, POS, ID, REF, ALT and more, tabs between")
         record, start, ref = columns[0], int(columns[1]) - 1, columns[3].upper()

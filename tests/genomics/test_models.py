@@ -69,6 +69,8 @@ def test_attention_everywhere_and_in_hybrids() -> None:
     for model in (net, hybrid):
         assert torch.equal(model(ids)[:, :8], model(later)[:, :8])
         assert not torch.equal(model(ids)[:, 9:], model(later)[:, 9:])
+    with pytest.raises(ValueError, match="n_layer: got 0, wanted at least 1"):
+        build_lm("mamba2", n_layer=0)
     with pytest.raises(ValueError, match=r"attention_layers: got \[3\], wanted blocks from 0 to 2"):
         build_lm("mamba", attention_layers=[3], **sizes)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"attention_layers: got .* for hyena, causal; wanted none"):

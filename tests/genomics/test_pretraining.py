@@ -1,6 +1,7 @@
 """Objectives, windows that grow, memory, and resuming: the parts of pretraining."""
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,24 @@ def test_warmup_resumes_where_it_was(tmp_path: Path, genome: str) -> None:
     assert "Perplexity by position" in page
     assert "32 to 63" in page
     assert json.loads((straight / "metrics.json").read_text())["test/perplexity"] > 3.5
+
+
+def test_the_recipe_of_a_genome_at_any_context(
+    tmp_path: Path, genome: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """``--model.context`` is the data's window, and a step keeps its bases."""
+    argv = ["hg38", *TINY[:6], "--data.fasta", genome, "--model.context=64", "--data.batch_tokens", "256",
+            "--data.val_records", "[]", "--data.test_records", "[]", "--trainer.max_steps", "1", "--data.num_workers",
+            "0", "--trainer.accelerator", "cpu", "--trainer.precision", "32", "--trainer.val_check_interval", "1",
+            "--run_dir", str(tmp_path / "run")]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["genomics.pretrain", *argv])
+    runpy.run_module("genomics.pretrain", run_name="__main__")
+    assert "of 256 tokens" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["genomics.pretrain", "--trainer.callbacks+=genomics.warmup.LengthWarmup",
+                                     "--trainer.callbacks.start=1"])  # fmt: skip
+    with pytest.raises(SystemExit):
+        runpy.run_module("genomics.pretrain", run_name="__main__")
+    assert capsys.readouterr().err == "error: LengthWarmup: start is 1 and epochs 2; wanted at least 2 and 1\n"
 
 
 @pytest.mark.parametrize("options", [["--model.objective", "masked"], ["--model.mixer", "hyena"]])

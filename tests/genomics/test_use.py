@@ -1,5 +1,6 @@
 """The commands on trained models: they write what the model says, whole or in pieces, from any kind of folder."""
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -135,6 +136,9 @@ def test_variants_of_a_causal_model(tmp_path: Path, genome: str) -> None:
     with pytest.raises(UserError, match=r"line 1: REF is .*same assembly"):
         score(model, genome, vcf=str(vcf), device="cpu", out=str(tmp_path / "bad"))
     assert not (tmp_path / "bad").exists()
+    (tmp_path / "cut.vcf.gz").write_bytes(gzip.compress(b"a\t1\t.\tA\tC\n")[:20])
+    with pytest.raises(UserError, match=r"cut.vcf.gz cannot be read as a VCF file \(damaged gzip file"):
+        score(model, genome, vcf=str(tmp_path / "cut.vcf.gz"), device="cpu", out=str(tmp_path / "bad"))
 
 
 @pytest.mark.parametrize("rcps", [False, True])
