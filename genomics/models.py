@@ -201,11 +201,7 @@ class GenomeClassifier(nn.Module):
 
     def other_strand(self, ids: Tensor) -> Tensor:
         """Return reverse complements (B, L); padding stays at the right."""
-        length = ids.shape[1]
-        real = (ids != PAD).sum(1, keepdim=True)
-        index = torch.arange(length, device=ids.device).expand_as(ids)
-        flipped = torch.where(index < real, real - 1 - index, index)
-        return self.complement[ids.gather(1, flipped)]  # type: ignore[index]
+        return other_strand(ids, self.complement)  # type: ignore[arg-type]
 
     def loss(self, ids: Tensor, classes: Tensor) -> Tensor:
         """Mean cross-entropy of sequences (B, L) with their classes (B,), and what ``language`` adds."""
@@ -236,6 +232,18 @@ class GenomeClassifier(nn.Module):
         return self.score_states(self.backbone(ids), ids)
 
 
+def other_strand(ids: Tensor, complement: Tensor) -> Tensor:
+    """Return reverse complements (B, L) of right-padded ids; padding stays at the right.
+
+    Args:
+        ids: (B, L).
+        complement: (12,) id of each id's complement.
+    """
+    real = (ids != PAD).sum(1, keepdim=True)
+    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return complement[ids.gather(1, torch.where(index < real, real - 1 - index, index))]
+
+
 def pool(hidden: Tensor, real: Tensor, pooling: Pooling) -> Tensor:
     """Reduce positions to one vector a sequence.
 
@@ -259,12 +267,14 @@ def load_backbone(model: GenomeClassifier, path: str | Path) -> None:
 
     Args:
         model: The classifier.
-        path: A checkpoint of ``genomics.pretrain`` (``.ckpt``), or a file of weights (``.safetensors``, ``.bin``).
+        path: A checkpoint (``.ckpt``) or run folder of ``genomics.pretrain``, or a file of weights (``.safetensors``,
+            ``.bin``).
 
     Raises:
         UserError: If the file is none of these, or holds a model of another kind or size.
     """
-    state = read_checkpoint(Path(path))[0] if str(path).endswith(".ckpt") else read_weights(path)
+    path = checkpoint_of(Path(path).expanduser())
+    state = read_checkpoint(path)[0] if path.suffix == ".ckpt" else read_weights(path)
     prefix = "backbone."
     backbone = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if not backbone:
@@ -273,6 +283,12 @@ def load_backbone(model: GenomeClassifier, path: str | Path) -> None:
         own = model.backbone.state_dict()
         backbone = {name: own[name] for name in own if name.startswith(("kmers.", "from_kmers."))} | backbone
     load_into(model.backbone, backbone, str(path))
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The best or last checkpoint of a run folder; any other path as it is."""
+    found = (path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    return next((file for file in found if file.is_file()), path) if path.is_dir() else path
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -116,7 +116,9 @@ def test_backbone_of_a_language_model(tmp_path: Path) -> None:
     before = model.head.weight.clone()
     save_weights(language.state_dict(), tmp_path / "model.safetensors")
     torch.save({"state_dict": {f"net.{k}": v for k, v in language.state_dict().items()}}, tmp_path / "best.ckpt")
-    for name in ("model.safetensors", "best.ckpt"):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    torch.save(torch.load(tmp_path / "best.ckpt"), tmp_path / "run" / "checkpoints" / "last.ckpt")
+    for name in ("model.safetensors", "best.ckpt", "run"):
         model = classifier()
         load_backbone(model, tmp_path / name)
         ids = sequences(7)
