@@ -57,7 +57,7 @@ class PretrainedClassifier(nn.Module):
 
     def loss(self, ids: Tensor, classes: Tensor) -> Tensor:
         """Mean cross-entropy of sequences (B, L) with their classes (B,)."""
-        return F.cross_entropy(self(ids).float(), classes)
+        return F.cross_entropy(self(ids), classes)
 
     def _score(self, ids: Tensor) -> Tensor:
         real = ids != PAD

@@ -23,8 +23,9 @@ from genomics.memory import estimate
 from genomics.models import GenomeClassifier, build_lm
 from genomics.perplexity import perplexity
 from genomics.predict import predict
+from genomics.pretrained import PretrainedClassifier
 from genomics.score import score
-from genomics.vocabulary import BOS, COMPLEMENT
+from genomics.vocabulary import BOS, COMPLEMENT, PAD
 
 pytestmark = [
     pytest.mark.gpu,
@@ -158,11 +159,28 @@ def test_classifier_of_reads() -> None:
     torch.manual_seed(0)
     net = GenomeClassifier(4, "max", True, kmer=8, kmer_width=16, d_model=64, n_layer=2).eval()
     ids = bases(6, 300)
-    ids[3:, 200:] = 4  # padding
+    ids[3:, 200:] = PAD
     exact = copy.deepcopy(net).double()(ids)
     with torch.inference_mode():
         found = net.cuda()(ids.cuda()).cpu().double()
     torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "hyena", "caduceus_ph", "caduceus_ps"])
+def test_fine_tuned_models(name: str) -> None:
+    """Scores of padded reads, and the gradients of their loss, as in float64 on the CPU."""
+    ids, classes = bases(4, 150), torch.tensor([0, 2, 1, 0])
+    ids[2:, 90:] = PAD
+    found = {}
+    for dtype, device in ((torch.float64, "cpu"), (torch.float32, "cuda")):
+        torch.manual_seed(0)
+        net = PretrainedClassifier(Loaded(model(name), BOS if name in ("mamba2", "hyena") else None), 3, "mean")
+        net = net.to(device, dtype).train()
+        net.loss(ids.to(device), classes.to(device)).backward()
+        grads = [p.grad.double().cpu() for p in net.parameters() if p.grad is not None]
+        found[device] = net(ids.to(device)).detach().double().cpu(), grads
+    torch.testing.assert_close(found["cuda"][0], found["cpu"][0], rtol=1e-4, atol=1e-5)
+    assert error(found["cuda"][1], found["cpu"][1]) <= 1e-4
 
 
 def peak(net: nn.Module, ids: Tensor) -> float:
