@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from core.errors import UserError
 from core.training.rng import ResumableLoader
 from genomics import baselines
-from genomics.fasta import Fasta, Genomes, Lower
+from genomics.fasta import Fasta, Genomes, Lower, open_genome
 from genomics.intervals import (
     PARTS,
     SPLIT_NAMES,
@@ -98,8 +98,8 @@ class GenomeData(LightningDataModule):
     ``test_share`` of the bases. N and other ambiguous bases are read but never predicted.
 
     Args:
-        fasta: Genome file, or several: FASTA or FASTQ, perhaps gzipped, or 2bit; null is the excerpt of human
-            chromosome 22 that comes with the package. Of several, a record is called file:record.
+        fasta: Genome file, or several: FASTA or FASTQ, perhaps gzipped, or 2bit, or a folder of such files; null is
+            the excerpt of human chromosome 22 that comes with the package. Of several, a record is called file:record.
         bed: BED file of the intervals to use; null is every whole record.
         window: Bases of a window, L.
         strategy: How windows come from the intervals: tile (every base once), rows (HyenaDNA), ends (Mamba) or widen
@@ -154,7 +154,7 @@ class GenomeData(LightningDataModule):
         if isinstance(fasta, list):
             self.fasta: Fasta = Genomes(fasta, lower)
         else:
-            self.fasta = Fasta(EXCERPT / "human.fa.gz" if fasta is None else fasta, lower)
+            self.fasta = open_genome(EXCERPT / "human.fa.gz" if fasta is None else fasta, lower)
         self.excerpt = fasta is None
         self.bed, self.window, self.pad = bed, window, pad
         self.strategy: Strategy = strategy

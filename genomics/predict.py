@@ -14,7 +14,7 @@ from torch import Tensor
 from core.cli import run
 from core.errors import UserError
 from core.training.report import Report
-from genomics.fasta import Fasta
+from genomics.fasta import Fasta, open_genome
 from genomics.inference import Loaded, hidden_pieces, load_model, log_probability_pieces, surprisal, to_tensor
 from genomics.intervals import Interval
 from genomics.output import Results, intervals, progress, write_bedgraph, write_bigwig
@@ -42,7 +42,7 @@ def predict(
 
     Args:
         model: Checkpoint, run folder, folder with config.json, or name on the Hugging Face hub.
-        fasta: Sequences: FASTA or FASTQ, perhaps gzipped, or 2bit.
+        fasta: Sequences: FASTA or FASTQ, perhaps gzipped, or 2bit; or a folder of such files.
         bed: Intervals to read, each from its start on; null is every record.
         track: classes for a classifier, surprisal or entropy for a language model; auto chooses.
         bin: Bases of a line of the track.
@@ -55,7 +55,7 @@ def predict(
     """
     if bin < 1:
         raise UserError(f"--bin is {bin}; wanted at least 1 base")
-    loaded, genome = load_model(model, device, dtype), Fasta(fasta)
+    loaded, genome = load_model(model, device, dtype), open_genome(fasta)
     wanted = track if track != "auto" else ("classes" if loaded.classifier else "surprisal")
     if (wanted == "classes") != (loaded.classifier is not None):
         kind = "a classifier" if loaded.classifier else "a language model"

@@ -15,7 +15,7 @@ from torch import Tensor
 from core.cli import run
 from core.errors import UserError
 from core.training.report import Report
-from genomics.fasta import Fasta
+from genomics.fasta import Fasta, open_genome
 from genomics.inference import Loaded, load_model, to_tensor
 from genomics.intervals import read_lines
 from genomics.output import Results, progress
@@ -52,7 +52,7 @@ def score(
 
     Args:
         model: Checkpoint, run folder, folder with config.json, or name on the Hugging Face hub.
-        fasta: The reference genome: FASTA, perhaps gzipped, or 2bit.
+        fasta: The reference genome: FASTA, perhaps gzipped, or 2bit; or a folder of such files.
         vcf: Variants, plain or gzipped.
         ism: Region record:start-end (1-based, both ends in it) of which to score every substitution.
         window: Bases that the model sees, the variant in the middle.
@@ -66,7 +66,7 @@ def score(
         raise UserError("give either --vcf FILE or --ism record:start-end")
     if window < 2 or batch_size < 1:
         raise UserError(f"--window is {window} and --batch_size {batch_size}; wanted at least 2 and 1")
-    loaded, genome = load_model(model, device, dtype), Fasta(fasta)
+    loaded, genome = load_model(model, device, dtype), open_genome(fasta)
     if loaded.classifier is not None:
         raise UserError("this checkpoint is a classifier, which predicts no bases; give one of genomics.pretrain")
     if loaded.longest is not None and window >= loaded.longest:

@@ -14,7 +14,7 @@ from core.errors import UserError
 from core.training.rng import ResumableLoader
 from genomics import baselines
 from genomics.datasets import EXCERPT
-from genomics.fasta import Fasta
+from genomics.fasta import Fasta, open_genome
 from genomics.reads import Loci, Reads, choose_loci
 from genomics.segments import Segments, split_genomes
 
@@ -34,8 +34,8 @@ class SpeciesData(LightningDataModule):
 
     Args:
         source: Reads of a panel of loci, or segments of whole genomes.
-        fasta: FASTA file of each species by name, ``--data.fasta.human a.fa --data.fasta.chimp b.fa``; None is the
-            excerpt of four great apes that comes with the package.
+        fasta: FASTA file, or folder of such files, of each species by name, ``--data.fasta.human a.fa
+            --data.fasta.chimp b.fa``; None is the excerpt of four great apes that comes with the package.
         val_records: Of whole genomes: records, such as chromosomes, for validation; without names 10 % are.
         test_records: The same for the test; without names 20 % are.
         panel: Loci of the panel.
@@ -103,7 +103,7 @@ class SpeciesData(LightningDataModule):
                 raise UserError(f"--data.{name} is {rate}; wanted a share from 0 to 1")
         self.class_names = list(files)
         self.excerpt = fasta is None
-        self.genomes = [Fasta(path) for path in files.values()]
+        self.genomes = [open_genome(path) for path in files.values()]
         _check_different(self.class_names, self.genomes)
         self.loci: tuple[Loci, Loci] | None = None  # of the panel, and held out
         self.homologous = False

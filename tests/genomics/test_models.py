@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from core.checkpoints import save_weights
+from core.cli import CONFIGS
 from core.errors import UserError
 from core.lm import MambaLM
 from genomics.generative import GenerativeClassifier, build_classifier
@@ -38,6 +40,15 @@ def test_language_model_is_the_core_one_with_16_tokens() -> None:
 def test_the_published_1k_size_has_the_published_parameters() -> None:
     parameters = sum(p.numel() for p in GenomeLM(d_model=128, n_layer=12).parameters())
     assert abs(parameters - 1.4e6) < 0.05e6  # Gu & Dao 2023, table 11
+
+
+def test_the_sizes_of_the_papers_table_are_recipes() -> None:
+    """Gu & Dao 2023, figure 4 left: so many million parameters, 12 tokens padded to 16."""
+    published = {"250k": 0.25, "700k": 0.7, "3m": 3.5, "7m": 7.0, "19m": 19.3, "40m": 40.7}
+    for name, millions in published.items():
+        values = yaml.safe_load((CONFIGS / "genomics" / f"hg38_{name}.yaml").read_text())["model"]
+        net = GenomeLM(**{key: values[key] for key in ("d_model", "n_layer", "d_state", "d_conv")})
+        assert sum(p.numel() for p in net.parameters()) == pytest.approx(1e6 * millions, rel=0.06)
 
 
 @pytest.mark.parametrize("mixer", ["mamba", "mamba2", "mamba3"])
