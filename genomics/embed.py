@@ -100,7 +100,8 @@ def _write_parquet(path: str, names: list[str], values: np.ndarray) -> None:
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("--format parquet needs pyarrow, which is not installed; run `pip install pyarrow`") from None
-    rows = pyarrow.table({"name": names, "embedding": values.tolist()})
+    vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.reshape(-1)), values.shape[1])
+    rows = pyarrow.table({"name": names, "embedding": vectors})
     pyarrow.parquet.write_table(rows, path)
 
 

@@ -4,6 +4,7 @@ Legend: T bases of a piece, D model width, K classes.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +63,8 @@ def predict(
         raise UserError(f"--track is {wanted}, but the model is {kind}; leave --track out, or give another model")
     piece = max((loaded.piece if piece is None else piece) // bin, 1) * bin
     places = [place for place, _ in intervals(genome, bed)]
+    if format == "bigwig":
+        places = in_order(places, genome)
     with Results("predict", out) as results:
         if wanted == "classes":
             path = results.path / "predictions.bed"
@@ -83,6 +86,22 @@ def predict(
         report = Report("Prediction along sequences", f"{bases:,}", "bases read")
         report.facts("Track", {"file": path.name, "model": model, "sequences": fasta, "bin": bin, **counts})
         results.finish({"bases": bases, **counts}, report)
+
+
+def in_order(places: list[Interval], genome: Fasta) -> list[Interval]:
+    """Sort intervals as the genome's records come, which bigWig files ask for.
+
+    Raises:
+        UserError: If two overlap, for a base has one value there.
+    """
+    order = {record: number for number, record in enumerate(genome.lengths)}
+    places = sorted(places, key=lambda place: (order[place.record], place.start))
+    for one, two in pairwise(places):
+        if one.record == two.record and two.start < one.end:
+            raise UserError(
+                f"{one} and {two} overlap, and a bigWig file has one value a base; merge them, or give bedgraph"
+            )
+    return places
 
 
 class _Counted:

@@ -204,6 +204,8 @@ def read_vcf(path: Path, genome: Fasta) -> Iterator[tuple[list[str], list[Varian
 
 def _score_vcf(scorer: Scorer, path: Path, out: Path) -> list[float]:
     lines = list(read_vcf(path, scorer.genome))
+    if not lines:
+        raise UserError(f"{path} holds no variants; wanted lines of CHROM, POS, ID, REF, ALT and more")
     variants = [variant for _, alleles in lines for variant in alleles if variant is not None]
     found = iter(scorer(variants))
     every: list[float] = []

@@ -3,6 +3,8 @@
 import gzip
 import json
 import math
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -198,6 +200,44 @@ def test_classes_along_a_contig(tmp_path: Path, genome: str) -> None:
         perplexity(str(tmp_path / "c.ckpt"), genome, device="cpu", out=str(tmp_path / "p"))
     with pytest.raises(UserError, match="--track is surprisal"):
         predict(str(tmp_path / "c.ckpt"), genome, track="surprisal", device="cpu", out=str(tmp_path / "p"))
+
+
+def test_bigwig_of_intervals(tmp_path: Path, genome: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries come in the genome's order whatever the BED file's is; overlaps are refused."""
+    entries: list[tuple[str, int, int]] = []
+
+    class File:
+        def __enter__(self) -> "File":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def addHeader(self, chroms: list[tuple[str, int]]) -> None:
+            assert chroms == [("a", 211), ("b", 64)]
+
+        def addEntries(self, records: list[str], starts: list[int], ends: list[int], values: list[float]) -> None:
+            assert all(value > 0 for value in values)
+            entries.extend(zip(records, starts, ends, strict=True))
+
+    monkeypatch.setitem(sys.modules, "pyBigWig", types.SimpleNamespace(open=lambda path, mode: File()))
+    model, bed = checkpoint(tmp_path), tmp_path / "a.bed"
+    bed.write_text("b\t10\t50\na\t100\t140\na\t0\t60\n")
+    predict(model, genome, bed=str(bed), bin=30, format="bigwig", device="cpu", out=str(tmp_path / "w"))
+    assert entries == [("a", 0, 30), ("a", 30, 60), ("a", 100, 130), ("a", 130, 140), ("b", 10, 40), ("b", 40, 50)]
+    bed.write_text("a\t100\t140\na\t0\t101\n")
+    with pytest.raises(UserError, match="a:0-101 and a:100-140 overlap"):
+        predict(model, genome, bed=str(bed), format="bigwig", device="cpu", out=str(tmp_path / "bad"))
+
+
+def test_files_with_nothing_to_say(tmp_path: Path) -> None:
+    model, fasta = checkpoint(tmp_path), tmp_path / "n.fa"
+    fasta.write_text(">a\nNNNNNNNN\n")
+    perplexity(model, str(fasta), device="cpu", out=str(tmp_path / "p"))
+    assert json.loads((tmp_path / "p" / "metrics.json").read_text()) == {"perplexity": None, "bases": 0, "records": 1}
+    (tmp_path / "none.vcf").write_text("##fileformat=VCFv4.2\n")
+    with pytest.raises(UserError, match=r"none.vcf holds no variants"):
+        score(model, str(fasta), vcf=str(tmp_path / "none.vcf"), device="cpu", out=str(tmp_path / "s"))
 
 
 def test_released_folders(tmp_path: Path, genome: str) -> None:
