@@ -115,7 +115,8 @@ class GenomeData(LightningDataModule):
         pad: Pad sequences shorter than the window; otherwise they are an error.
         reverse_complement: Train on either strand at random; validation and test read the strand in the file.
         batch_size: Windows per step and device; null is what batch_tokens makes.
-        batch_tokens: Bases per step and device where batch_size is null: as many windows as that makes, at least one.
+        batch_tokens: Bases per step and device where batch_size is null: as many windows as that makes, at least one
+            and at most all.
         num_workers: Processes that read windows, per device.
 
     Raises:
@@ -143,9 +144,7 @@ class GenomeData(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size is None:
-            batch_size = max(batch_tokens // max(window, 1), 1)
-        for name, value, least in (("window", window, 2), ("batch_size", batch_size, 1)):
+        for name, value, least in (("window", window, 2), ("batch_size", 1 if batch_size is None else batch_size, 1)):
             if value < least:
                 raise UserError(f"--data.{name} is {value}; wanted at least {least}")
         for name, value in (("val_windows", val_windows), ("test_windows", test_windows)):
@@ -161,17 +160,19 @@ class GenomeData(LightningDataModule):
         self.val_records, self.test_records = list(val_records), list(test_records)
         self.val_share, self.test_share = val_share, test_share
         self.reverse_complement = reverse_complement
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.num_workers = num_workers
         self.parts = self._split()
         self.windows, self.left_out = self._windows(window)
         for part, count in (("val", val_windows), ("test", test_windows)):
             self.windows[part] = choose(self.windows[part], count, seed)
         # Bases of a window and windows of a batch in the epoch at hand, while lengths warm up (genomics.warmup).
         self.stage_of: Callable[[], tuple[int, int]] | None = None
-        if len(self.windows["train"]) < batch_size:
+        count = len(self.windows["train"])
+        self.batch_size = batch_size or max(min(batch_tokens // window, count), 1)
+        if count < self.batch_size:
             raise UserError(
-                f"{self.fasta.path}: got {len(self.windows['train'])} windows of {window:,} bases to train on, wanted "
-                f"a batch of {batch_size}; give a shorter --data.window, a smaller --data.batch_size or more sequence"
+                f"{self.fasta.path}: got {count} windows of {window:,} bases to train on, wanted a batch of "
+                f"{self.batch_size}; give a shorter --data.window, a smaller --data.batch_size or more sequence"
             )
 
     def _windows(self, length: int) -> tuple[dict[str, list[Interval]], dict[str, int]]:

@@ -104,10 +104,12 @@ def test_too_little_for_a_batch(genome: tuple[Path, dict[str, str]]) -> None:
 
 
 def test_bases_of_a_step() -> None:
-    """As many windows as the bases make, one at least; a number of windows counts for more."""
+    """As many windows as the bases make, one at least and all at most; a number of windows counts for more."""
     assert GenomeData(window=512).batch_size == 32
     assert GenomeData(window=500, batch_tokens=1100).batch_size == 2
     assert GenomeData(window=500, batch_tokens=100).batch_size == 1
+    data = GenomeData(window=500, batch_tokens=10**9)
+    assert data.batch_size == len(data.windows["train"])
     assert GenomeData(window=500, batch_size=3, batch_tokens=1100).batch_size == 3
 
 
