@@ -36,6 +36,7 @@ def main(
     default_recipe: str | None = None,
     choose_data: bool = False,
     links: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str] | None = None,
     argv: Sequence[str] | None = None,
     configs: Path = CONFIGS,
     folder: str | None = None,
@@ -54,6 +55,7 @@ def main(
         choose_data: ``data`` is a base class, and recipes name the subclass (``data: {class_path:, init_args:}``).
         links: Attributes of the data module that go into the model's constructor, such as
             ``{"data.num_classes": "model.num_classes"}``.
+        aliases: Options under other names, ``{"--model.context": "--data.window"}``: the first is read as the second.
         argv: Arguments instead of the process's own.
         configs: Folder that holds ``<domain>/<recipe>.yaml``.
         folder: Folder of the recipes in ``configs`` instead of ``<domain>``, for a domain's second training command.
@@ -69,6 +71,8 @@ def main(
             print(_overview(program, recipes, default_recipe))
             return
         recipe, stage, options = _split(arguments, recipes, default_recipe, program)
+        for name, meant in (aliases or {}).items():
+            options = [re.sub(rf"^{re.escape(name)}(?==|$)", meant, option) for option in options]
         from core.training.quiet import quiet
         from core.training.recipe import RUNS, RecipeCLI
 
@@ -220,6 +224,12 @@ def _bad_value(key: str, reason: str) -> str:
     if given is None or not names:
         return f"--{key}: {_one_line(reason)}"
     return f"--{key} is {given!r}; wanted {' or '.join(names)}"
+
+
+def first_reason(message: str) -> str:
+    """Return what a class said of its arguments, where jsonargparse lists why each type of the option was refused."""
+    found = re.search(r"^Errors:\n\s*- (.*)$", message, re.MULTILINE)
+    return found.group(1) if found else message
 
 
 def _plain_type(text: str) -> str:

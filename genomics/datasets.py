@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from core.errors import UserError
 from core.training.rng import ResumableLoader
 from genomics import baselines
-from genomics.fasta import Fasta, Genomes, Lower
+from genomics.fasta import Fasta, Genomes, Lower, open_genome
 from genomics.intervals import (
     PARTS,
     SPLIT_NAMES,
@@ -24,6 +24,7 @@ from genomics.intervals import (
     read_bed,
     split_by_coordinate,
     split_by_records,
+    tile,
     whole_records,
 )
 from genomics.vocabulary import BOS, PAD, N, reverse_complement
@@ -97,8 +98,8 @@ class GenomeData(LightningDataModule):
     ``test_share`` of the bases. N and other ambiguous bases are read but never predicted.
 
     Args:
-        fasta: Genome file, or several: FASTA or FASTQ, perhaps gzipped, or 2bit; null is the excerpt of human
-            chromosome 22 that comes with the package. Of several, a record is called file:record.
+        fasta: Genome file, or several: FASTA or FASTQ, perhaps gzipped, or 2bit, or a folder of such files; null is
+            the excerpt of human chromosome 22 that comes with the package. Of several, a record is called file:record.
         bed: BED file of the intervals to use; null is every whole record.
         window: Bases of a window, L.
         strategy: How windows come from the intervals: tile (every base once), rows (HyenaDNA), ends (Mamba) or widen
@@ -113,7 +114,9 @@ class GenomeData(LightningDataModule):
         seed: Of that choice.
         pad: Pad sequences shorter than the window; otherwise they are an error.
         reverse_complement: Train on either strand at random; validation and test read the strand in the file.
-        batch_size: Windows per step and device.
+        batch_size: Windows per step and device; null is what batch_tokens makes.
+        batch_tokens: Bases per step and device where batch_size is null: as many windows as that makes, at least one
+            and at most all.
         num_workers: Processes that read windows, per device.
 
     Raises:
@@ -136,11 +139,12 @@ class GenomeData(LightningDataModule):
         seed: int = 0,
         pad: bool = False,
         reverse_complement: bool = True,
-        batch_size: int = 16,
+        batch_size: int | None = None,
+        batch_tokens: int = 16_384,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("window", window, 2), ("batch_size", batch_size, 1)):
+        for name, value, least in (("window", window, 2), ("batch_size", 1 if batch_size is None else batch_size, 1)):
             if value < least:
                 raise UserError(f"--data.{name} is {value}; wanted at least {least}")
         for name, value in (("val_windows", val_windows), ("test_windows", test_windows)):
@@ -149,23 +153,26 @@ class GenomeData(LightningDataModule):
         if isinstance(fasta, list):
             self.fasta: Fasta = Genomes(fasta, lower)
         else:
-            self.fasta = Fasta(EXCERPT / "human.fa.gz" if fasta is None else fasta, lower)
+            self.fasta = open_genome(EXCERPT / "human.fa.gz" if fasta is None else fasta, lower)
+        self.excerpt = fasta is None
         self.bed, self.window, self.pad = bed, window, pad
         self.strategy: Strategy = strategy
         self.val_records, self.test_records = list(val_records), list(test_records)
         self.val_share, self.test_share = val_share, test_share
         self.reverse_complement = reverse_complement
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.num_workers = num_workers
         self.parts = self._split()
         self.windows, self.left_out = self._windows(window)
         for part, count in (("val", val_windows), ("test", test_windows)):
             self.windows[part] = choose(self.windows[part], count, seed)
         # Bases of a window and windows of a batch in the epoch at hand, while lengths warm up (genomics.warmup).
         self.stage_of: Callable[[], tuple[int, int]] | None = None
-        if len(self.windows["train"]) < batch_size:
+        count = len(self.windows["train"])
+        self.batch_size = batch_size or max(min(batch_tokens // window, count), 1)
+        if count < self.batch_size:
             raise UserError(
-                f"{self.fasta.path}: got {len(self.windows['train'])} windows of {window:,} bases to train on, wanted "
-                f"a batch of {batch_size}; give a shorter --data.window, a smaller --data.batch_size or more sequence"
+                f"{self.fasta.path}: got {count} windows of {window:,} bases to train on, wanted a batch of "
+                f"{self.batch_size}; give a shorter --data.window, a smaller --data.batch_size or more sequence"
             )
 
     def _windows(self, length: int) -> tuple[dict[str, list[Interval]], dict[str, int]]:
@@ -174,6 +181,12 @@ class GenomeData(LightningDataModule):
 
     def _split(self) -> dict[str, list[Interval]]:
         lengths = self.fasta.lengths
+        named = [*self.val_records, *self.test_records]
+        if self.excerpt and named and not set(named) <= set(lengths):
+            raise UserError(
+                f"the excerpt that comes with the package has no records {', '.join(named)} to hold out; give a genome "
+                "that has: --data.fasta hg38.fa.gz (python -m genomics.download says where they are)"
+            )
         rows = [(i, "") for i in whole_records(lengths)] if self.bed is None else read_bed(self.bed, lengths)
         intervals = [interval for interval, _ in rows]
         if not self.pad and self.strategy == "tile":
@@ -190,7 +203,18 @@ class GenomeData(LightningDataModule):
         else:
             parts = split_by_coordinate(merge(intervals), self.val_share, self.test_share)
         check_parts_disjoint(parts)
+        for part, found in parts.items():
+            if not any(self._has_bases(interval) for interval in found):
+                raise UserError(
+                    f"{self.fasta.path}: the {part} part holds no A, C, G or T"
+                    + (", for lower case is read as N; give --data.lower keep" if self.fasta.lower == "mask" else "")
+                )
         return parts
+
+    def _has_bases(self, interval: Interval) -> bool:
+        """Whether there is anything to predict; N at its start is passed over a million at a time."""
+        pieces = tile([interval], 1 << 20)
+        return any((self.fasta.read(piece.record, piece.start, piece.end) < N).any() for piece in pieces)
 
     def sequences(self, part: str, most: int) -> list[np.ndarray]:
         """Return the sequences of a part, uint8 token ids, one an interval, as far as ``most`` bases reach."""

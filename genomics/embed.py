@@ -10,7 +10,7 @@ from torch import Tensor
 from core.cli import run
 from core.errors import UserError
 from core.training.report import Report
-from genomics.fasta import Fasta
+from genomics.fasta import open_genome
 from genomics.inference import hidden_pieces, load_model
 from genomics.output import Results, intervals, progress
 
@@ -34,7 +34,7 @@ def embed(
 
     Args:
         model: Checkpoint, run folder, folder with config.json, or name on the Hugging Face hub.
-        fasta: Sequences: FASTA or FASTQ, perhaps gzipped, or 2bit.
+        fasta: Sequences: FASTA or FASTQ, perhaps gzipped, or 2bit; or a folder of such files.
         bed: Intervals to embed, named by the fourth column; null is every record.
         pooling: Mean, maximum or last position of each interval; none keeps every base.
         format: safetensors, or parquet (one row an interval; needs pyarrow, and a pooling).
@@ -46,7 +46,7 @@ def embed(
     """
     if format == "parquet" and pooling == "none":
         raise UserError("--format parquet keeps one row an interval; give --pooling mean, max or last, or safetensors")
-    loaded, genome = load_model(model, device, dtype), Fasta(fasta)
+    loaded, genome = load_model(model, device, dtype), open_genome(fasta)
     places = intervals(genome, bed)
     names = [name for _, name in places]
     if pooling == "none" and len(set(names)) < len(names):
@@ -100,7 +100,8 @@ def _write_parquet(path: str, names: list[str], values: np.ndarray) -> None:
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("--format parquet needs pyarrow, which is not installed; run `pip install pyarrow`") from None
-    rows = pyarrow.table({"name": names, "embedding": values.tolist()})
+    vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(values.reshape(-1)), values.shape[1])
+    rows = pyarrow.table({"name": names, "embedding": vectors})
     pyarrow.parquet.write_table(rows, path)
 
 

@@ -4,6 +4,7 @@ A file is checked and turned into memory-mapped token ids when it is first opene
 base in the user's cache folder, never beside the file; after that a window is a copy of bytes.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from genomics.cache import LOWER, Cached, open_cached
 from genomics.vocabulary import PAD, N
 
 Lower = Literal["keep", "mask"]
+SUFFIXES = (".fa", ".fna", ".fasta", ".fas", ".fq", ".fastq", ".2bit")  # of the genome files in a folder
 
 
 class Fasta:
@@ -91,25 +93,29 @@ class Genomes(Fasta):
     """Several genome files as one; a record is called ``file:record``, by the file's name up to the first dot.
 
     Args:
-        paths: The files; of a single one the records keep their own names.
+        paths: The files, or folders of them; of a single one the records keep their own names.
         lower: See ``Fasta``.
+        own_names: Let records keep their own names where no two are alike.
 
     Raises:
         UserError: See ``Fasta``; and if two files have one name.
     """
 
-    def __init__(self, paths: Sequence[str | Path], lower: Lower = "keep") -> None:
+    def __init__(self, paths: Sequence[str | Path], lower: Lower = "keep", own_names: bool = False) -> None:
         if not paths:
             raise UserError("got no genome files, wanted one or more")
-        self.files = [Fasta(path, lower) for path in paths]
+        self.files = [open_genome(path, lower) for path in paths]
         self.path, self.lower, self._cached = self.files[0].path, lower, None
-        names = [file.path.name.split(".")[0] for file in self.files]
-        if len(set(names)) < len(names):
+        names = [Path(path).name.split(".")[0] for path in paths]
+        records = [record for file in self.files for record in file.lengths]
+        if own_names and len(set(records)) == len(records):
+            names = [""] * len(paths)
+        elif len(set(names)) < len(names):
             double = next(name for name in names if names.count(name) > 1)
             raise UserError(
                 f"two genome files are called {double!r}; rename one, so that records have names of their own"
             )
-        prefixes = [f"{name}:" for name in names] if len(names) > 1 else [""]
+        prefixes = [f"{name}:" if name else "" for name in names] if len(names) > 1 else [""]
         self.places = {
             prefix + record: (file, record)
             for prefix, file in zip(prefixes, self.files, strict=True)
@@ -124,3 +130,31 @@ class Genomes(Fasta):
             raise UserError(f"no record {record!r} in the genome files; the first ones are {first}")
         file, name = self.places[record]
         return file.read(name, start, end)
+
+
+def open_genome(path: str | Path, lower: Lower = "keep") -> Fasta:
+    """Open a genome file, or a folder of them: one genome in several files, such as one a chromosome.
+
+    Args:
+        path: The file or folder. In a folder files that end in ``SUFFIXES``, perhaps with .gz, are read, in the order
+            of their names and the numbers in them; others are passed over. Their records keep their names where no two
+            are alike, else they are called ``file:record``.
+        lower: See ``Fasta``.
+
+    Raises:
+        UserError: See ``Fasta``; and if a folder holds no such file.
+    """
+    place = Path(path).expanduser()
+    if not place.is_dir():
+        return Fasta(place, lower)
+    files = [file for file in place.iterdir() if file.is_file() and file.name.removesuffix(".gz").endswith(SUFFIXES)]
+    if not files:
+        raise UserError(f"the folder {place} holds no genome files; wanted names in {', '.join(SUFFIXES)}, or with .gz")
+    genome = Genomes(sorted(files, key=_by_number), lower, own_names=True)
+    genome.path = place
+    return genome
+
+
+def _by_number(path: Path) -> list[tuple[int, str]]:
+    """What sorts chr2 before chr10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]

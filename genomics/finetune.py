@@ -14,11 +14,15 @@ from core.errors import UserError
 from core.training.report import Report
 from genomics.baselines import kmer_accuracies
 from genomics.generative import Goal, build_classifier
+from genomics.inference import load_model
 from genomics.kmers import MOST_BASES
 from genomics.labelled import Labelled, families, folds, read_labelled
 from genomics.models import GenomeClassifier, Pooling, load_backbone
 from genomics.output import Results, progress
+from genomics.pretrained import PretrainedClassifier, check_fits
 from genomics.vocabulary import PAD
+
+Classifier = GenomeClassifier | PretrainedClassifier
 
 
 def finetune(
@@ -48,7 +52,9 @@ def finetune(
     Args:
         data: Folder of Genomic Benchmarks' or the Nucleotide Transformer's layout, or a CSV or FASTA file; see
             genomics.labelled.
-        pretrained: Checkpoint of genomics.pretrain (a causal Mamba of the same sizes) whose backbone to start from.
+        pretrained: Any model to start from, which has its own sizes: checkpoint or run folder of genomics.pretrain,
+            folder of HyenaDNA, Caduceus or a Mamba language model, or its name on the Hugging Face hub. With kmer or
+            the generative goal, a checkpoint of a causal Mamba of the sizes given.
         d_model: Width of the model.
         n_layer: Number of blocks.
         d_state: State size of each channel.
@@ -80,14 +86,13 @@ def finetune(
     fold_of = folds(groups, train.labels, cross_validation, seed)
     place = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     sizes = {"d_model": d_model, "n_layer": n_layer, "d_state": d_state, "d_conv": d_conv}
+    longest = max(len(ids) for part in (train, test) if part is not None for ids in part.sequences)
     with Results("finetune", out) as results:
         rows, answers = [], ["fold\tlabel\tpredicted"]
         for fold in progress(range(cross_validation), "folds"):
             torch.manual_seed(seed + fold)
             kept, held = (train.take(np.flatnonzero(side).tolist()) for side in (fold_of != fold, fold_of == fold))
-            model = build_classifier(goal, len(names), pooling, True, kmer=kmer, **sizes)
-            if pretrained is not None:
-                load_backbone(model, pretrained)
+            model = _model(pretrained, goal, len(names), pooling, kmer, sizes, longest, data)
             _train(model.to(place), kept, names, epochs, lr, batch_size, seed + fold)
             scored = held if test is None else test
             guesses = _answers(model, scored, batch_size)
@@ -109,6 +114,20 @@ def finetune(
         results.finish({**means, "accuracy_sd": spread}, report)
 
 
+def _model(
+    pretrained: str | None, goal: Goal, classes: int, pooling: Pooling, kmer: int, sizes: dict[str, int], longest: int,
+    data: str,
+) -> Classifier:  # fmt: skip
+    if pretrained is not None and not kmer and goal == "discriminative":
+        loaded = load_model(pretrained, "cpu")
+        check_fits(loaded, longest, data)
+        return PretrainedClassifier(loaded, classes, pooling)
+    model = build_classifier(goal, classes, pooling, True, kmer=kmer, **sizes)
+    if pretrained is not None:
+        load_backbone(model, pretrained)
+    return model
+
+
 def _pad(sequences: list[np.ndarray], device: torch.device) -> Tensor:
     width = max(map(len, sequences))
     rows = np.full((len(sequences), width), PAD, np.uint8)
@@ -117,9 +136,7 @@ def _pad(sequences: list[np.ndarray], device: torch.device) -> Tensor:
     return torch.from_numpy(rows).to(device).long()
 
 
-def _train(
-    model: GenomeClassifier, data: Labelled, names: list[str], epochs: int, lr: float, size: int, seed: int
-) -> None:
+def _train(model: Classifier, data: Labelled, names: list[str], epochs: int, lr: float, size: int, seed: int) -> None:
     """Train in place; the weights of the epoch that was best on a tenth of the data stay."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(data.labels))
@@ -154,7 +171,7 @@ def _train(
 
 
 @torch.inference_mode()
-def _answers(model: GenomeClassifier, data: Labelled, size: int) -> np.ndarray:
+def _answers(model: Classifier, data: Labelled, size: int) -> np.ndarray:
     model.eval()
     device = next(model.parameters()).device
     parts = [

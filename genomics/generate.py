@@ -11,7 +11,7 @@ from core.generate import generate as decode_tokens
 from core.lm import MambaLM
 from core.sampling import Sampling, sample
 from core.training.report import Report
-from genomics.fasta import Fasta
+from genomics.fasta import open_genome
 from genomics.inference import load_model
 from genomics.output import Results
 from genomics.vocabulary import BOS, A, T, decode, encode
@@ -95,7 +95,7 @@ def generate(
         raise UserError(f"--{error}") from None
     prompts = {"generated": encode(prompt.upper(), "--prompt")}
     if prompt_fasta is not None:
-        records = Fasta(prompt_fasta)
+        records = open_genome(prompt_fasta)
         prompts = {name: records.read(name) for name in records.lengths}
     longest = loaded.longest
     with Results("generate", out) as results, (results.path / "generated.fa").open("w", encoding="utf-8") as file:

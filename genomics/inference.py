@@ -25,7 +25,7 @@ from genomics.generative import build_classifier
 from genomics.hyenadna import HyenaDNA
 from genomics.intervals import Interval
 from genomics.kmers import init_state
-from genomics.models import GenomeClassifier, build_lm, read_checkpoint
+from genomics.models import GenomeClassifier, build_lm, checkpoint_of, read_checkpoint
 from genomics.vocabulary import BOS, MASK, A, T
 from kernels.selective_scan.exactness import between_pieces
 
@@ -110,9 +110,8 @@ def load_model(model: str, device: str = "auto", dtype: str = "float32") -> Load
         UserError: If there is none, or its files do not fit.
     """
     path = Path(model).expanduser()
-    if path.is_dir() and not (path / CONFIG).is_file():
-        found = [path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
-        path = next((file for file in found if file.is_file()), path)
+    if not (path / CONFIG).is_file():
+        path = checkpoint_of(path)
     loaded = _from_checkpoint(path) if path.is_file() else _from_folder(path if path.is_dir() else download(model))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

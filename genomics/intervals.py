@@ -3,6 +3,8 @@
 Coordinates are 0-based and half-open, as in BED.
 """
 
+import gzip
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,18 +43,14 @@ def read_bed(path: str | Path, lengths: Mapping[str, int]) -> list[tuple[Interva
     """Read the intervals of a BED file and the name in its fourth column, empty where there is none.
 
     Args:
-        path: The file; blank lines, comments, ``track`` and ``browser`` lines are skipped.
+        path: The file, plain or gzipped; blank lines, comments, ``track`` and ``browser`` lines are skipped.
         lengths: Name and length of the records the intervals lie on.
 
     Raises:
         UserError: For a line that is none of this, or an interval outside its record; the message names the line.
     """
     found = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a BED file: {error}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(Path(path), "BED"), 1):
         if not line.strip() or line.startswith(("#", "track", "browser")):
             continue
         columns = line.split("\t") if "\t" in line else line.split()
@@ -69,6 +67,28 @@ def read_bed(path: str | Path, lengths: Mapping[str, int]) -> list[tuple[Interva
     if not found:
         raise UserError(f"{path} holds no intervals; wanted lines of record, start and end")
     return found
+
+
+def read_lines(path: Path, kind: str) -> list[str]:
+    """The lines of a text file, plain or gzipped.
+
+    Args:
+        path: The file; its name doesn't matter.
+        kind: What it should be, for the message.
+
+    Raises:
+        UserError: If it is missing, damaged or no text.
+    """
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8").splitlines()
+    except OSError as error:
+        reason = error.strerror or f"damaged gzip file: {error}"
+    except (EOFError, zlib.error) as error:
+        reason = f"damaged gzip file: {error}"
+    except UnicodeDecodeError:
+        reason = "it is no text"
+    raise UserError(f"{path} cannot be read as a {kind} file ({reason}); give another, plain or gzipped")
 
 
 def split_by_records(

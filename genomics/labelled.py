@@ -60,7 +60,10 @@ def _read_folder(folder: Path) -> Labelled:
     sequences, labels = [], []
     for kind in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
         for file in sorted(kind.glob("*.txt")):
-            sequences.append(encode(file.read_bytes().strip(), str(file)))
+            text = file.read_bytes().strip()
+            if not text:
+                raise UserError(f"{file} is empty; wanted a sequence")
+            sequences.append(encode(text, str(file)))
             labels.append(kind.name)
     if not sequences:
         raise UserError(f"{folder} holds no <class>/*.txt files")
@@ -76,13 +79,20 @@ def _read_file(path: Path) -> Labelled:
         return Labelled([fasta.read(name) for name in names], [name.rpartition("|")[2] for name in names])
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
+            reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            columns, rows = reader.fieldnames or (), list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read as a table: {error}") from None
-    if not rows or not {"sequence", "label"} <= set(rows[0]):
+    if not {"sequence", "label"} <= set(columns):
         raise UserError(
-            f"{path}: wanted a table with the columns sequence and label, got {', '.join(rows[0] if rows else [])}"
+            f"{path}: wanted a table with the columns sequence and label, got {', '.join(columns) or 'none'}"
         )
+    if not rows:
+        raise UserError(f"{path} has a head and no rows; wanted a sequence and a label in each")
+    for number, row in enumerate(rows, 1):
+        if not row["sequence"] or not row["label"]:
+            missing = "label" if row["sequence"] else "sequence"
+            raise UserError(f"{path}, row {number} has no {missing}; wanted a sequence and a label in each")
     return Labelled(
         [encode(row["sequence"], f"{path}, row {i}") for i, row in enumerate(rows, 1)], [row["label"] for row in rows]
     )

@@ -36,7 +36,7 @@ class LanguageModel(TrainingModule):
         d_model: Width of the model.
         n_layer: Number of blocks.
         d_state: State size of each channel; of Mamba.
-        d_conv: Width of the causal convolution; of Mamba.
+        d_conv: Width of the causal convolution; of Mamba and Mamba-2.
         expand: Inner width over ``d_model``; of Mamba.
         mixer: Which layer mixes the sequence: mamba, mamba2, mamba3, hyena (HyenaDNA) or attention.
         attention_layers: Blocks of a causal Mamba that hold attention instead, counted from 0.

@@ -33,7 +33,8 @@ class GenomeLM(MambaLM):
         d_model: Width D.
         n_layer: Number of blocks.
         d_state: State size of each channel.
-        d_conv: Width of the causal convolution. Wider than text models' 4, a block sees a whole k-mer at once.
+        d_conv: Width of the causal convolution, which Mamba-3 does without. Wider than text models' 4, a block sees a
+            whole k-mer at once.
         expand: Inner width over D.
         layer: Published name of the mixer, a key of ``MambaLM.mixers``.
         attention_layers: Blocks that hold attention instead, counted from 0: heads of about 64 channels with rotary
@@ -62,12 +63,20 @@ class GenomeLM(MambaLM):
             d_model=d_model,
             n_layer=n_layer,
             vocab_size=len(TOKENS),
-            ssm_cfg={"layer": layer, "d_state": d_state, "d_conv": d_conv, "expand": expand},
+            ssm_cfg={"layer": layer, "d_state": d_state, "expand": expand, **_own(layer, expand * d_model, d_conv)},
             attn_layer_idx=list(attention_layers),
             attn_cfg=_attention(d_model) if attention_layers else {},
             d_intermediate=d_mlp,
         )
         super().__init__(config)
+
+
+def _own(layer: str, channels: int, d_conv: int) -> dict[str, Any]:
+    """Arguments that not every mixer has: Mamba-3 has no convolution, Mamba no heads, here of at most 64 channels."""
+    own: dict[str, Any] = {"a_activation": "heavy_tail"} if layer == "Mamba3" else {"d_conv": d_conv}
+    if layer != "Mamba1":
+        own["headdim"] = next(width for width in range(min(64, channels), 0, -1) if channels % width == 0)
+    return own
 
 
 def _attention(d_model: int) -> dict[str, Any]:
@@ -101,7 +110,7 @@ def build_lm(
         d_model: Width D.
         n_layer: Number of blocks.
         d_state: State size; of Mamba.
-        d_conv: Width of the short convolution; of Mamba.
+        d_conv: Width of the short convolution; of Mamba and Mamba-2.
         expand: Inner width over D; of Mamba.
         rcps: Reverse-complement equivariant; masked models only.
         attention_layers: Blocks of a Mamba that hold attention instead; causal models only.
@@ -110,6 +119,8 @@ def build_lm(
     Raises:
         ValueError: For parts that do not go together.
     """
+    if n_layer < 1:
+        raise ValueError(f"n_layer: got {n_layer}, wanted at least 1")
     mamba = {"d_state": d_state, "d_conv": d_conv, "expand": expand}
     if attention_layers and (objective == "masked" or mixer in ("hyena", "attention")):
         raise ValueError(
@@ -190,11 +201,7 @@ class GenomeClassifier(nn.Module):
 
     def other_strand(self, ids: Tensor) -> Tensor:
         """Return reverse complements (B, L); padding stays at the right."""
-        length = ids.shape[1]
-        real = (ids != PAD).sum(1, keepdim=True)
-        index = torch.arange(length, device=ids.device).expand_as(ids)
-        flipped = torch.where(index < real, real - 1 - index, index)
-        return self.complement[ids.gather(1, flipped)]  # type: ignore[index]
+        return other_strand(ids, self.complement)  # type: ignore[arg-type]
 
     def loss(self, ids: Tensor, classes: Tensor) -> Tensor:
         """Mean cross-entropy of sequences (B, L) with their classes (B,), and what ``language`` adds."""
@@ -225,6 +232,18 @@ class GenomeClassifier(nn.Module):
         return self.score_states(self.backbone(ids), ids)
 
 
+def other_strand(ids: Tensor, complement: Tensor) -> Tensor:
+    """Return reverse complements (B, L) of right-padded ids; padding stays at the right.
+
+    Args:
+        ids: (B, L).
+        complement: (12,) id of each id's complement.
+    """
+    real = (ids != PAD).sum(1, keepdim=True)
+    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return complement[ids.gather(1, torch.where(index < real, real - 1 - index, index))]
+
+
 def pool(hidden: Tensor, real: Tensor, pooling: Pooling) -> Tensor:
     """Reduce positions to one vector a sequence.
 
@@ -248,12 +267,14 @@ def load_backbone(model: GenomeClassifier, path: str | Path) -> None:
 
     Args:
         model: The classifier.
-        path: A checkpoint of ``genomics.pretrain`` (``.ckpt``), or a file of weights (``.safetensors``, ``.bin``).
+        path: A checkpoint (``.ckpt``) or run folder of ``genomics.pretrain``, or a file of weights (``.safetensors``,
+            ``.bin``).
 
     Raises:
         UserError: If the file is none of these, or holds a model of another kind or size.
     """
-    state = read_checkpoint(Path(path))[0] if str(path).endswith(".ckpt") else read_weights(path)
+    path = checkpoint_of(Path(path).expanduser())
+    state = read_checkpoint(path)[0] if path.suffix == ".ckpt" else read_weights(path)
     prefix = "backbone."
     backbone = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     if not backbone:
@@ -262,6 +283,12 @@ def load_backbone(model: GenomeClassifier, path: str | Path) -> None:
         own = model.backbone.state_dict()
         backbone = {name: own[name] for name in own if name.startswith(("kmers.", "from_kmers."))} | backbone
     load_into(model.backbone, backbone, str(path))
+
+
+def checkpoint_of(path: Path) -> Path:
+    """The best or last checkpoint of a run folder; any other path as it is."""
+    found = (path / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    return next((file for file in found if file.is_file()), path) if path.is_dir() else path
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What the commands on trained models share: which intervals to read, where results go, and tracks as files."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,9 @@ class Results:
             self._folder.discard()
 
     def finish(self, metrics: Mapping[str, float], report: Report) -> None:
-        """Write metrics and page, and print the folder."""
-        (self.path / "metrics.json").write_text(json.dumps(dict(metrics), indent=2) + "\n", encoding="utf-8")
+        """Write metrics, null where there is no number, and the page, and print the folder."""
+        known = {name: None if math.isnan(value) else value for name, value in metrics.items()}  # JSON has no NaN
+        (self.path / "metrics.json").write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
         report.write(self.path / "report.html")
         self._folder.start()
         self._folder.mark({"status": "finished", "command": self.command})

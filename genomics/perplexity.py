@@ -4,7 +4,7 @@ import numpy as np
 
 from core.cli import run
 from core.training.report import Report
-from genomics.fasta import Fasta
+from genomics.fasta import open_genome
 from genomics.inference import load_model, log_probability_pieces, surprisal
 from genomics.output import Results, intervals, progress
 
@@ -25,7 +25,7 @@ def perplexity(
 
     Args:
         model: Checkpoint, run folder, folder with config.json, or name on the Hugging Face hub.
-        fasta: Sequences: FASTA or FASTQ, perhaps gzipped, or 2bit.
+        fasta: Sequences: FASTA or FASTQ, perhaps gzipped, or 2bit; or a folder of such files.
         bed: Intervals to score, named by the fourth column; null is every record.
         piece: Bases that go through the model at a time; null is 16,384 where a processor carries a state on,
             262,144 where a GPU does, else 65,536.
@@ -33,7 +33,7 @@ def perplexity(
         dtype: float32, bfloat16, or tf32: float32 whose products an NVIDIA GPU rounds to 11 bits.
         out: Folder for the results; null is the next one under runs/genomics/perplexity.
     """
-    loaded, genome = load_model(model, device, dtype), Fasta(fasta)
+    loaded, genome = load_model(model, device, dtype), open_genome(fasta)
     places = intervals(genome, bed)
     with Results("perplexity", out) as results:
         rows, total, count = [], 0.0, 0

@@ -4,6 +4,7 @@ Legend: T bases of a piece, D model width, K classes.
 """
 
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from core.cli import run
 from core.errors import UserError
 from core.training.report import Report
-from genomics.fasta import Fasta
+from genomics.fasta import Fasta, open_genome
 from genomics.inference import Loaded, hidden_pieces, load_model, log_probability_pieces, surprisal, to_tensor
 from genomics.intervals import Interval
 from genomics.output import Results, intervals, progress, write_bedgraph, write_bigwig
@@ -42,7 +43,7 @@ def predict(
 
     Args:
         model: Checkpoint, run folder, folder with config.json, or name on the Hugging Face hub.
-        fasta: Sequences: FASTA or FASTQ, perhaps gzipped, or 2bit.
+        fasta: Sequences: FASTA or FASTQ, perhaps gzipped, or 2bit; or a folder of such files.
         bed: Intervals to read, each from its start on; null is every record.
         track: classes for a classifier, surprisal or entropy for a language model; auto chooses.
         bin: Bases of a line of the track.
@@ -55,13 +56,15 @@ def predict(
     """
     if bin < 1:
         raise UserError(f"--bin is {bin}; wanted at least 1 base")
-    loaded, genome = load_model(model, device, dtype), Fasta(fasta)
+    loaded, genome = load_model(model, device, dtype), open_genome(fasta)
     wanted = track if track != "auto" else ("classes" if loaded.classifier else "surprisal")
     if (wanted == "classes") != (loaded.classifier is not None):
         kind = "a classifier" if loaded.classifier else "a language model"
         raise UserError(f"--track is {wanted}, but the model is {kind}; leave --track out, or give another model")
     piece = max((loaded.piece if piece is None else piece) // bin, 1) * bin
     places = [place for place, _ in intervals(genome, bed)]
+    if format == "bigwig":
+        places = in_order(places, genome)
     with Results("predict", out) as results:
         if wanted == "classes":
             path = results.path / "predictions.bed"
@@ -83,6 +86,22 @@ def predict(
         report = Report("Prediction along sequences", f"{bases:,}", "bases read")
         report.facts("Track", {"file": path.name, "model": model, "sequences": fasta, "bin": bin, **counts})
         results.finish({"bases": bases, **counts}, report)
+
+
+def in_order(places: list[Interval], genome: Fasta) -> list[Interval]:
+    """Sort intervals as the genome's records come, which bigWig files ask for.
+
+    Raises:
+        UserError: If two overlap, for a base has one value there.
+    """
+    order = {record: number for number, record in enumerate(genome.lengths)}
+    places = sorted(places, key=lambda place: (order[place.record], place.start))
+    for one, two in pairwise(places):
+        if one.record == two.record and two.start < one.end:
+            raise UserError(
+                f"{one} and {two} overlap, and a bigWig file has one value a base; merge them, or give bedgraph"
+            )
+    return places
 
 
 class _Counted:

@@ -10,4 +10,5 @@ if __name__ == "__main__":
         command="pretrain",
         default_recipe="pretrain",
         links={"data.window": "model.context"},
+        aliases={"--model.context": "--data.window"},
     )

@@ -3,7 +3,6 @@
 Legend: B sequences, L bases of a window, V padded vocabulary.
 """
 
-import gzip
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,9 @@ from torch import Tensor
 from core.cli import run
 from core.errors import UserError
 from core.training.report import Report
-from genomics.fasta import Fasta
+from genomics.fasta import Fasta, open_genome
 from genomics.inference import Loaded, load_model, to_tensor
+from genomics.intervals import read_lines
 from genomics.output import Results, progress
 from genomics.vocabulary import BASES, MASK, PAD, A, T, decode, encode, reverse_complement
 
@@ -52,7 +52,7 @@ def score(
 
     Args:
         model: Checkpoint, run folder, folder with config.json, or name on the Hugging Face hub.
-        fasta: The reference genome: FASTA, perhaps gzipped, or 2bit.
+        fasta: The reference genome: FASTA, perhaps gzipped, or 2bit; or a folder of such files.
         vcf: Variants, plain or gzipped.
         ism: Region record:start-end (1-based, both ends in it) of which to score every substitution.
         window: Bases that the model sees, the variant in the middle.
@@ -66,7 +66,7 @@ def score(
         raise UserError("give either --vcf FILE or --ism record:start-end")
     if window < 2 or batch_size < 1:
         raise UserError(f"--window is {window} and --batch_size {batch_size}; wanted at least 2 and 1")
-    loaded, genome = load_model(model, device, dtype), Fasta(fasta)
+    loaded, genome = load_model(model, device, dtype), open_genome(fasta)
     if loaded.classifier is not None:
         raise UserError("this checkpoint is a classifier, which predicts no bases; give one of genomics.pretrain")
     if loaded.longest is not None and window >= loaded.longest:
@@ -181,16 +181,10 @@ def read_vcf(path: Path, genome: Fasta) -> Iterator[tuple[list[str], list[Varian
     Raises:
         UserError: Naming the line, if it is no VCF line or its reference allele is not the genome's.
     """
-    try:
-        opener = gzip.open if path.read_bytes()[:2] == b"\x1f\x8b" else open
-        with opener(path, "rt", encoding="utf-8") as file:
-            lines = list(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as a VCF file: {error}") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path, "VCF"), 1):
         if line.startswith("#") or not line.strip():
             continue
-        columns = line.rstrip("\n").split("\t")
+        columns = line.split("\t")
         if len(columns) < 5 or not columns[1].isdigit():
             raise UserError(f"{path}, line {number}: wanted CHROM, POS, ID, REF, ALT and more, tabs between")
         record, start, ref = columns[0], int(columns[1]) - 1, columns[3].upper()
@@ -210,6 +204,8 @@ def read_vcf(path: Path, genome: Fasta) -> Iterator[tuple[list[str], list[Varian
 
 def _score_vcf(scorer: Scorer, path: Path, out: Path) -> list[float]:
     lines = list(read_vcf(path, scorer.genome))
+    if not lines:
+        raise UserError(f"{path} holds no variants; wanted lines of CHROM, POS, ID, REF, ALT and more")
     variants = [variant for _, alleles in lines for variant in alleles if variant is not None]
     found = iter(scorer(variants))
     every: list[float] = []

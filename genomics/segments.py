@@ -119,10 +119,18 @@ def split_genomes(
         For each part the intervals of every species.
 
     Raises:
-        UserError: If a part stays empty in a species.
+        UserError: If a part stays empty in a species, or a name is no record of any.
     """
     shared = [name for name in genomes[0].lengths if all(name in genome.lengths for genome in genomes)]
     found: dict[str, list[list[Interval]]] = {part: [] for part in PARTS}
+    for option, names in (("val_records", val_records), ("test_records", test_records)):
+        if unknown := [name for name in names if not any(name in genome.lengths for genome in genomes)]:
+            raise UserError(
+                f"--data.{option}: no genome has a record {unknown[0]!r}; the first ones of {genomes[0].path} are "
+                f"{', '.join(list(genomes[0].lengths)[:5])}"
+            )
+    if bool(val_records) != bool(test_records):
+        raise UserError("got records for one of --data.val_records and --data.test_records; wanted both, or neither")
     for genome in genomes:
         whole = whole_records(genome.lengths)
         if val_records or test_records:

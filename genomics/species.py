@@ -1,9 +1,11 @@
 """Which species is a read from? The data module: genomes in, reads or segments with labels out."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
@@ -12,12 +14,13 @@ from core.errors import UserError
 from core.training.rng import ResumableLoader
 from genomics import baselines
 from genomics.datasets import EXCERPT
-from genomics.fasta import Fasta
+from genomics.fasta import Fasta, open_genome
 from genomics.reads import Loci, Reads, choose_loci
 from genomics.segments import Segments, split_genomes
 
 BASELINE_READS = 20_000  # that the k-mer regression learns from, at most
 BASELINE_BASES = 1 << 28  # the same in bases
+SAME = 1 << 20  # bases of each record that two genomes are compared by
 APES = ("human", "chimpanzee", "gorilla", "orangutan")
 
 
@@ -31,8 +34,8 @@ class SpeciesData(LightningDataModule):
 
     Args:
         source: Reads of a panel of loci, or segments of whole genomes.
-        fasta: FASTA file of each species by name, ``--data.fasta.human a.fa --data.fasta.chimp b.fa``; None is the
-            excerpt of four great apes that comes with the package.
+        fasta: FASTA file, or folder of such files, of each species by name, ``--data.fasta.human a.fa
+            --data.fasta.chimp b.fa``; None is the excerpt of four great apes that comes with the package.
         val_records: Of whole genomes: records, such as chromosomes, for validation; without names 10 % are.
         test_records: The same for the test; without names 20 % are.
         panel: Loci of the panel.
@@ -76,6 +79,11 @@ class SpeciesData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if source == "genomes" and fasta is None:
+            raise UserError(
+                "--data.source genomes: the excerpt that comes with the package holds loci; give a genome a species: "
+                "--data.fasta.human a.fa --data.fasta.chimp b.fa (python -m genomics.download says where some are)"
+            )
         files = {name: str(EXCERPT / f"{name}.fa.gz") for name in APES} if fasta is None else fasta
         _check_files(files)
         positive = {"panel": panel, "unseen": unseen, "individuals": individuals, "test_individuals": test_individuals}
@@ -95,7 +103,8 @@ class SpeciesData(LightningDataModule):
                 raise UserError(f"--data.{name} is {rate}; wanted a share from 0 to 1")
         self.class_names = list(files)
         self.excerpt = fasta is None
-        self.genomes = [Fasta(path) for path in files.values()]
+        self.genomes = [open_genome(path) for path in files.values()]
+        _check_different(self.class_names, self.genomes)
         self.loci: tuple[Loci, Loci] | None = None  # of the panel, and held out
         self.homologous = False
         if source == "panel":
@@ -194,6 +203,20 @@ class SpeciesData(LightningDataModule):
             shuffle=shuffle,
             drop_last=drop_last,
         )
+
+
+def _check_different(names: Sequence[str], genomes: Sequence[Fasta]) -> None:
+    """Refuse two species with the same bases, in files of any kind; a million of each record are compared."""
+    for i, j in itertools.combinations(range(len(genomes)), 2):
+        one, two = genomes[i], genomes[j]
+        if list(one.lengths.values()) != list(two.lengths.values()):
+            continue
+        pairs = [(a, b, min(size, SAME)) for (a, size), b in zip(one.lengths.items(), two.lengths, strict=True)]
+        if all(np.array_equal(one.read(a, 0, size), two.read(b, 0, size)) for a, b, size in pairs):
+            raise UserError(
+                f"species {names[i]!r} and {names[j]!r} have the same bases, in {one.path} and {two.path}; give each "
+                "its own genome"
+            )
 
 
 def _check_files(files: dict[str, str]) -> None:

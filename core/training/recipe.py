@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from core.cli import parse
+from core.cli import first_reason, parse
 from core.errors import UserError
 from core.parallel.strategies import choose_strategy  # registers fsdp2
 from core.parallel.watch import announce_launcher, follow_launcher
@@ -173,7 +173,7 @@ class RecipeCLI(LightningCLI):
         except UserError:
             raise
         except (ValueError, ModuleNotFoundError) as error:
-            raise UserError(str(error)) from error
+            raise UserError(first_reason(str(error))) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with what belongs to every run; the folder goes again if that fails."""

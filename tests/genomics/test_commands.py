@@ -152,12 +152,12 @@ def test_recipes_that_do_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
         assert re.fullmatch(rf"error: unknown recipe '{word}' \(did you mean .*\?\); recipes: .*\n", error)
 
 
-def test_a_folder_is_no_fasta_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_genomes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "genomes").mkdir()
     with pytest.raises(SystemExit) as stop:
         pretrain("pretrain", "--data.fasta", str(tmp_path / "genomes"), "--run_dir", str(tmp_path / "run"))
     assert stop.value.code == 2
-    assert "genomes cannot be read as a FASTA file: Is a directory" in capsys.readouterr().err
+    assert "genomes holds no genome files; wanted names in .fa" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

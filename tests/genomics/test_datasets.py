@@ -103,6 +103,32 @@ def test_too_little_for_a_batch(genome: tuple[Path, dict[str, str]]) -> None:
         GenomeData(**{**options(genome[0]), "batch_size": 1000})
 
 
+def test_bases_of_a_step() -> None:
+    """As many windows as the bases make, one at least and all at most; a number of windows counts for more."""
+    assert GenomeData(window=512).batch_size == 32
+    assert GenomeData(window=500, batch_tokens=1100).batch_size == 2
+    assert GenomeData(window=500, batch_tokens=100).batch_size == 1
+    data = GenomeData(window=500, batch_tokens=10**9)
+    assert data.batch_size == len(data.windows["train"])
+    assert GenomeData(window=500, batch_size=3, batch_tokens=1100).batch_size == 3
+
+
+def test_nothing_to_predict(tmp_path: Path) -> None:
+    path = tmp_path / "n.fa"
+    path.write_text(">a\n" + 700 * "A" + 300 * "N" + "\n")
+    with pytest.raises(UserError, match="the val part holds no A, C, G or T"):
+        GenomeData(**options(path))
+    path.write_text(">a\n" + 1000 * "a" + "\n")
+    assert GenomeData(**options(path)).windows["test"]
+    with pytest.raises(UserError, match=r"the train part holds no .*--data.lower keep"):
+        GenomeData(**options(path), lower="mask")
+
+
+def test_the_excerpt_has_no_chromosomes() -> None:
+    with pytest.raises(UserError, match=r"the excerpt .* has no records chr13, chr14 to hold out; give a genome"):
+        GenomeData(val_records=["chr13"], test_records=["chr14"])
+
+
 def test_forked_workers_serve_the_same(genome: tuple[Path, dict[str, str]]) -> None:
     path, _ = genome
     alone = torch.cat(list(GenomeData(**options(path)).test_dataloader()))

@@ -1,5 +1,6 @@
 """Fetching genomes from a server of our own: whole, resumed, and with a wrong sum."""
 
+import base64
 import hashlib
 import threading
 from collections.abc import Iterator
@@ -28,6 +29,12 @@ class _Server(BaseHTTPRequestHandler):
         start = int(span.removeprefix("bytes=").rstrip("-")) if span else 0
         self._answer(416, b"") if start >= len(CONTENT) else self._answer(206 if span else 200, CONTENT[start:])
 
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.send_header("x-goog-hash", "crc32c=AAAAAA==")
+        self.send_header("x-goog-hash", f"md5={base64.b64encode(bytes.fromhex(SUM)).decode()}")
+        self.end_headers()
+
     def _answer(self, code: int, body: bytes) -> None:
         self.send_response(code)
         self.send_header("Content-Length", str(len(body)))
@@ -45,6 +52,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     threading.Thread(target=running.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{running.server_port}"
     monkeypatch.setattr(download, "UCSC", address)
+    monkeypatch.setattr(download, "BASENJI", address)
     yield address
     running.shutdown()
 
@@ -73,6 +81,8 @@ def test_listing_and_mistakes(tmp_path: Path, server: str, capsys: pytest.Captur
     )
     download.download("hg38", folder=str(tmp_path), fetch=True)
     assert (tmp_path / "hg38.fa.gz").read_bytes() == CONTENT
+    download.download("hg38_split", folder=str(tmp_path), fetch=True)
+    assert (tmp_path / "sequences_human.bed").read_bytes() == CONTENT
     with pytest.raises(UserError, match="no genome 'mouse'"):
         download.download("mouse")
     with pytest.raises(UserError, match=r"broke off|cannot be had"):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from core.errors import UserError
 from genomics.cache import PIECE, TWOBIT_MAGIC
-from genomics.fasta import Fasta, Genomes
+from genomics.fasta import Fasta, Genomes, open_genome
 from genomics.vocabulary import decode, encode
 
 
@@ -242,3 +242,22 @@ def test_several_genomes_and_windows_beyond_the_end(tmp_path: Path) -> None:
     assert dict(Genomes([tmp_path / "a.fa"]).lengths) == {"x": 4}
     with pytest.raises(UserError, match="two genome files are called 'a'"):
         Genomes([tmp_path / "a.fa", tmp_path / "a.fa"])
+
+
+def test_a_folder_is_one_genome(tmp_path: Path) -> None:
+    """Chromosome by chromosome in the order of their numbers; records of one name are told apart by their files."""
+    folder = tmp_path / "species"
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"the folder .*species holds no genome files; wanted names in .fa, .fna"):
+        open_genome(folder)
+    for number in (10, 2, 1):
+        write(folder / f"chr{number}.fna", f">chr{number}\n{'ACGT' * number}\n")
+    write(folder / "notes.txt", "not a genome")
+    genome = pickle.loads(pickle.dumps(open_genome(folder)))
+    assert dict(genome.lengths) == {"chr1": 4, "chr2": 8, "chr10": 40}
+    assert decode(genome.read("chr2", 3, 6)) == "TAC"
+    assert genome.path == folder
+    write(folder / "more.fa", ">chr2\nTTT\n")
+    assert dict(open_genome(folder).lengths) == {"chr1:chr1": 4, "chr2:chr2": 8, "chr10:chr10": 40, "more:chr2": 3}
+    both = Genomes([folder, write(tmp_path / "b.fa", ">x\nAC\n")])
+    assert decode(both.read("species:more:chr2")) == "TTT"

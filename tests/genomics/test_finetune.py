@@ -5,11 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from core.errors import UserError
 from genomics.finetune import finetune
+from genomics.inference import Loaded
 from genomics.labelled import families, folds, read_labelled
-from genomics.vocabulary import decode, encode, reverse_complement
+from genomics.models import Pooling, build_lm
+from genomics.pretrained import PretrainedClassifier
+from genomics.vocabulary import BOS, PAD, decode, encode, reverse_complement
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +45,21 @@ def test_layouts(tmp_path: Path) -> None:
         }
         assert (test is not None) == has_test
     (tmp_path / "bad.csv").write_text("seq,label\nA,1\n")
-    for place, message in (("bad.csv", "columns sequence and label"), ("none", "no data set")):
+    (tmp_path / "short.csv").write_text("sequence,label\nACGT,1\nACGG\n")
+    (tmp_path / "empty.csv").write_text("sequence,label\n,1\n")
+    (tmp_path / "head.csv").write_text("sequence,label\n")
+    (tmp_path / "text.csv").write_text("hello\n")
+    (tmp_path / "blank" / "train" / "a").mkdir(parents=True)
+    (tmp_path / "blank" / "train" / "a" / "0.txt").write_text("\n")
+    for place, message in (
+        ("bad.csv", "columns sequence and label, got seq, label"),
+        ("text.csv", "got hello"),
+        ("none", "no data set"),
+        ("short.csv", "row 2 has no label"),
+        ("empty.csv", "row 1 has no sequence"),
+        ("head.csv", "no rows"),
+        ("blank", "0.txt is empty"),
+    ):
         with pytest.raises(UserError, match=message):
             read_labelled(tmp_path / place)
 
@@ -73,3 +91,50 @@ def test_a_run_learns_what_is_there(tmp_path: Path) -> None:
     assert found["kmer_accuracy"] > 0.85
     assert len((out / "predictions.tsv").read_text().splitlines()) == 81
     assert len((out / "folds.tsv").read_text().splitlines()) == 3
+
+
+KINDS = {
+    "mamba2": {"mixer": "mamba2"},
+    "hyena": {"mixer": "hyena"},
+    "caduceus_ph": {"objective": "masked"},
+    "caduceus_ps": {"objective": "masked", "rcps": True},
+}
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean", "last"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_classifiers_on_any_model(kind: str, pooling: Pooling) -> None:
+    """Padding is not seen, strands get one score (of Caduceus-PS in training too), every weight in use is trained."""
+    torch.manual_seed(0)
+    net = build_lm(d_model=8, n_layer=1, d_state=4, l_max=34, **KINDS[kind]).double()  # type: ignore[arg-type]
+    model = PretrainedClassifier(Loaded(net, BOS if kind in ("mamba2", "hyena") else None), 3, pooling).double()
+    ids = torch.randint(7, 11, (2, 20), generator=torch.Generator().manual_seed(1))
+    ids[1, 13:] = PAD
+    for training in (True, False):
+        model.train(training)
+        scores = model(ids)
+        torch.testing.assert_close(scores, torch.cat([model(ids[:1]), model(ids[1:, :13])]))
+        same = torch.allclose(scores, model(model.other_strand(ids)))
+        assert same == (kind == "caduceus_ps" or not training)
+    model.train().loss(ids, torch.tensor([0, 2])).backward()
+    unused = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert unused <= {"net.lm_head.weight"}
+
+
+def test_a_run_from_a_model_of_another_kind(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = {"d_model": 8, "n_layer": 1, "mixer": "hyena", "context": 32}
+    net = build_lm("hyena", d_model=8, n_layer=1, l_max=34)
+    state = {f"net.{name}": tensor for name, tensor in net.state_dict().items()}
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    torch.save({"state_dict": state, "hyper_parameters": options}, tmp_path / "run" / "checkpoints" / "last.ckpt")
+    lines = [f"{text},{'ab'[i % 2]}" for i, text in enumerate(sequences(12, length=33))]
+    (tmp_path / "m.csv").write_text("sequence,label\n" + "\n".join(lines) + "\n")
+    finetune(str(tmp_path / "m.csv"), str(tmp_path / "run"), epochs=1, cross_validation=2, device="cpu",
+             out=str(tmp_path / "out"))  # fmt: skip
+    assert len((tmp_path / "out" / "predictions.tsv").read_text().splitlines()) == 13
+    lines[3] = f"{sequences(1, 5, 34)[0]},a"
+    (tmp_path / "m.csv").write_text("sequence,label\n" + "\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"m.csv: the longest sequence has 34 bases, and the model reads at most 33"):
+        finetune(str(tmp_path / "m.csv"), str(tmp_path / "run"), device="cpu", out=str(tmp_path / "bad"))
+    assert not (tmp_path / "bad").exists()

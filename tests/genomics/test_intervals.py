@@ -1,5 +1,6 @@
 """Intervals, splits and windows."""
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,19 @@ def test_bed_lines_that_do_not_fit(tmp_path: Path, line: str, message: str) -> N
     path = tmp_path / "a.bed"
     path.write_text(line + "\n")
     with pytest.raises(UserError, match=message):
+        read_bed(path, {"chr1": 9})
+
+
+def test_gzipped_bed(tmp_path: Path) -> None:
+    path, data = tmp_path / "a.bed.gz", gzip.compress(b"chr1\t0\t5\n" * 100, mtime=0)
+    path.write_bytes(data)
+    assert read_bed(path, {"chr1": 9}) == [(Interval("chr1", 0, 5), "")] * 100
+    for damaged in (data[:20], data[:-8] + b"01234567", data[:12] + b"\xff" * 20):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"a.bed.gz cannot be read as a BED file \(damaged gzip file"):
+            read_bed(path, {"chr1": 9})
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="it is no text"):
         read_bed(path, {"chr1": 9})
 
 

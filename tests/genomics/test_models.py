@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from core.checkpoints import save_weights
+from core.cli import CONFIGS
 from core.errors import UserError
 from core.lm import MambaLM
 from genomics.generative import GenerativeClassifier, build_classifier
@@ -40,6 +42,27 @@ def test_the_published_1k_size_has_the_published_parameters() -> None:
     assert abs(parameters - 1.4e6) < 0.05e6  # Gu & Dao 2023, table 11
 
 
+def test_the_sizes_of_the_papers_table_are_recipes() -> None:
+    """Gu & Dao 2023, figure 4 left: so many million parameters, 12 tokens padded to 16."""
+    published = {"250k": 0.25, "700k": 0.7, "3m": 3.5, "7m": 7.0, "19m": 19.3, "40m": 40.7}
+    for name, millions in published.items():
+        values = yaml.safe_load((CONFIGS / "genomics" / f"hg38_{name}.yaml").read_text())["model"]
+        net = GenomeLM(**{key: values[key] for key in ("d_model", "n_layer", "d_state", "d_conv")})
+        assert sum(p.numel() for p in net.parameters()) == pytest.approx(1e6 * millions, rel=0.06)
+
+
+@pytest.mark.parametrize("mixer", ["mamba", "mamba2", "mamba3"])
+def test_every_mixer_at_any_width(mixer: str) -> None:
+    """From one position to the next, with a gradient for each parameter; heads divide the channels."""
+    torch.manual_seed(0)
+    net, ids = build_lm(mixer, d_model=12, n_layer=2), sequences(20, 20)  # type: ignore[arg-type]
+    later = ids.clone()
+    later[:, 12:] = 7
+    torch.testing.assert_close(net(ids)[:, :12], net(later)[:, :12])
+    net(ids).square().sum().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == []
+
+
 def test_attention_everywhere_and_in_hybrids() -> None:
     sizes = {"d_model": 128, "n_layer": 3}
     net = build_lm("attention", **sizes)  # type: ignore[arg-type]
@@ -57,6 +80,8 @@ def test_attention_everywhere_and_in_hybrids() -> None:
     for model in (net, hybrid):
         assert torch.equal(model(ids)[:, :8], model(later)[:, :8])
         assert not torch.equal(model(ids)[:, 9:], model(later)[:, 9:])
+    with pytest.raises(ValueError, match="n_layer: got 0, wanted at least 1"):
+        build_lm("mamba2", n_layer=0)
     with pytest.raises(ValueError, match=r"attention_layers: got \[3\], wanted blocks from 0 to 2"):
         build_lm("mamba", attention_layers=[3], **sizes)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"attention_layers: got .* for hyena, causal; wanted none"):
@@ -102,7 +127,9 @@ def test_backbone_of_a_language_model(tmp_path: Path) -> None:
     before = model.head.weight.clone()
     save_weights(language.state_dict(), tmp_path / "model.safetensors")
     torch.save({"state_dict": {f"net.{k}": v for k, v in language.state_dict().items()}}, tmp_path / "best.ckpt")
-    for name in ("model.safetensors", "best.ckpt"):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    torch.save(torch.load(tmp_path / "best.ckpt"), tmp_path / "run" / "checkpoints" / "last.ckpt")
+    for name in ("model.safetensors", "best.ckpt", "run"):
         model = classifier()
         load_backbone(model, tmp_path / name)
         ids = sequences(7)

@@ -1,6 +1,7 @@
 """Objectives, windows that grow, memory, and resuming: the parts of pretraining."""
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,24 @@ def test_warmup_resumes_where_it_was(tmp_path: Path, genome: str) -> None:
     assert json.loads((straight / "metrics.json").read_text())["test/perplexity"] > 3.5
 
 
+def test_the_recipe_of_a_genome_at_any_context(
+    tmp_path: Path, genome: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """``--model.context`` is the data's window, and a step keeps its bases."""
+    argv = ["hg38", *TINY[:6], "--data.fasta", genome, "--model.context=64", "--data.batch_tokens", "256",
+            "--data.val_records", "[]", "--data.test_records", "[]", "--trainer.max_steps", "1", "--data.num_workers",
+            "0", "--trainer.accelerator", "cpu", "--trainer.precision", "32", "--trainer.val_check_interval", "1",
+            "--run_dir", str(tmp_path / "run")]  # fmt: skip
+    monkeypatch.setattr("sys.argv", ["genomics.pretrain", *argv])
+    runpy.run_module("genomics.pretrain", run_name="__main__")
+    assert "of 256 tokens" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["genomics.pretrain", "--trainer.callbacks+=genomics.warmup.LengthWarmup",
+                                     "--trainer.callbacks.start=1"])  # fmt: skip
+    with pytest.raises(SystemExit):
+        runpy.run_module("genomics.pretrain", run_name="__main__")
+    assert capsys.readouterr().err == "error: LengthWarmup: start is 1 and epochs 2; wanted at least 2 and 1\n"
+
+
 @pytest.mark.parametrize("options", [["--model.objective", "masked"], ["--model.mixer", "hyena"]])
 def test_other_models_by_the_command(
     tmp_path: Path, genome: str, options: list[str], capsys: pytest.CaptureFixture
@@ -145,4 +164,4 @@ def test_memory_estimate_counts_what_is_kept() -> None:
     assert plain["weights"] == 16 * sum(p.numel() for p in net.parameters())
     assert 4 * 1000 * 16 * 4 * 8 < plain["activations"] < 4 * 1000 * 16 * 4 * 60  # so many channels a token and block
     assert again["activations"] < plain["activations"] / 2
-    assert estimate(net, 1000, False, True)["activations"] == plain["activations"] / 2
+    assert 0.5 < estimate(net, 1000, False, True)["activations"] / plain["activations"] < 0.7  # the stream stays wide

@@ -1,5 +1,6 @@
 """Loci and simulated reads: what the two protocols may and may not share."""
 
+import gzip
 from itertools import pairwise
 from pathlib import Path
 
@@ -212,11 +213,24 @@ def test_the_excerpt_is_clean_and_aligned() -> None:
     assert np.mean(same) > 0.95
 
 
+def test_species_with_the_same_bases(tmp_path: Path) -> None:
+    """In files of another kind, under other names."""
+    text = "".join(np.random.default_rng(0).choice(list("ACGT"), 3000))
+    (tmp_path / "one.fa").write_text(f">a\n{text}\n")
+    (tmp_path / "two.fa.gz").write_bytes(gzip.compress(f">b\n{text.lower()}\n".encode()))
+    files = {"one": str(tmp_path / "one.fa"), "two": str(tmp_path / "two.fa.gz")}
+    with pytest.raises(UserError, match="'one' and 'two' have the same bases, in "):
+        SpeciesData(fasta=files)
+    (tmp_path / "two.fa.gz").write_bytes(gzip.compress(f">b\n{text[:-1]}\n>c\nA\n".encode()))
+    SpeciesData(fasta=files, panel=2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"fasta": {"a": "x.fa"}}, "got 1 species"),
         ({"fasta": {"a": "x.fa", "b": "./x.fa"}}, "'a' and 'b' have one and the same file"),
+        ({"source": "genomes"}, "the excerpt .* holds loci; give a genome a species"),
         ({"read_length": 999}, "longer than --data.locus_length 640"),
         ({"panel": 0}, "--data.panel is 0"),
         ({"error_rate": 1.5}, "--data.error_rate is 1.5"),

@@ -34,6 +34,10 @@ def test_parts_share_no_base_and_homologous_chromosomes_stay_on_one_side(tmp_pat
     assert [[i.record for i in region] for region in parts["train"]] == [["chr1", "chr2"]] * 2
     assert [[i.record for i in region] for region in parts["test"]] == [["chrX"]] * 2
     named = split_genomes([one, two], ["chr3"], ["chr1", "chrY"])
+    with pytest.raises(UserError, match=r"--data.test_records: no genome has a record 'chr9'; the first ones"):
+        split_genomes([one, two], ["chr3"], ["chr1", "chr9"])
+    with pytest.raises(UserError, match=r"records for one of .*; wanted both, or neither"):
+        split_genomes([one, two], ["chr3"])
     assert [[i.record for i in region] for region in named["test"]] == [["chr1"], ["chr1", "chrY"]]
     other = Fasta(genome(tmp_path / "o.fa", 5, names="ab"))
     lengths = {

@@ -1,7 +1,10 @@
 """The commands on trained models: they write what the model says, whole or in pieces, from any kind of folder."""
 
+import gzip
 import json
 import math
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +138,9 @@ def test_variants_of_a_causal_model(tmp_path: Path, genome: str) -> None:
     with pytest.raises(UserError, match=r"line 1: REF is .*same assembly"):
         score(model, genome, vcf=str(vcf), device="cpu", out=str(tmp_path / "bad"))
     assert not (tmp_path / "bad").exists()
+    (tmp_path / "cut.vcf.gz").write_bytes(gzip.compress(b"a\t1\t.\tA\tC\n")[:20])
+    with pytest.raises(UserError, match=r"cut.vcf.gz cannot be read as a VCF file \(damaged gzip file"):
+        score(model, genome, vcf=str(tmp_path / "cut.vcf.gz"), device="cpu", out=str(tmp_path / "bad"))
 
 
 @pytest.mark.parametrize("rcps", [False, True])
@@ -194,6 +200,44 @@ def test_classes_along_a_contig(tmp_path: Path, genome: str) -> None:
         perplexity(str(tmp_path / "c.ckpt"), genome, device="cpu", out=str(tmp_path / "p"))
     with pytest.raises(UserError, match="--track is surprisal"):
         predict(str(tmp_path / "c.ckpt"), genome, track="surprisal", device="cpu", out=str(tmp_path / "p"))
+
+
+def test_bigwig_of_intervals(tmp_path: Path, genome: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entries come in the genome's order whatever the BED file's is; overlaps are refused."""
+    entries: list[tuple[str, int, int]] = []
+
+    class File:
+        def __enter__(self) -> "File":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def addHeader(self, chroms: list[tuple[str, int]]) -> None:
+            assert chroms == [("a", 211), ("b", 64)]
+
+        def addEntries(self, records: list[str], starts: list[int], ends: list[int], values: list[float]) -> None:
+            assert all(value > 0 for value in values)
+            entries.extend(zip(records, starts, ends, strict=True))
+
+    monkeypatch.setitem(sys.modules, "pyBigWig", types.SimpleNamespace(open=lambda path, mode: File()))
+    model, bed = checkpoint(tmp_path), tmp_path / "a.bed"
+    bed.write_text("b\t10\t50\na\t100\t140\na\t0\t60\n")
+    predict(model, genome, bed=str(bed), bin=30, format="bigwig", device="cpu", out=str(tmp_path / "w"))
+    assert entries == [("a", 0, 30), ("a", 30, 60), ("a", 100, 130), ("a", 130, 140), ("b", 10, 40), ("b", 40, 50)]
+    bed.write_text("a\t100\t140\na\t0\t101\n")
+    with pytest.raises(UserError, match="a:0-101 and a:100-140 overlap"):
+        predict(model, genome, bed=str(bed), format="bigwig", device="cpu", out=str(tmp_path / "bad"))
+
+
+def test_files_with_nothing_to_say(tmp_path: Path) -> None:
+    model, fasta = checkpoint(tmp_path), tmp_path / "n.fa"
+    fasta.write_text(">a\nNNNNNNNN\n")
+    perplexity(model, str(fasta), device="cpu", out=str(tmp_path / "p"))
+    assert json.loads((tmp_path / "p" / "metrics.json").read_text()) == {"perplexity": None, "bases": 0, "records": 1}
+    (tmp_path / "none.vcf").write_text("##fileformat=VCFv4.2\n")
+    with pytest.raises(UserError, match=r"none.vcf holds no variants"):
+        score(model, str(fasta), vcf=str(tmp_path / "none.vcf"), device="cpu", out=str(tmp_path / "s"))
 
 
 def test_released_folders(tmp_path: Path, genome: str) -> None:
