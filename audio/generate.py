@@ -81,6 +81,8 @@ def generate(
             0.05.
         stdout: Stream the first clip to standard output instead.
     """
+    if stdout and sys.stdout.isatty():
+        raise UserError("--stdout writes a WAV file, which a terminal cannot show; pipe it: ... --stdout true | aplay")
     drawn = _drawn(num, reject_low, reject_high)
     sampling, where = _check(num, seconds, temperature, top_k, top_p), env.find_device(device)
     trained = load_trained(None if checkpoint is None else Path(checkpoint).expanduser())

@@ -331,6 +331,11 @@ def test_a_stream_is_the_clip(trained: Path, tmp_path: Path, capfdbinary: pytest
     np.testing.assert_allclose(streamed, written, atol=1.5 / 32768)
 
 
+def test_a_terminal_gets_no_sound(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    fails(capsys, lambda: say(["--stdout", "true"]), "--stdout", "pipe it")
+
+
 def test_unlikely_clips_are_left_out(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     how = [str(trained), "--seconds", "0.01", "--seed", "1"]
     say([*how, "--num", "8", "--out", str(tmp_path / "all")])
