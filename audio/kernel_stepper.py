@@ -63,6 +63,7 @@ class KernelStepper:
         if classes is not None:
             self._tensors["offset"].copy_(classes * net.levels)
         self._seen, self._period = seen
+        self._how: dict[Sampling, Tensor] = {}  # (3,) float64 on the GPU: a copy there waits for all that was launched
 
     def step(self, levels: Tensor) -> Tensor:
         """Advances every clip by one level (B,) int64; returns logits (B, Q) float32."""
@@ -91,8 +92,10 @@ class KernelStepper:
         count, length = levels.shape
         if not length:
             return
-        how = torch.tensor([sampling.temperature, sampling.top_p, sampling.min_p], dtype=torch.float64)
-        tensors = {**self._tensors, "levels": levels, "uniform": uniform, "how": how.to(levels.device)}
+        if sampling not in self._how:
+            how = torch.tensor([sampling.temperature, sampling.top_p, sampling.min_p], dtype=torch.float64)
+            self._how[sampling] = how.to(levels.device)
+        tensors = {**self._tensors, "levels": levels, "uniform": uniform, "how": self._how[sampling]}
         numbers = {
             "count": count, "length": length, "seen": self._seen, "draw": int(uniform is not None),
             "top_k": sampling.top_k,
