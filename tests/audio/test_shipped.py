@@ -32,6 +32,9 @@ def test_the_judge_does_not_trust_noise() -> None:
     assert float(shares.amax(1).mean()) < 0.5
     assert listener.reference is not None
     assert frechet_distance(features, listener.reference.moments) > 20
+    _, shares = listener([torch.zeros(4000), torch.full((300,), 0.01), noise[0]])
+    torch.testing.assert_close(shares[:2], torch.full((2, 10), 0.1))
+    assert float(shares[2].max()) > 0.11
 
 
 @pytest.mark.slow
