@@ -1,5 +1,6 @@
 """Generates sound: ``python -m audio.generate``, or ``python -m audio.generate CHECKPOINT --num 8 --seconds 2``."""
 
+import csv
 import json
 import math
 import sys
@@ -51,9 +52,10 @@ def generate(
 ) -> None:
     """Writes clips as WAV files, their spectrograms as PNG files, and a page to listen to them, report.html.
 
-    Beside each clip stands its exact likelihood under the model, in bits per sample. With --reject_low or
-    --reject_high more clips are drawn, and the least or most likely ones left out. With --stdout true one clip goes to
-    standard output as WAV while it is drawn, and nothing is written: python -m audio.generate --stdout true | aplay
+    Beside each clip, and in clips.csv, stands its exact likelihood under the model, in bits per sample. With
+    --reject_low or --reject_high more clips are drawn, and the least or most likely ones left out. With --stdout true
+    one clip goes to standard output as WAV while it is drawn, and nothing is written:
+    python -m audio.generate --stdout true | aplay
 
     The real-time factor that it prints is the time taken over the length of the sound: below 1 it is faster than
     playing.
@@ -81,6 +83,8 @@ def generate(
             0.05.
         stdout: Stream the first clip to standard output instead.
     """
+    if stdout and sys.stdout.isatty():
+        raise UserError("--stdout writes a WAV file, which a terminal cannot show; pipe it: ... --stdout true | aplay")
     drawn = _drawn(num, reject_low, reject_high)
     sampling, where = _check(num, seconds, temperature, top_k, top_p), env.find_device(device)
     trained = load_trained(None if checkpoint is None else Path(checkpoint).expanduser())
@@ -132,6 +136,13 @@ class Wanted(NamedTuple):
     seed: int
 
 
+class Heard(NamedTuple):
+    """What is told of a clip."""
+
+    said: str  # its class
+    bits: float  # per sample, under the model
+
+
 def _generate(
     folder: RunFolder, wanted: Wanted, num: int, reject_high: float, options: dict[str, object]
 ) -> dict[str, float]:
@@ -145,7 +156,7 @@ def _generate(
         levels = torch.cat([wanted.prompt.long().expand(num, -1), levels], dim=1)
     metrics = _figures(taken, drawn, length, trained.sample_rate)
     metrics |= {"clips": num, "drawn": drawn, "bits_per_sample": float(bits[kept].mean())}
-    heard = [_heading(trained, wanted.starts[i], float(bits[i])) for i in kept]
+    heard = [Heard(_said(trained, wanted.starts[i]), float(bits[i])) for i in kept]
     _write(folder, trained, heard, levels, metrics, options)
     return metrics
 
@@ -198,10 +209,9 @@ def _kept(bits: Tensor, num: int, high: float) -> list[int]:
     return sorted(bits.argsort()[first : first + num].tolist())
 
 
-def _heading(trained: Trained, start: int, bits: float) -> str:
-    """What stands beside a clip."""
-    said = f"{trained.class_names[start // trained.codec.levels]}, " if trained.class_names else ""
-    return f"{said}{bits:.3f} bits per sample"
+def _said(trained: Trained, start: int) -> str:
+    """The class of a clip, "" for a model without classes."""
+    return trained.class_names[start // trained.codec.levels] if trained.class_names else ""
 
 
 def _check(num: int, seconds: float, temperature: float, top_k: int, top_p: float) -> Sampling:
@@ -240,18 +250,21 @@ def _figures(taken: float, num: int, length: int, sample_rate: int) -> dict[str,
 def _write(
     folder: RunFolder,
     trained: Trained,
-    heard: list[str],
+    heard: list[Heard],
     levels: Tensor,
     metrics: dict[str, float],
     options: dict[str, object],
 ) -> None:
     """Writes the sound, the pictures, the page and the figures."""
-    clips = []
-    for i, clip in enumerate(levels):
+    clips, rows = [], [("file", "class", "bits_per_sample")]
+    for i, (clip, (said, bits)) in enumerate(zip(levels, heard, strict=True)):
         wave, name = trained.codec.decode(clip), f"clip_{i + 1:03d}"
         write_wav(folder.path / f"{name}.wav", wave, trained.sample_rate)
         (folder.path / f"{name}.png").write_bytes(spectrogram_png(wave, trained.sample_rate))
-        clips.append((wave, f"{name}.wav: {heard[i]}"))
+        clips.append((wave, f"{name}.wav: {said}{', ' if said else ''}{bits:.3f} bits per sample"))
+        rows.append((f"{name}.wav", said, f"{bits:.6f}"))
+    with (folder.path / "clips.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
     report = Report(
         "audio generate", f"{metrics['real_time_factor']:.2f}", "seconds taken per second of sound, over all clips"
     )

@@ -49,15 +49,18 @@ class Judge(NamedTuple):
             waves: Clips (any,) at the judge's rate, of any length and gain.
 
         Returns:
-            Features (B, F) and probabilities (B, K), float32.
+            Features (B, F) and probabilities (B, K), float32. A clip in which nothing sounds is of all classes alike:
+            the net has heard none in training, and would name one.
         """
         device = self.net.head.weight.device
         features, shares = [], []
         for i in range(0, len(waves), BATCH):
             batch = torch.stack([fitted(wave, self.length) for wave in waves[i : i + BATCH]]).to(device)
             found = self.net.features(batch)
+            scores = self.net.head(found)
+            silent = torch.tensor([not len(wave) or bool(wave.min() == wave.max()) for wave in waves[i : i + BATCH]])
             features.append(found.cpu())
-            shares.append(self.net.head(found).softmax(1).cpu())
+            shares.append(scores.masked_fill(silent.to(device)[:, None], 0.0).softmax(1).cpu())
         if not features:
             raise ValueError("got no clips, wanted at least one")
         return torch.cat(features), torch.cat(shares)

@@ -108,7 +108,10 @@ def _split_fsdd(root: Path) -> dict[str, list[Path]]:
         files[next((part for part, takes in FSDD_TAKES.items() if take in takes), "train")].append(path)
     for part, paths in files.items():
         if not paths:
-            raise UserError(f"{root}: no file for {part}; wanted takes 0 to 49 of the Free Spoken Digit Dataset")
+            raise UserError(
+                f"{root}: no file for {part}; wanted takes 0 to 49 of the Free Spoken Digit Dataset, or --data.layout "
+                "random for a part of it"
+            )
     return files
 
 

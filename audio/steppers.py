@@ -48,14 +48,14 @@ def choose(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     Args:
         logits: (B, Q).
         sampling: Filters and temperature.
-        uniform: (B,) float64 random numbers in [0, 1), on the CPU.
+        uniform: (B,) float64 random numbers in [0, 1), where the logits are: a GPU then runs ahead of the host.
 
     Returns:
-        (B,) int64, on the CPU.
+        (B,) int64.
     """
     if sampling.temperature == 0 or sampling.top_k == 1:
-        return logits.argmax(dim=-1).cpu()
-    reached = filter_logits(logits, sampling).cpu().double().softmax(dim=-1).cumsum(dim=-1)
+        return logits.argmax(dim=-1)
+    reached = filter_logits(logits, sampling).double().softmax(dim=-1).cumsum(dim=-1)
     passed = reached <= (uniform * reached[:, -1])[:, None]
     return passed.sum(dim=-1)
 
@@ -72,15 +72,15 @@ class PlainStepper:
 
     def __init__(self, net: SoundNet, state: Any, logits: Tensor, classes: Tensor) -> None:
         self._net, self._state, self._logits = net, state, logits
-        self._offset = net.levels * classes
-        self.log_likelihood = torch.zeros(len(logits), dtype=torch.float64)
+        self._offset = (net.levels * classes).to(logits.device)
+        self.log_likelihood = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
 
     def draw(self, uniform: Tensor, sampling: Sampling) -> Tensor:
         """See ``Stepper``."""
-        drawn = []
+        drawn, uniform = [], uniform.to(self._logits.device)
         for t in range(uniform.shape[1]):
             levels = choose(self._logits, sampling, uniform[:, t])
-            log_p = self._logits.double().log_softmax(dim=-1).cpu()
+            log_p = self._logits.double().log_softmax(dim=-1)
             self.log_likelihood = self.log_likelihood + log_p.gather(1, levels[:, None])[:, 0]
             self.step(levels)
             drawn.append(levels)
@@ -89,7 +89,7 @@ class PlainStepper:
     @torch.no_grad()
     def step(self, levels: Tensor) -> Tensor:
         """See ``Stepper``."""
-        inputs = (levels.cpu() + self._offset)[:, None].to(self._logits.device)
+        inputs = (levels.to(self._offset.device) + self._offset)[:, None]
         scores, self._state = self._net.forward_state(inputs, self._state)
         self._logits = scores[:, -1]
         return self._logits
@@ -106,16 +106,16 @@ class GuidedStepper:
 
     def __init__(self, stepper: Stepper, logits: Tensor, strength: float) -> None:
         self._stepper, self._logits, self._strength = stepper, logits, strength
-        self.log_likelihood = torch.zeros(len(logits) // 2, dtype=torch.float64)
+        self.log_likelihood = torch.zeros(len(logits) // 2, dtype=torch.float64, device=logits.device)
 
     @torch.no_grad()
     def draw(self, uniform: Tensor, sampling: Sampling) -> Tensor:
         """See ``Stepper``; the likelihood is that of the net told the class, without guidance."""
-        drawn = []
+        drawn, uniform = [], uniform.to(self._logits.device)
         for t in range(uniform.shape[1]):
             told, untold = self._logits.float().chunk(2)
             levels = choose(told + self._strength * (told - untold), sampling, uniform[:, t])
-            self.log_likelihood += told.cpu().double().log_softmax(dim=-1).gather(1, levels[:, None])[:, 0]
+            self.log_likelihood += told.double().log_softmax(dim=-1).gather(1, levels[:, None])[:, 0]
             self.step(levels)
             drawn.append(levels)
         return torch.stack(drawn, dim=1)

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from audio.kernel_stepper import KernelStepper
 from audio.net import SoundNet
 from audio.packing import can_pack
 from audio.sashimi import ResidualBlock, StageState
 from audio.stepping_layout import Layout
-from core.generate import Sampling
 from core.mixers import Mamba
 from kernels import nvrtc
 
@@ -79,7 +79,7 @@ def macros(layout: Layout, clips: int, ring: int) -> tuple[str, ...]:
     return (f"NS {clips}", f"RING {ring}", f"SLOTS {SLOTS}", *layout.macros)
 
 
-class CudaStepper:
+class CudaStepper(KernelStepper):
     """A net and the state of B clips that it advances, on the GPU.
 
     Args:
@@ -89,11 +89,13 @@ class CudaStepper:
         logits: (B, Q) what the net said last; needed to ``draw``.
         classes: (B,) int64 classes of the clips; 0 by default.
         clips: Clips of one block of threads, 1, 2, 4 or 8; by default as few as the multiprocessors can take at once.
-        profile: Whether to count cycles, which costs some: see ``cycles``.
+        profile: Whether to count (64,) ``cycles``, which costs some.
 
     Raises:
         ValueError: If the activations of a net do not fit into shared memory.
     """
+
+    pointers, integers = POINTERS, INTEGERS
 
     def __init__(
         self,
@@ -105,61 +107,19 @@ class CudaStepper:
         profile: bool = False,
     ) -> None:
         weight = net.embedding.weight
-        device, half = weight.device, weight.dtype == torch.bfloat16
-        layout, self._clips, ring, shared = _choose_clips(net, state, half, clips)
+        layout, self._clips, ring, shared = _choose_clips(net, state, weight.dtype == torch.bfloat16, clips)
         count = len(layout.state)
         spare = layout.state.new_zeros(-count % self._clips, layout.state.shape[1])
-        self._tensors = {
-            "stream": torch.from_numpy(layout.stream).to(device),
-            "state": (torch.cat([layout.state, spare]) if len(spare) else layout.state).to(device),
-            "embedding": net.table().detach().float().contiguous(),
-            "logits": torch.zeros(count, net.levels, device=device),
-            "offset": torch.zeros(count, dtype=torch.int64, device=device),
+        tensors = {
+            "stream": torch.from_numpy(layout.stream).to(weight.device),
+            "state": (torch.cat([layout.state, spare]) if len(spare) else layout.state).to(weight.device),
         }
-        if logits is not None:
-            self._tensors["logits"].copy_(logits)
-        if classes is not None:
-            self._tensors["offset"].copy_(classes * net.levels)
-        self.log_likelihood = torch.zeros(count, dtype=torch.float64, device=device)
-        self._tensors["likelihood"] = self.log_likelihood
-        # (64,) int64 cycles of the last launch between the marks in the source
-        self.cycles = self._tensors["profile"] = torch.zeros(64, dtype=torch.int64, device=device)
-        self._seen, self._period = layout.seen, math.prod(net.config.pool)
+        super().__init__(net, tensors, count, (layout.seen, math.prod(net.config.pool)), (64,), logits, classes)
         defined = macros(layout, self._clips, ring) + (("PROFILE 1",) if profile else ())
         self._kernel = nvrtc.kernel(source(), "advance", defined, shared + (1024 if profile else 0))
 
-    def step(self, levels: Tensor) -> Tensor:
-        """Advances every clip by one level (B,) int64; returns logits (B, Q) float32."""
-        self._run(levels[:, None].clone(), None, Sampling())
-        return self._tensors["logits"].clone()
-
-    def draw(self, uniform: Tensor, sampling: Sampling) -> Tensor:
-        """Draws the next T levels of every clip.
-
-        Args:
-            uniform: (B, T) float64 random numbers in [0, 1).
-            sampling: How; without a repetition penalty.
-
-        Returns:
-            (B, T) int64 on the GPU. ``log_likelihood`` (B,) grows by the log of their probability under the net, in
-            nats, whatever the sampling.
-        """
-        device = self._tensors["logits"].device
-        levels = torch.empty(uniform.shape, dtype=torch.int64, device=device)
-        self._run(levels, uniform.to(device).contiguous(), sampling)
-        return levels
-
-    def _run(self, levels: Tensor, uniform: Tensor | None, sampling: Sampling) -> None:
-        count, length = levels.shape
-        if not length:
-            return
-        how = torch.tensor([sampling.temperature, sampling.top_p, sampling.min_p], dtype=torch.float64)
-        tensors = {**self._tensors, "levels": levels, "uniform": uniform, "how": how.to(levels.device)}
-        pointers = [0 if tensors[n] is None else tensors[n].data_ptr() for n in POINTERS]  # type: ignore[union-attr]
-        integers = [count, length, self._seen, int(uniform is not None), sampling.top_k]
-        self._kernel(-(-count // self._clips), 32 * (WARPS + 2), array("q", [*pointers, *integers]))
-        self._seen = (self._seen + length) % self._period
-        self._last = tensors  # until the launch is over
+    def _launch(self, count: int, arguments: array[int]) -> None:
+        self._kernel(-(-count // self._clips), 32 * (WARPS + 2), arguments)
 
 
 def _choose_clips(net: SoundNet, state: StageState, half: bool, clips: int | None) -> tuple[Layout, int, int, int]:

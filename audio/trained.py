@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from audio.codec import Codec
 from audio.net import SoundNet
@@ -118,17 +118,29 @@ def load_trained(path: Path | None = None) -> Trained:
         raise UserError(f"no checkpoint at {path}; give a .ckpt file of audio.train, or the folder of its run")
     read = _read_safetensors if path.suffix == ".safetensors" else _read_checkpoint
     about, weights = read(path)
-    config = SashimiConfig(**{**about["config"], "pool": tuple(about["config"]["pool"])})
-    codec, names = Codec(**about["codec"]), tuple(about.get("class_names", ()))
-    net = SoundNet(config, codec.levels, len(names))
+    try:
+        config = SashimiConfig(**{**about["config"], "pool": tuple(about["config"]["pool"])})
+        codec, names = Codec(**about["codec"]), tuple(about.get("class_names", ()))
+        net = SoundNet(config, codec.levels, len(names))
+        rate, guidance = int(about["sample_rate"]), float(about.get("guidance", 0.0))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is of a net that is not known here ({error}); is it of another version?") from error
     load_into(net, weights, str(path))
-    return Trained(net.eval(), codec, int(about["sample_rate"]), names, float(about.get("guidance", 0.0)))
+    return Trained(net.eval(), codec, rate, names, guidance)
 
 
 def save_trained(trained: Trained, path: Path) -> None:
-    """Writes a net to a safetensors file: float16 weights, and beside them, as JSON, what they mean."""
+    """Writes a net to a safetensors file, and beside its weights, as JSON, what they mean.
+
+    What linear layers and embeddings multiply by is rounded to float16. The few numbers of the state spaces stay as
+    they are: an error in the part of a period that a step is counts thousands of times over.
+    """
     about = record(trained.net.config, trained.codec, trained.sample_rate, trained.class_names, trained.guidance)
-    weights = {name: value.detach().half().cpu().contiguous() for name, value in trained.net.state_dict().items()}
+    factors = {id(m.weight) for m in trained.net.modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    weights = {
+        name: (p.detach().half() if id(p) in factors else p.detach()).cpu().contiguous()
+        for name, p in trained.net.state_dict(keep_vars=True).items()
+    }
     save_file(weights, path, metadata={RECORD: json.dumps(about)})
 
 
@@ -139,8 +151,8 @@ def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]
             weights = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118  no mapping
     except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise UserError(
-            f"{path} is no file of weights ({error}); give one of audio.train, or the folder of its run"
-        ) from (error)
+            f"{path} is no file of weights ({error}); give one of audio.train, or its run's folder"
+        ) from error
     if about is None:
         raise UserError(f"{path} holds the weights of another model; give a file of audio.train")
     return about, weights

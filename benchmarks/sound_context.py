@@ -4,10 +4,12 @@
 
 As figure 7 of the Mamba paper: a window is all the context there is, in training and in the test. Beside the mean over
 all samples of the test windows, POSITIONS.csv gets the mean over those that have so many samples of their window before
-them: what one net makes of context. With --warm all nets of a seed go on from one that was trained on short windows:
-otherwise a short training shows that few long windows a step teach the sound of a millisecond slower than many short
-ones, not what context is worth. LEVELS.npz is what ``python -m benchmarks.pack_levels`` writes; the last recording is
-the test part. A row is written as soon as it is measured, and rows that are there already are not measured again.
+them: what one net makes of context; and CROSSED.csv what each net has when tested on windows of the other lengths.
+With --warm all nets of a seed go on from one that was trained on short windows: otherwise a short training shows that
+few long windows a step teach the sound of a millisecond slower than many short ones, not what context is worth. For
+the same reason --rate of what follows is lower. LEVELS.npz is what ``python -m benchmarks.pack_levels`` writes; the
+last recording is the test part. A row is written as soon as it is measured, and rows that are there already are not
+measured again.
 
 Legend: B windows, L samples of a window.
 """
@@ -18,6 +20,7 @@ import math
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +28,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from audio.net import SoundNet
-from benchmarks.spoken_digits import LEVELS, SILENCE, Trainer, sizes
+from audio.sashimi import SashimiConfig
+from benchmarks.spoken_digits import LEVELS, SILENCE, Trainer, sizes, slower
 from core.cli import run
 from core.table import append_row
 
 EDGES = (0, 64, 256, 1024, 4096, 16384, 65536)  # of positions in a window that are put together
+
+
+class Study(NamedTuple):
+    """What all nets of a study share."""
+
+    train: list[Tensor]  # (L,) uint8 levels of each recording, at each speed
+    test: Tensor  # (L,) uint8
+    config: SashimiConfig
+    samples: int  # B L of a step
+    graphs: bool
+
+    def fit(self, net: SoundNet, window: int, steps: int, lr: float, seed: int) -> float:
+        """Trains on random windows of one recording each; returns the mean bits of the last tenth."""
+        trainer = Trainer(net, lr, 0.1, 0.0, 0.5, self.graphs)
+        draws, losses = torch.Generator().manual_seed(seed), []
+        room = torch.tensor([max(0, len(recording) - window + 1) for recording in self.train])
+        for step in range(steps):
+            part = step / steps
+            trainer.rate.fill_(lr * max(min(10 * part, 0.5 + 0.5 * math.cos(math.pi * (part - 0.1) / 0.9)), 1e-3))
+            rows = []
+            for i in torch.multinomial(room.double(), max(1, self.samples // window), True, generator=draws).tolist():
+                begin = int(torch.randint(int(room[i]), (), generator=draws))
+                rows.append(self.train[i][begin : begin + window])
+            targets = torch.stack(rows).long()
+            losses.append(trainer.step(F.pad(targets[:, :-1], (1, 0), value=SILENCE), targets).clone())
+        return float(torch.stack(losses[-max(1, steps // 10) :]).mean()) / math.log(2)
 
 
 def main(
@@ -44,9 +74,12 @@ def main(
     seed: int = 0,
     warm: int = 0,
     warm_window: int = 4096,
+    rate: float | None = None,
+    ratios: tuple[float, ...] = (1.0,),
     graphs: bool = True,
     device: str = "cuda",
     positions: str | None = None,
+    crossed: str | None = None,
 ) -> None:
     """Trains one net for each window and tests it.
 
@@ -62,44 +95,56 @@ def main(
         seed: Of everything random.
         warm: Steps, of half as many samples, of the training that the nets of a seed share; 0 for none.
         warm_window: Length L of its windows.
+        rate: Peak learning rate of what follows that training; ``lr`` by default.
+        ratios: The training part has every recording played slower by each of these.
         graphs: Keep the step in CUDA graphs.
         device: Where to run.
         positions: CSV file of the bits by position in the window.
+        crossed: CSV file of each net's bits in test windows of every length.
     """
-    packed = np.load(levels)
-    ends = np.cumsum(packed["meta"][:, 3])
-    train = torch.from_numpy(packed["levels"][: ends[-2]]).to(device)
-    test = torch.from_numpy(packed["levels"][ends[-2] : ends[-1]]).to(device)
-    path, shared = Path(out), None
+    recordings, path, shared = _recordings(levels), Path(out), None
+    train = [slower(recording.to(device), ratio) for recording in recordings[:-1] for ratio in ratios]
+    study = Study(train, recordings[-1].to(device), sizes(config), samples, graphs)
+    rate = lr if rate is None else rate
     done = _done(path)
     for window in windows:
-        if (name, window, seed, steps, warm) in done:
+        about = {"name": name, "window": window, "seed": seed, "steps": steps, "warm": warm}
+        if tuple(about.values()) in done:
             continue
         begin = time.perf_counter()
         torch.manual_seed(seed)
-        net = SoundNet(sizes(config), LEVELS).to(device)
+        net = SoundNet(study.config, LEVELS).to(device)
         if warm and shared is None:
-            _train(Trainer(net, lr, 0.1, 0.0, 0.5, graphs), train, warm_window, warm, samples // 2, lr, seed + 1)
+            study._replace(samples=samples // 2).fit(net, warm_window, warm, lr, seed + 1)
             shared = {key: value.clone() for key, value in net.state_dict().items()}
+            print(f"the common beginning took {time.perf_counter() - begin:.0f} s", flush=True)
         if shared is not None:
             net.load_state_dict(shared)
-        trainer = Trainer(net, lr, 0.1, 0.0, 0.5, graphs)
-        losses = _train(trainer, train, window, steps, samples, lr, seed)
-        bits, counts = bits_by_position(net, test, window)
+        losses = study.fit(net, window, steps, rate, seed)
+        bits, counts = bits_by_position(net, study.test, window)
         row = {
-            "name": name, "window": window, "seed": seed, "steps": steps, "warm": warm, "samples": samples,
+            **about, "samples": samples,
             "params": sum(p.numel() for p in net.parameters()),
-            "test_bits": f"{float(bits.sum()) / len(test):.4f}",
+            "test_bits": f"{float(bits.sum()) / len(study.test):.4f}",
             "train_bits": f"{losses:.4f}", "seconds": f"{time.perf_counter() - begin:.1f}",
             "gpu": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__,
+            "lr": rate, "speeds": len(ratios),
         }  # fmt: skip
         append_row(path, row)
         print(json.dumps(row), flush=True)
         for low, high in pairwise(edge for edge in (*EDGES, window) if edge <= window) if positions else ():
             if high > low:
                 mean = float(bits[low:high].sum() / counts[low:high].sum())
-                about = {"name": name, "window": window, "seed": seed, "steps": steps, "warm": warm}
                 append_row(Path(positions or ""), {**about, "from": low, "to": high, "test_bits": f"{mean:.4f}"})
+        for tested in sorted(windows) if crossed else ():
+            mean = float(bits_by_position(net, study.test, tested)[0].sum()) / len(study.test)
+            append_row(Path(crossed or ""), {**about, "tested": tested, "test_bits": f"{mean:.4f}"})
+
+
+def _recordings(levels: str) -> list[Tensor]:
+    """(L,) uint8 levels of each recording of a packed file."""
+    packed = np.load(levels)
+    return list(torch.from_numpy(packed["levels"]).split(packed["meta"][:, 3].tolist()))
 
 
 def _done(path: Path) -> set[tuple[str, int, int, int, int]]:
@@ -111,20 +156,6 @@ def _done(path: Path) -> set[tuple[str, int, int, int, int]]:
             (row["name"], *(int(row[key]) for key in ("window", "seed", "steps", "warm")))
             for row in csv.DictReader(file)
         }  # type: ignore[misc]
-
-
-def _train(trainer: Trainer, levels: Tensor, window: int, steps: int, samples: int, lr: float, seed: int) -> float:
-    """Trains on random windows; returns the mean bits of the last tenth."""
-    draws, count, losses = torch.Generator().manual_seed(seed), max(1, samples // window), []
-    place = torch.arange(window, device=levels.device)
-    for step in range(steps):
-        part = step / steps
-        trainer.rate.fill_(lr * max(min(10 * part, 0.5 + 0.5 * math.cos(math.pi * (part - 0.1) / 0.9)), 1e-3))
-        begin = torch.randint(len(levels) - window + 1, (count, 1), generator=draws).to(levels.device)
-        targets = levels[begin + place].long()
-        inputs = F.pad(targets[:, :-1], (1, 0), value=SILENCE)
-        losses.append(trainer.step(inputs, targets).clone())
-    return float(torch.stack(losses[-max(1, steps // 10) :]).mean()) / math.log(2)
 
 
 @torch.no_grad()

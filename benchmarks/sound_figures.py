@@ -23,10 +23,11 @@ def main(results: str = str(RESULTS), docs: str = str(DOCS)) -> None:
     source, target = Path(results), Path(docs)
     layers = [row for row in _rows(source / "sound_layers.csv") if row["clips"]]
     draw_layers(layers, target / "audio_layers.png")
-    windows = _rows(source / "sound_context.csv")
-    positions = _rows(source / "sound_context_positions.csv") + _rows(source / "sound_complex_positions.csv")
-    if windows and positions:
-        draw_context(windows, positions, target / "audio_context.png")
+    windows, crossed, positions = (
+        _longest(_rows(source / f"sound_context{part}.csv")) for part in ("", "_crossed", "_positions")
+    )
+    if windows and crossed and positions:
+        draw_context(windows, crossed, positions, target / "audio_context.png")
 
 
 def draw_layers(rows: list[Row], target: Path) -> None:
@@ -45,25 +46,34 @@ def draw_layers(rows: list[Row], target: Path) -> None:
     _save(figure, target)
 
 
-def draw_context(windows: list[Row], positions: list[Row], target: Path) -> None:
-    """Draws bits against the window of training and test, and against the samples before the one that is predicted."""
-    figure, (left, right) = _subplots(2, (9, 3.4))
-    for (name, seed, warm), points in _lines(windows, ("name", "seed", "warm"), "window").items():
-        begun = f"after {warm} steps on short windows" if int(warm) else "from random weights, other pieces"
-        left.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{name}, seed {seed}, {begun}")
-    left.set_xlabel("window of training and test, samples")
-    for (name, window, seed, warm), points in _lines(positions, ("name", "window", "seed", "warm"), "from").items():
+def draw_context(windows: list[Row], crossed: list[Row], positions: list[Row], target: Path) -> None:
+    """Draws bits against the window, against other windows in the test, and by the samples before the one predicted."""
+    figure, axes = _subplots(3, (12, 3.6))
+    for (name, seed), points in _lines(windows, ("name", "seed"), "window").items():
+        axes[0].plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{name}, seed {seed}")
+    first = [row for row in crossed if (row["name"], row["seed"]) == (crossed[0]["name"], crossed[0]["seed"])]
+    for (window,), points in sorted(_lines(first, ("window",), "tested").items(), key=lambda line: int(line[0][0])):
+        axes[1].plot(
+            *zip(*points, strict=True), marker="o", markersize=4, label=f"trained in windows of {int(window):,}"
+        )
+    for (name, window, seed), points in _lines(positions, ("name", "window", "seed"), "from").items():
         if int(window) < FEW:
-            label = f"{name}, {int(window):,}, seed {seed}" + ("" if int(warm) else ", from random weights")
             xs, ys = zip(*((max(x, 16), y) for x, y in points), strict=True)
-            right.plot(xs, ys, marker="o", markersize=3, label=label)
-    right.set_xlabel("samples before the one predicted, from (in windows of)")
-    for axis in (left, right):
+            axes[2].plot(xs, ys, marker="o", markersize=3, label=f"{name}, {int(window):,}, seed {seed}")
+    labels = "window of training and test", "window of the test", "samples before the one predicted, from"
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set_xlabel(label)
         axis.set_xscale("log", base=2)
-        axis.set_ylabel("bits a sample, test")
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=6.5)
+    axes[0].set_ylabel("bits a sample, test")
     _save(figure, target)
+
+
+def _longest(rows: list[Row]) -> list[Row]:
+    """The rows after the longest common beginning: those of the study as it is now."""
+    most = max((int(row["warm"]) for row in rows), default=0)
+    return [row for row in rows if int(row["warm"]) == most]
 
 
 def _lines(rows: list[Row], by: tuple[str, ...], x: str) -> dict[tuple[str, ...], list[tuple[int, float]]]:

@@ -26,11 +26,14 @@ from core.cli import run
 from core.table import append_row
 
 S4D = {"mixer": "s4d", "mlp": 2}
+ATTENTION = {"centre": "attention", "centre_cfg": {"num_heads": 8, "rotary_emb_dim": 32}, "centre_mlp": 1}  # MHA + MLP
 LAYERS = {
     "mamba": {"mixer": "mamba"},
     "s4d+mlp": S4D,
     "s4d+mlp outside, mamba in the centre": {**S4D, "centre": "mamba", "centre_cfg": {}, "centre_mlp": 0},
     "mamba outside, s4d+mlp in the centre": {"mixer": "mamba", "centre": "s4d", "centre_cfg": {}, "centre_mlp": 2},
+    "s4d+mlp outside, attention in the centre": {**S4D, **ATTENTION},
+    "mamba outside, attention in the centre": {"mixer": "mamba", **ATTENTION},
 }
 
 SCORES = ("clips", "as_asked", "fid", "inception_score", "modified_inception_score", "am_score", "confidence")

@@ -59,7 +59,7 @@ def read(
         for i in np.flatnonzero(chosen):
             said = int(meta[i, 0] * SPEAKERS + meta[i, 1]) if speakers else int(meta[i, 0])
             for ratio in ratios if part == 0 else (1.0,):
-                clip = _slower(levels[ends[i] - meta[i, 3] : ends[i]], ratio)[: LENGTHS[-1] - TAIL]
+                clip = slower(levels[ends[i] - meta[i, 3] : ends[i]], ratio)[: LENGTHS[-1] - TAIL]
                 length = next(length for length in LENGTHS if length >= len(clip) + TAIL)
                 rows[length].append((F.pad(clip, (0, length - len(clip)), value=SILENCE), said, len(clip)))
         for found in rows.values():
@@ -71,7 +71,7 @@ def read(
     return parts
 
 
-def _slower(levels: Tensor, ratio: float) -> Tensor:
+def slower(levels: Tensor, ratio: float) -> Tensor:
     """Levels (n,) of a recording played slower by ``ratio``, (round(n ratio),)."""
     if ratio == 1:
         return levels

@@ -180,7 +180,10 @@ def test_a_model_of_classes_says_what_is_asked(tmp_path: Path, capsys: pytest.Ca
     assert sorted(set(trained.starts(3))) == [128, 384]
     assert trained.starts(2, ["yes"]) == [384, 384]
     say([str(file), "--num=3", "--classes=yes", "--seconds=0.01", "--out", str(tmp_path / "clips")])
-    assert (tmp_path / "clips" / "report.html").read_text().count("wav: yes") >= 3
+    page = (tmp_path / "clips" / "report.html").read_text()
+    rows = [line.split(",") for line in (tmp_path / "clips" / "clips.csv").read_text().splitlines()]
+    assert [row[:2] for row in rows] == [["file", "class"], *([f"clip_00{i}.wav", "yes"] for i in (1, 2, 3))]
+    assert all(f"{name}: yes, {float(bits):.3f} bits" in page for name, _, bits in rows[1:])
     fails(capsys, lambda: say([str(file), "--classes=perhaps"]), "'perhaps'", "no, yes")
     fails(capsys, lambda: say([str(file), "--precision=bfloat16", "--device=cpu"]), "bfloat16", "float32 on a CPU")
     fails(capsys, lambda: say([str(file), "--guidance=1"]), "guidance", "untold")
@@ -329,6 +332,11 @@ def test_a_stream_is_the_clip(trained: Path, tmp_path: Path, capfdbinary: pytest
     assert rate == 16000
     assert len(streamed) == round(0.3 * rate)
     np.testing.assert_allclose(streamed, written, atol=1.5 / 32768)
+
+
+def test_a_terminal_gets_no_sound(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    fails(capsys, lambda: say(["--stdout", "true"]), "--stdout", "pipe it")
 
 
 def test_unlikely_clips_are_left_out(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ def test_weights_are_small_and_say_what_they_are() -> None:
     assert "CC BY-SA 4.0" in (trained.SHIPPED.parent / "CARD.md").read_text()
     speaker, listener = load_trained(), load_judge()
     assert (speaker.sample_rate, speaker.codec.normalize, len(speaker.told)) == (8000, "peak", 60)
-    assert speaker.guide() == (1.5, speaker.start("any"))
+    assert speaker.guide() == (1.0, speaker.start("any"))
     assert listener.class_names == tuple("0123456789")
     assert listener.reference is not None
     assert listener.reference.clips == 2520
@@ -32,6 +32,9 @@ def test_the_judge_does_not_trust_noise() -> None:
     assert float(shares.amax(1).mean()) < 0.5
     assert listener.reference is not None
     assert frechet_distance(features, listener.reference.moments) > 20
+    _, shares = listener([torch.zeros(4000), torch.full((300,), 0.01), noise[0]])
+    torch.testing.assert_close(shares[:2], torch.full((2, 10), 0.1))
+    assert float(shares[2].max()) > 0.11
 
 
 @pytest.mark.slow
