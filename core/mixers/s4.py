@@ -158,9 +158,18 @@ def _with_conjugates(terms: Tensor) -> Tensor:
 
 
 def transition(A: Tensor, P: Tensor, dt: Tensor) -> Tensor:
-    """Ā as real matrices (D, N, N) for rows of states, real and imaginary parts in turn: x' = x Ā."""
-    units = torch.view_as_complex(torch.eye(2 * A.shape[1], device=A.device, dtype=dt.dtype).unflatten(1, (-1, 2)))
-    return torch.view_as_real(advance(units[:, None], torch.zeros_like(A), A, P, dt)).flatten(2).transpose(0, 1)
+    """Ā as real matrices (D, N, N) for rows of states, real and imaginary parts in turn: x' = x Ā.
+
+    Ā = 2 (I - dt/2 A)^-1 - I, which is ``advance`` without an input: a 2x2 matrix for each pair, and one outer product.
+    """
+    half = dt / 2
+    inverse = 1 / (1 - half * A)
+    scale = dt / (1 + half * _with_conjugates(P.conj() * P * inverse))
+    turn = torch.view_as_real(2 * inverse - 1)  # (D, M, 2)
+    pairs = torch.stack([turn, torch.stack([-turn[..., 1], turn[..., 0]], dim=-1)], dim=2)  # (D, M, 2, 2)
+    apart = torch.eye(A.shape[1], device=A.device, dtype=dt.dtype)[:, None, :, None] * pairs[:, :, :, None]
+    onto = torch.view_as_real(inverse * P * scale).flatten(1)
+    return apart.flatten(3).flatten(1, 2) - real_row(P.conj() * inverse)[:, :, None] * onto[:, None]
 
 
 def real_row(C: Tensor) -> Tensor:
