@@ -158,9 +158,18 @@ def _with_conjugates(terms: Tensor) -> Tensor:
 
 
 def transition(A: Tensor, P: Tensor, dt: Tensor) -> Tensor:
-    """Ā as real matrices (D, N, N) for rows of states, real and imaginary parts in turn: x' = x Ā."""
-    units = torch.view_as_complex(torch.eye(2 * A.shape[1], device=A.device, dtype=dt.dtype).unflatten(1, (-1, 2)))
-    return torch.view_as_real(advance(units[:, None], torch.zeros_like(A), A, P, dt)).flatten(2).transpose(0, 1)
+    """Ā as real matrices (D, N, N) for rows of states, real and imaginary parts in turn: x' = x Ā.
+
+    Ā = 2 (I - dt/2 A)^-1 - I, which is ``advance`` without an input: a 2x2 matrix for each pair, and one outer product.
+    """
+    half = dt / 2
+    inverse = 1 / (1 - half * A)
+    scale = dt / (1 + half * _with_conjugates(P.conj() * P * inverse))
+    turn = torch.view_as_real(2 * inverse - 1)  # (D, M, 2)
+    pairs = torch.stack([turn, torch.stack([-turn[..., 1], turn[..., 0]], dim=-1)], dim=2)  # (D, M, 2, 2)
+    apart = torch.eye(A.shape[1], device=A.device, dtype=dt.dtype)[:, None, :, None] * pairs[:, :, :, None]
+    onto = torch.view_as_real(inverse * P * scale).flatten(1)
+    return apart.flatten(3).flatten(1, 2) - real_row(P.conj() * inverse)[:, :, None] * onto[:, None]
 
 
 def real_row(C: Tensor) -> Tensor:
@@ -202,15 +211,23 @@ def cauchy_kernel(A: Tensor, B: Tensor, C: Tensor, P: Tensor, dt: Tensor, length
 
 
 def _frequencies(A: Tensor, B: Tensor, C: Tensor, P: Tensor, dt: Tensor, angle: Tensor) -> Tensor:
-    """The generating function (D, F) at angles t/2 (F,)."""
+    """The generating function (D, F) at angles t/2 (F,), in real numbers.
+
+    A pair of conjugate states is x / (i s - p) + x* / (i s - p*) = 2 (i s Re x - w Re(x Lambda*)) / (a - i b) with
+    p = w Lambda, a = Re(p)^2 + (Im p - s) (Im p + s) and b = 2 s Re p: two matrices (D, F, M) of half the size.
+    """
     s, c = (t.to(dt.dtype) for t in (torch.sin(angle), torch.cos(angle)))
     turn = torch.polar(torch.ones_like(angle), angle).to(A.dtype)
-    w = dt / 2 * c  # (D, F)
-    pole = torch.complex(torch.zeros_like(s), s)[None, :, None]
-    right = 1 / (pole - w[..., None] * A[:, None])  # (D, F, M), and of the conjugate states:
-    left = 1 / (pole - w[..., None] * A.conj()[:, None])
+    s, w = s[:, None], (dt / 2 * c)[..., None]  # (F, 1), (D, F, 1)
+    re, im = w * A.real[:, None], w * A.imag[:, None]  # (D, F, M)
+    a, b = re * re + (im - s) * (im + s), 2 * s * re
+    inverse = 1 / (a * a + b * b)
     pairs = torch.stack([C * B, C * P, P.conj() * B, P.conj() * P], dim=-1)  # (D, M, 4)
-    cb, cp, pb, pp = (right @ pairs + left @ pairs.conj()).unbind(-1)
+    both = torch.cat([pairs.real, (pairs * A.conj()[..., None]).real], dim=-1)  # (D, M, 8)
+    (re1, re2), (im1, im2) = (((part * inverse) @ both).split(4, dim=-1) for part in (a, b))  # (D, F, 4) each
+    sums = torch.complex(-2 * (s * im1 + w * re2), 2 * (s * re1 - w * im2))
+    cb, cp, pb, pp = sums.unbind(-1)
+    w = w[..., 0]
     return turn * dt / 2 * (cb - w * cp * pb / (1 + w * pp))
 
 
