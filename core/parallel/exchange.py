@@ -146,6 +146,20 @@ class Scatter(torch.autograd.Function):
         return gathered(grad, ctx.group), None, None
 
 
+def _gathered_column(own_column: Tensor, group: Any) -> Tensor:
+    """(T / R,) -> (T,): one number of each row, in one message, in the order of ``gathered``."""
+    found = own_column.new_empty(dist.get_world_size(group), own_column.shape[0])
+    dist.all_gather_into_tensor(found.flatten(), own_column.contiguous(), group=group)
+    return found.unflatten(1, (_pieces(found.numel(), group), -1)).transpose(0, 1).flatten()
+
+
+def _gathered_sum(rows: Tensor, group: Any) -> Tensor:
+    """The sum of all ranks' rows."""
+    total = rows.sum(0)
+    dist.all_reduce(total, group=group)
+    return total
+
+
 def _project(rows: Tensor, weight: Tensor, out: Tensor) -> None:
     """Writes rows (T, D) through a weight (D, E) into ``out`` (T, E)."""
     torch.mm(rows, weight, out=out)
@@ -199,3 +213,38 @@ class ProjectScatter(torch.autograd.Function):
         dy = torch.empty_like(y)
         every = gathered(grad, ctx.group, lambda begin, end, piece: _project(piece, weight, dy[begin:end]))
         return dy, every.mT @ y, every.sum(0) if ctx.has_bias else None, None
+
+
+class NormProjectScatter(torch.autograd.Function):
+    """Rows over their root mean square through a linear layer, (T, E) -> (T / R, D); ranks share the rows' channels.
+
+    A row's mean square is one number, which the linear layer lets through: rows are projected as they are, and their
+    sums divided. So ranks need not wait for each other's squares before they project.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group: Any) -> Tensor:
+        wide, count = torch.promote_types(torch.float32, y.dtype), y.shape[1] * dist.get_world_size(group)
+        squares = torch.linalg.vector_norm(y, dim=-1, dtype=wide).square()
+        work = dist.all_reduce(squares, group=group, async_op=True)
+        scattering = Scattering(y, weight.shape[0], group)
+        for begin, end in scattering.bounds:
+            scattering.send(y[begin:end] @ weight.mT)
+        work.wait()  # type: ignore[union-attr]
+        rstd = (own(squares[:, None], group) / count + eps).rsqrt()
+        total = scattering.result()
+        ctx.save_for_backward(y, weight, total, rstd)
+        ctx.group, ctx.count, ctx.has_bias = group, count, bias is not None
+        out = torch.mul(total, rstd, out=torch.empty_like(total))
+        return out if bias is None else out.add_(bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        y, weight, total, rstd = ctx.saved_tensors
+        inner = torch.mul(grad, total, out=torch.empty_like(total, dtype=rstd.dtype)).sum(-1, keepdim=True)
+        slope = _gathered_column((inner * rstd**3 / -ctx.count).flatten(), ctx.group)
+        scaled, dy = torch.mul(grad, rstd, out=torch.empty_like(total)), torch.empty_like(y)
+        every = gathered(scaled, ctx.group, lambda begin, end, piece: _project(piece, weight, dy[begin:end]))
+        dbias = _gathered_sum(grad, ctx.group) if ctx.has_bias else None
+        return dy.addcmul_(y, slope[:, None]), every.mT @ y, dbias, None, None

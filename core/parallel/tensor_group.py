@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from core.parallel.cuts import cut_of
-from core.parallel.exchange import Gather, GatherProject, ProjectScatter, Scatter, Spread, Sum, own
+from core.parallel.exchange import Gather, GatherProject, NormProjectScatter, ProjectScatter, Scatter, Spread, Sum, own
 from core.parallel.group import in_parts
 from kernels.checks import autocast_dtype
 
@@ -123,11 +123,15 @@ class TensorGroup:
         total = self.add_up(F.linear(y, weight))
         return total if bias is None else total + bias.to(total.dtype)
 
-    def _through(self, function: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def leave_normed(self, y: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """As ``leave_through``, of y over the root of its mean square over all ranks; of this rank's tokens."""
+        return self._through(NormProjectScatter, y, weight, bias, eps)
+
+    def _through(self, function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any) -> Tensor:
         dtype = autocast_dtype(x.device)
         if dtype is not None:
             x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))  # type: ignore[assignment]
-        rows = function.apply(x.flatten(0, 1), weight, bias, self.mesh.get_group())
+        rows = function.apply(x.flatten(0, 1), weight, bias, *more, self.mesh.get_group())
         return rows.view(x.shape[0], -1, rows.shape[1])
 
     def leave(self, y: Tensor) -> Tensor:

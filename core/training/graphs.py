@@ -31,6 +31,8 @@ def capture(net: nn.Module, *inputs: Tensor) -> None:
 
     # Parameters under other names: their own may still be in an earlier step's graph, tied to the stream it ran on.
     aliases = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
+    for alias, parameter in zip(aliases, parameters, strict=True):
+        vars(alias).update(vars(parameter))  # what layers look up, such as how processes share it
     on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
         replay: Any = torch.cuda.make_graphed_callables(call, (*(x.detach().clone() for x in inputs), *aliases))
