@@ -104,7 +104,7 @@ class CaduceusBackbone(nn.Module):
             **(config.ssm_cfg or {}),
             **factory,
         }
-        mixers = _StrandMixer if config.rcps else BiMamba
+        mixers: Any = _StrandMixer if config.rcps else BiMamba
         self.embeddings = nn.Module()
         self.embeddings.word_embeddings = nn.Embedding(config.padded_vocab_size, config.d_model, **factory)
         self.layers = nn.ModuleList(
