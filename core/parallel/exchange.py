@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.gated_squares import divide_by_root, divide_by_root_backward
+
 PIECES = 2
 
 
@@ -223,28 +225,28 @@ class NormProjectScatter(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, eps: float, group: Any) -> Tensor:
-        wide, count = torch.promote_types(torch.float32, y.dtype), y.shape[1] * dist.get_world_size(group)
-        squares = torch.linalg.vector_norm(y, dim=-1, dtype=wide).square()
-        work = dist.all_reduce(squares, group=group, async_op=True)
+    def forward(
+        ctx: Any, y: Tensor, weight: Tensor, bias: Tensor | None, squares: Tensor, eps: float, group: Any
+    ) -> Tensor:
+        every = squares.clone()
+        work = dist.all_reduce(every, group=group, async_op=True)
         scattering = Scattering(y, weight.shape[0], group)
         for begin, end in scattering.bounds:
             scattering.send(y[begin:end] @ weight.mT)
         work.wait()  # type: ignore[union-attr]
-        rstd = (own(squares[:, None], group) / count + eps).rsqrt()
-        total = scattering.result()
-        ctx.save_for_backward(y, weight, total, rstd)
-        ctx.group, ctx.count, ctx.has_bias = group, count, bias is not None
-        out = torch.mul(total, rstd, out=torch.empty_like(total))
+        total, every = scattering.result(), own(every[:, None], group).flatten()
+        ctx.save_for_backward(y, weight, total, every)
+        ctx.group, ctx.has_bias = group, bias is not None
+        ctx.mean = (y.shape[1] * dist.get_world_size(group), eps)
+        out = divide_by_root(total, every, *ctx.mean)
         return out if bias is None else out.add_(bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
-        y, weight, total, rstd = ctx.saved_tensors
-        inner = torch.mul(grad, total, out=torch.empty_like(total, dtype=rstd.dtype)).sum(-1, keepdim=True)
-        slope = _gathered_column((inner * rstd**3 / -ctx.count).flatten(), ctx.group)
-        scaled, dy = torch.mul(grad, rstd, out=torch.empty_like(total)), torch.empty_like(y)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor, None, None]:
+        y, weight, total, squares = ctx.saved_tensors
+        scaled, slope = divide_by_root_backward(grad, total, squares, *ctx.mean)
+        dsquares, dy = _gathered_column(slope, ctx.group), torch.empty_like(y)
         every = gathered(scaled, ctx.group, lambda begin, end, piece: _project(piece, weight, dy[begin:end]))
         dbias = _gathered_sum(grad, ctx.group) if ctx.has_bias else None
-        return dy.addcmul_(y, slope[:, None]), every.mT @ y, dbias, None, None
+        return dy, every.mT @ y, dbias, dsquares, None, None

@@ -27,6 +27,7 @@ from core.mixers.mamba2 import Mamba2
 from core.parallel.cuts import Cut, Part, cut_of, cut_parameter, keep_names, replicate
 from core.parallel.tensor_group import TensorGroup, spread
 from kernels.checks import autocast_dtype
+from kernels.gated_squares import gate_with_squares
 
 
 class _SharedNorm(torch.autograd.Function):
@@ -123,24 +124,19 @@ class _ParallelMamba2(Mamba2):
 
     def _norms_sums(self) -> bool:
         """Whether the norm can wait for the projection: it divides all that is projected by one number a token."""
-        norm, group = self.norm, self.group
-        alone = norm is not None and not norm.norm_before_gate and self.d_mlp == 0
-        return alone and group.by_token and self.spanning == group.size and self._sums_are_in_range()
-
-    def _sums_are_in_range(self) -> bool:
-        """Whether products of what is not normalised yet cannot leave the range of their dtype."""
-        weight = self.out_proj.weight
-        return (autocast_dtype(weight.device) or weight.dtype) != torch.float16
-
-    def _scan_gate(self, z: Tensor) -> Tensor | None:
-        gated = self.norm is None or (self.spanning > 1 and not self.norm.norm_before_gate)
-        return z.unflatten(-1, (self.nheads, self.headdim)) if gated else None
+        weight, group = self.out_proj.weight, self.group
+        fits = (autocast_dtype(weight.device) or weight.dtype) != torch.float16  # what is not normalised may be large
+        return fits and self.d_mlp == 0 and group.by_token and self.spanning == group.size
 
     def _output(self, mlp: Tensor, y: Tensor, z: Tensor) -> Tensor:
         """As one rank does it; where a norm's group spans several, with a mean square that they share."""
-        norm, y = self.norm, y.flatten(2)  # gated by the scan already, unless the norm comes first
-        if norm is not None and self._norms_sums():
-            return self.group.leave_normed(y, self.out_proj.weight * norm.weight, self.out_proj.bias, norm.eps)
+        norm, y, squares = self.norm, y.flatten(2), None
+        if norm is not None and self.spanning > 1 and not norm.norm_before_gate:
+            rows, squares = gate_with_squares(y.flatten(0, 1), z.flatten(0, 1))
+            y = rows.view(y.shape)
+        if norm is not None and squares is not None and self._norms_sums():
+            weight = self.out_proj.weight * norm.weight
+            return self.group.leave_normed(y, squares, weight, self.out_proj.bias, norm.eps)
         gain: Tensor | None = None
         if norm is not None and self.spanning > 1:
             y = _SharedNorm.apply(y, norm.eps, self.group.sharers(self.spanning))  # type: ignore[assignment]

@@ -123,9 +123,17 @@ class TensorGroup:
         total = self.add_up(F.linear(y, weight))
         return total if bias is None else total + bias.to(total.dtype)
 
-    def leave_normed(self, y: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        """As ``leave_through``, of y over the root of its mean square over all ranks; of this rank's tokens."""
-        return self._through(NormProjectScatter, y, weight, bias, eps)
+    def leave_normed(self, y: Tensor, squares: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        """As ``leave_through``, of y over the root of its mean square over all ranks; of this rank's tokens.
+
+        Args:
+            y: (B, L, E), this rank's channels.
+            squares: (B L,), the sums of their squares.
+            weight: (D, E).
+            bias: (D,) or None.
+            eps: Added to the mean square.
+        """
+        return self._through(NormProjectScatter, y, weight, bias, squares, eps)
 
     def _through(self, function: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *more: Any) -> Tensor:
         dtype = autocast_dtype(x.device)
