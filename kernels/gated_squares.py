@@ -94,15 +94,15 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dsquares: Tensor | None) -> tuple[Tensor, Tensor]:
         y, z = ctx.saved_tensors
         wide = torch.promote_types(torch.float32, y.dtype)
-        dout = torch.zeros(y.shape, dtype=y.dtype, device=y.device) if dout is None else dout.contiguous()
-        dsquares = y.new_zeros(len(y), dtype=wide) if dsquares is None else dsquares.contiguous()
+        given = torch.zeros(y.shape, dtype=y.dtype, device=y.device) if dout is None else dout.contiguous()
+        slope = y.new_zeros(len(y), dtype=wide) if dsquares is None else dsquares.contiguous()
         dy, dz = (torch.empty(y.shape, dtype=t.dtype, device=y.device) for t in (y, z))
         if _by_kernel(y):
-            _launch(_gate_backward_kernel, *y.shape, dout, dsquares, y, z, dy, dz, y.shape[1], y.stride(0), z.stride(0))
+            _launch(_gate_backward_kernel, *y.shape, given, slope, y, z, dy, dz, y.shape[1], y.stride(0), z.stride(0))
             return dy, dz
         a, b = y.to(wide), z.to(wide)
         sigmoid, silu = b.sigmoid(), F.silu(b)
-        grad = dout.to(wide) + 2 * dsquares[:, None] * a * silu
+        grad = given.to(wide) + 2 * slope[:, None] * a * silu
         return dy.copy_(grad * silu), dz.copy_(grad * a * (sigmoid + silu * (1 - sigmoid)))
 
 
