@@ -1,5 +1,6 @@
 """A net's training step as CUDA graphs: for small nets the host's calls take longer than what the GPU does."""
 
+import gc
 from typing import Any
 
 import torch
@@ -42,7 +43,23 @@ def capture(net: nn.Module, *inputs: Tensor) -> None:
             return replay(*given, *parameters)
         return plain(*given)
 
+    forward.replays = True  # type: ignore[attr-defined]
     net.forward = forward
+
+
+def release(module: nn.Module) -> None:
+    """Takes calls again where ``capture`` made graphs, and frees them.
+
+    Processes whose graphs hold collectives must before they part: NCCL waits for such graphs.
+
+    Args:
+        module: What holds the nets.
+    """
+    found = [part for part in module.modules() if hasattr(vars(part).get("forward"), "replays")]
+    for part in found:
+        del part.forward
+    if found:
+        gc.collect()  # the graphs hang on cycles
 
 
 def check_graphs(module: LightningModule) -> None:
