@@ -122,9 +122,9 @@ def run_model(rank: int, size: int, groups: int, ids: Tensor, saved: dict[str, A
     return loss, grads, norm, after, again, logits.numpy()
 
 
-@pytest.mark.parametrize(("groups", "shape"), [(1, (3, 17)), (2, (3, 17)), (1, (1, 11))])  # 10 tokens: in one piece
-def test_a_step_of_a_model_is_that_of_one_process(groups: int, shape: tuple[int, int]) -> None:
-    ids = torch.randint(0, 12, shape, generator=torch.Generator().manual_seed(2))
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_step_of_a_model_is_that_of_one_process(groups: int) -> None:
+    ids = torch.randint(0, 12, (3, 17), generator=torch.Generator().manual_seed(2))
     whole = build_model(groups)
     loss = model_step(whole, ids, torch.optim.SGD(whole.parameters(), lr=0.1))
     saved = {key: value.numpy() * 2 for key, value in whole.state_dict().items()}
