@@ -10,6 +10,7 @@ T rows, E channels.
 # (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from torch import Tensor
 
 
 @triton.jit
-def _gate_kernel(y, z, out, squares, E, y_row, z_row, BLOCK: tl.constexpr):
-    """A row of y * silu(z) and the sum of its squares."""
+def _gate_kernel(y, z, out, squares, E, y_row, z_row, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """A row of y * silu(z) and the sum of its squares; widths are in units, so that neighbours are loaded at once."""
+    E, y_row, z_row = E * UNIT, y_row * UNIT, z_row * UNIT
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = lane < E
     a = tl.load(y + row * y_row + lane, mask=inside, other=0.0).to(tl.float32)
@@ -32,8 +34,9 @@ def _gate_kernel(y, z, out, squares, E, y_row, z_row, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _gate_backward_kernel(dout, dsquares, y, z, dy, dz, E, y_row, z_row, BLOCK: tl.constexpr):
+def _gate_backward_kernel(dout, dsquares, y, z, dy, dz, E, y_row, z_row, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     """A row of the gradients of y and z, of those of the gated row and of its sum of squares."""
+    E, y_row, z_row = E * UNIT, y_row * UNIT, z_row * UNIT
     row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = lane < E
     a = tl.load(y + row * y_row + lane, mask=inside, other=0.0).to(tl.float32)
@@ -71,6 +74,12 @@ def _launch(kernel: Any, rows: int, width: int, *arguments: Any) -> None:
         kernel[(rows,)](*arguments, BLOCK=triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8)
 
 
+def _units(y: Tensor, z: Tensor) -> tuple[int, int, int, int]:
+    """Columns and distances of rows, in units of so many numbers."""
+    unit = math.gcd(y.shape[1], y.stride(0), z.stride(0), 16)
+    return y.shape[1] // unit, y.stride(0) // unit, z.stride(0) // unit, unit
+
+
 def _by_kernel(t: Tensor) -> bool:
     """Whether the kernels take rows like these; others are left to PyTorch's operators."""
     return t.is_cuda and t.dtype != torch.float64
@@ -86,7 +95,7 @@ class _Gate(torch.autograd.Function):
             gated = y.to(wide) * F.silu(z.to(wide))
             return gated.to(y.dtype), gated.square().sum(1)
         out, squares = torch.empty(y.shape, dtype=y.dtype, device=y.device), y.new_empty(len(y), dtype=wide)
-        _launch(_gate_kernel, *y.shape, y, z, out, squares, y.shape[1], y.stride(0), z.stride(0))
+        _launch(_gate_kernel, *y.shape, y, z, out, squares, *_units(y, z))
         return out, squares
 
     @staticmethod
@@ -98,7 +107,7 @@ class _Gate(torch.autograd.Function):
         slope = y.new_zeros(len(y), dtype=wide) if dsquares is None else dsquares.contiguous()
         dy, dz = (torch.empty(y.shape, dtype=t.dtype, device=y.device) for t in (y, z))
         if _by_kernel(y):
-            _launch(_gate_backward_kernel, *y.shape, given, slope, y, z, dy, dz, y.shape[1], y.stride(0), z.stride(0))
+            _launch(_gate_backward_kernel, *y.shape, given, slope, y, z, dy, dz, *_units(y, z))
             return dy, dz
         a, b = y.to(wide), z.to(wide)
         sigmoid, silu = b.sigmoid(), F.silu(b)
