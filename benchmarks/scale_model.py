@@ -8,8 +8,9 @@ hides:
 - ``fsdp2``: weights are gathered twice and gradients scattered, 3 (N - 1) / N of their bytes, beside all of the step.
 - ``sequence``: as ``ddp``, and for each layer the states and edges of all parts, forward and backward, which everything
   waits for; the ends of parts are scanned twice, as far as a state remembers.
-- ``tensor``: for each layer activations are gathered and scattered, forward and backward, which everything waits for;
-  nine small sums (of norms, and of gradients of what several hold) are waited for too; B and C are computed everywhere.
+- ``tensor``: for each layer activations are gathered and scattered, forward and backward; one of the four travels
+  beside the gradient of a weight, everything waits for the others; the gradients of what GPUs share are summed once a
+  step; B and C are computed everywhere.
 
 Each collective has a latency that grows with log2 N. Up to ``--node`` GPUs talk over NVLink; more over the network.
 Speed and latency between two GPUs are what ``benchmarks.scale_links`` measured on H200s; the rest is assumed.
@@ -28,7 +29,7 @@ from benchmarks.common import RESULTS
 
 Strategy = Literal["ddp", "fsdp2", "sequence", "tensor"]
 MOMENTS = 16  # bytes a parameter: weight, gradient and AdamW's two moments, in float32
-SUMS = 9  # small ones a layer, of tensor parallelism
+WAITS = 3  # a layer's exchanges of activations that tensor parallelism waits for, of four
 GRAPHS = "by CUDA graphs, the memory without"
 SCANNED = 0.5  # share of a step that scans take, about
 
@@ -179,9 +180,11 @@ def step(model: Model, strategy: Strategy, gpus: int, machine: Machine) -> Step:
         return Step(sent, seconds, work / seconds, moments + activations / parts)
     size = 2 * model.tokens * model.width  # bfloat16
     work = alone * ((1 - model.everywhere) / gpus + model.everywhere)
-    seconds = work + model.layers * (4 * machine.collective(gpus, size) + SUMS * machine.collective(gpus, 0.0))
+    once = 2 * machine.collective(gpus, 4 * model.kept)
+    seconds = work + model.layers * WAITS * machine.collective(gpus, size) + once
     shared = MOMENTS * (model.kept + (model.parameters - model.kept) / gpus) + activations / gpus
-    return Step(4 * share * size * model.layers, seconds, alone / gpus / seconds, shared)
+    sent = share * (4 * size * model.layers + 8 * model.kept)
+    return Step(sent, seconds, alone / gpus / seconds, shared)
 
 
 def measured() -> dict[str, tuple[float, float]]:

@@ -39,7 +39,7 @@ from benchmarks.vision import PROFILED, print_profile
 from core.lm import MambaConfig, MambaLM
 from core.parallel.group import SequenceGroup, sequence_parallel
 from core.parallel.tensor import head_loss, tensor_parallel
-from core.training.graphs import capture
+from core.training.graphs import capture, release
 from genomics.models import build_lm
 
 WARM = 3  # steps before those that are timed
@@ -171,8 +171,8 @@ def milliseconds(step: Callable[[], None], steps: int, device: torch.device) -> 
 
 def measure(
     case: Case, steps: int, device: torch.device, toy: bool, waiting: dist.ProcessGroup, eager: bool = False
-) -> tuple[list[Timing], Callable[[], None]]:
-    """Timings of rank 0 alone, of all ranks at once without an exchange, and of all together, and the last step.
+) -> tuple[list[Timing], Callable[[], None], nn.Module]:
+    """Timings of rank 0 alone, of all ranks at once without an exchange, and of all together.
 
     Args:
         case: What to time.
@@ -183,7 +183,7 @@ def measure(
         eager: Without graphs.
 
     Returns:
-        The timings (none but on rank 0), and the step that was timed last.
+        The timings (none but on rank 0), the step that was timed last, and its model, whose graphs are to be released.
     """
     torch.manual_seed(0)
     training = case.build(device, toy)
@@ -196,14 +196,14 @@ def measure(
     apart = milliseconds(step, steps, device)
     dist.barrier(waiting)
     del step  # and the moments
-    forget_graph(training)
+    release(training.model)
     step = step_of(*shared(case, training, device), device)
     warm(step, training, graph)
     together = milliseconds(step, steps, device)
     peaks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(peaks, together.peak_mib, group=waiting)
     together = Timing(together.ms_p20, together.ms_p50, together.ms_p80, max(peaks))
-    return [] if alone is None else [alone, apart, together], step
+    return [] if alone is None else [alone, apart, together], step, training.model
 
 
 def warm(step: Callable[[], None], training: Training, graph: bool) -> None:
@@ -215,12 +215,6 @@ def warm(step: Callable[[], None], training: Training, graph: bool) -> None:
             capture(training.part, training.inputs)
         for _ in range(WARM):
             step()
-
-
-def forget_graph(training: Training) -> None:
-    """Takes calls instead of graphs again."""
-    vars(training.part).pop("forward", None)
-    gc.collect()
 
 
 def shared(case: Case, training: Training, device: torch.device) -> tuple[nn.Module, Loss, SequenceGroup | None]:
@@ -290,15 +284,16 @@ def main() -> None:
     dist.init_process_group(backend)
     waiting: Any = dist.new_group(backend="gloo")
     for name in options.case:
-        timings, step = measure(CASES[name], options.steps, device, options.toy, waiting, options.eager)
+        timings, step, model = measure(CASES[name], options.steps, device, options.toy, waiting, options.eager)
         if timings:
             rows = rows_of(name, timings, device)
             if options.write:  # as measured: a run that is cut keeps its rows
                 write("scale_out", [*others(name), *rows])
         if options.profile and device.type == "cuda":
             profile_together(step)
-        del step
-        gc.collect()  # a graph that holds collectives would keep their group from ending
+        release(model)  # a graph that holds collectives would keep their group from ending
+        del step, model
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     dist.destroy_process_group()

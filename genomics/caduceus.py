@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from core.block import AddNorm, Block
 from core.lm import init_weights
 from core.mixers import BiMamba
-from core.parallel.group import refuse
+from core.parallel.group import active, sequence_parallel
 from genomics.vocabulary import COMPLEMENT
 
 COMPLEMENTS = {i: int(c) for i, c in enumerate(COMPLEMENT)}
@@ -72,6 +72,20 @@ class CaduceusConfig:
         return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
 
+class _StrandMixer(BiMamba):
+    """Mixes two strands, the halves of a batch; of sequences in parts, the second runs through the ranks backwards."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As ``BiMamba.forward``, of (2 B, L, D)."""
+        group = active()
+        if group is None:
+            return super().forward(x, *args, **kwargs)
+        first, second = x.chunk(2)
+        y = super().forward(first, *args, **kwargs)
+        with sequence_parallel(group.turned()):
+            return torch.cat([y, super().forward(second, *args, **kwargs)])
+
+
 class CaduceusBackbone(nn.Module):
     """Embedding, blocks and the last norm: (B, L) -> (B, L, D), with ``rcps`` (2 B, L, D).
 
@@ -90,10 +104,11 @@ class CaduceusBackbone(nn.Module):
             **(config.ssm_cfg or {}),
             **factory,
         }
+        mixers: Any = _StrandMixer if config.rcps else BiMamba
         self.embeddings = nn.Module()
         self.embeddings.word_embeddings = nn.Embedding(config.padded_vocab_size, config.d_model, **factory)
         self.layers = nn.ModuleList(
-            Block(config.d_model, BiMamba(config.d_model, **mixer), None, kind, **norm) for _ in range(config.n_layer)
+            Block(config.d_model, mixers(config.d_model, **mixer), None, kind, **norm) for _ in range(config.n_layer)
         )
         self.norm_f = AddNorm(config.d_model, kind, **norm)
         self.register_buffer("complement", complement_table(config), persistent=False)
@@ -110,7 +125,6 @@ class CaduceusBackbone(nn.Module):
     def forward(self, input_ids: Tensor, *, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """Runs whole sequences; the arguments are those of ``Caduceus.forward``."""
         if self.rcps:
-            refuse("Caduceus with rcps")  # the strands run through the ranks in opposite orders
             if cu_seqlens is not None:
                 raise ValueError("cu_seqlens: packed sequences would have to be turned one by one; pass seq_idx")
             input_ids = self.strands(input_ids)

@@ -167,7 +167,7 @@ class Mamba2(nn.Module):
         norm = self.norm
         weight, eps, first = (None, 0.0, False) if norm is None else (norm.weight, norm.eps, norm.norm_before_gate)
         y, _, _, _, _ = torch.ops.triscan.mamba2_inner(  # keeps less for the backward than the parts would
-            self.in_proj(x), self.conv1d.weight.squeeze(1), self.conv1d.bias, self.dt_bias, decay_rates(self.A_log),
+            self._enter(x), *self._filters(), self.dt_bias, decay_rates(self.A_log),
             self._skip(), weight, self.out_proj.weight, self.out_proj.bias, initial, cu_seqlens, seq_idx,
             self.headdim, self.ngroups, eps, first, self.dt_min, self.dt_max, self.reverse, False, "auto",
         )  # fmt: skip
@@ -216,9 +216,7 @@ class Mamba2(nn.Module):
         if self.reverse:
             raise ValueError("decode: a reverse layer sees what follows, there is nothing to decode; use forward_state")
         mlp, z, xbc, dt = self._project(x)
-        xbc = torch.ops.triscan.conv_update(
-            xbc, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu", "auto"
-        )
+        xbc = torch.ops.triscan.conv_update(xbc, state.conv, *self._filters(), "silu", "auto")
         x, B, C = self._split(xbc)
         y = torch.ops.triscan.state_update(
             state.ssm, x, dt, decay_rates(self.A_log), B, C, self._skip(), self._scan_gate(z), self.dt_bias, None,
@@ -251,16 +249,24 @@ class Mamba2(nn.Module):
             return Mamba2State(conv, self.init_states.to(device, wide).expand(shape).clone())
         return Mamba2State(conv, torch.zeros(shape, device=device, dtype=wide))
 
+    def _enter(self, x: Tensor) -> Tensor:
+        """The input projection (B, L, E)."""
+        return self.in_proj(x)
+
+    def _filters(self) -> tuple[Tensor, Tensor | None]:
+        """The convolution's weight (C, W) and bias (C,)."""
+        return self.conv1d.weight.squeeze(1), self.conv1d.bias
+
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[z0, x0] (B, L, 2 (E - F)), z (B, L, F), the convolution's inputs (B, L, C) and dt (B, L, H)."""
-        mlp, z, xbc, dt = torch.split(self.in_proj(x), [2 * self.d_mlp, self.d_ssm, self.conv_dim, self.nheads], dim=-1)
+        mlp, z, xbc, dt = torch.split(self._enter(x), [2 * self.d_mlp, self.d_ssm, self.conv_dim, self.nheads], dim=-1)
         return mlp, z, xbc, dt
 
     def _conv(
         self, x: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, seq_idx: Tensor | None, keep: bool
     ) -> tuple[Tensor, Tensor]:
         return sequence.causal_conv1d(
-            x, self.conv1d.weight.squeeze(1), self.conv1d.bias, None, initial, cu_seqlens, seq_idx,
+            x, *self._filters(), None, initial, cu_seqlens, seq_idx,
             "silu", self.reverse, keep, "auto",
         )  # fmt: skip
 

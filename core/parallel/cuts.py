@@ -1,7 +1,7 @@
 """Parameters of which each process holds a piece: how they are cut, put together again, and told their gradients.
 
 A fused weight is cut part by part, so that a process holds its rows of each. A part that fewer pieces are made of than
-there are processes is held by several, next to each other, which add up its gradient.
+there are processes is held by several, next to each other, which add up its gradient (``TensorGroup.summed``).
 
 Legend: R ranks of the group.
 """
@@ -69,17 +69,9 @@ class Cut:
         kept = [t[(slice(None),) * self.dim + (slice(None, None, part.shared),)] for t, part in self._with(pieces)]
         return torch.cat([t.flatten(self.dim, self.dim + 1) for t in kept], self.dim)
 
-    def add_up(self, grad: Tensor) -> Tensor:
-        """The gradient of a piece, with what the other ranks that hold the same rows found."""
-        if all(part.shared == 1 for part in self.parts):
-            return grad
-        pieces = []
-        for t, part in self._with(grad.split(self._sizes(), self.dim)):
-            if part.shared > 1:
-                t = t.contiguous().clone()
-                dist.all_reduce(t, group=self.sharers)
-            pieces.append(t)
-        return torch.cat(pieces, self.dim)
+    def shared_rows(self, t: Tensor) -> list[Tensor]:
+        """Views of those rows of a piece that other ranks hold too."""
+        return [t for t, part in self._with(t.split(self._sizes(), self.dim)) if part.shared > 1]
 
     def square(self, grad: Tensor) -> Tensor:
         """This rank's share of the sum of squares of a whole gradient."""
@@ -105,8 +97,6 @@ def cut_parameter(module: nn.Module, name: str, cut: Cut) -> None:
     for mark in MARKS:
         if hasattr(whole, mark):
             setattr(own, mark, getattr(whole, mark))
-    if own.requires_grad:
-        own.register_hook(cut.add_up)
     setattr(module, name, own)
 
 

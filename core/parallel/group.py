@@ -37,6 +37,13 @@ class SequenceGroup:
         self.group, self.window = group, window
         self.sizes: dict[Any, int] = {}  # tokens that states remembered, by scan
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._turned: SequenceGroup | None = None
+
+    def turned(self) -> "SequenceGroup":
+        """The same ranks holding the parts of the sequences' reverses: the last rank the first part, and so on."""
+        if self._turned is None:
+            self._turned = _Turned(self)
+        return self._turned
 
     def gather(self, t: Tensor) -> Tensor:
         """(...) of the same shape on every rank -> (R, ...); no gradients."""
@@ -92,6 +99,22 @@ class SequenceGroup:
         dist.broadcast(whole, group_src=0, group=self.group)
         begin, end = self.bounds(t.shape[1], multiple)
         return whole[:, begin:end]
+
+
+class _Turned(SequenceGroup):
+    """A group whose ranks count from the other end."""
+
+    def __init__(self, group: SequenceGroup) -> None:
+        super().__init__(group.group, group.window)
+        self.rank, self._turned = self.size - 1 - self.rank, group
+
+    def gather(self, t: Tensor) -> Tensor:
+        """(...) of the same shape on every rank -> (R, ...), in the order of the ranks here; no gradients."""
+        return super().gather(t).flip(0)
+
+    def shard(self, t: Tensor, multiple: int = 1) -> Tensor:
+        """Not of a turned group, whose parts are those of the group, turned."""
+        raise ValueError("shard: got a turned group, wanted the group itself; turn the parts it gives")
 
 
 class _Neighbour(torch.autograd.Function):

@@ -6,11 +6,12 @@ of a layer add up over the processes. Between layers the tokens are shared out (
 adds and normalises its own, a layer gathers all tokens and scatters its sums.
 
 Where a group of heads spans processes, they share its B and C, whose gradients they add up, and the mean square of its
-norm. The collectives are those of ``torch.distributed.tensor``.
+norm.
 
 Legend: R ranks, B batch, L length, D model width, F channels of the scan, H heads, G groups, N state.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from core.block import AddNorm, Block, GatedMLP
 from core.lm import Backbone, MambaLM
 from core.loss import linear_cross_entropy
 from core.mixers.mamba2 import Mamba2
-from core.parallel.cuts import Cut, Part, cut_parameter, keep_names, replicate
+from core.parallel.cuts import Cut, Part, cut_of, cut_parameter, keep_names, replicate
 from core.parallel.tensor_group import TensorGroup, spread
+from kernels.checks import autocast_dtype
+from kernels.gated_squares import gate_with_squares
 
 
 class _SharedNorm(torch.autograd.Function):
@@ -93,15 +96,24 @@ class _ParallelMamba2(Mamba2):
         cut_parameter(self.out_proj, "weight", Cut(mesh, 1, [mlp, scan]))
 
     def forward(self, x: Tensor, seq_idx: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self._sum(super().forward(self.group.enter(x), seq_idx, cu_seqlens))
+        y = super().forward(x, seq_idx, cu_seqlens)
+        return self._sum(y) if self.fuses else y  # else _output has added it up
 
-    def forward_state(self, x: Tensor, state: Any, lengths: Tensor | None = None) -> tuple[Tensor, Any]:
-        y, state = super().forward_state(self.group.enter(x), state, lengths)
-        return self._sum(y), state
+    def _enter(self, x: Tensor) -> Tensor:
+        """The input projection of all tokens."""
+        layer = self.in_proj
+        for name in ("in_proj", "out_proj"):
+            if type(getattr(self, name)) is not nn.Linear:
+                raise ValueError(
+                    f"{name}: got {type(getattr(self, name)).__name__}, wanted Linear; tensor-parallel layers take no "
+                    "adapters and no quantised weights"
+                )
+        bias = None if layer.bias is None else self.group.summed(layer.bias)
+        return self.group.enter_through(x, self.group.summed(layer.weight), bias)
 
-    @torch.no_grad()
-    def decode(self, x: Tensor, state: Any) -> Tensor:
-        return self._sum(super().decode(x, state))
+    def _filters(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.group.summed(self.conv1d.weight).squeeze(1), self.conv1d.bias
+        return weight, None if bias is None else self.group.summed(bias)
 
     def _sum(self, y: Tensor) -> Tensor:
         """The layer's output; each rank has added the bias, and one of them is enough."""
@@ -110,25 +122,37 @@ class _ParallelMamba2(Mamba2):
             y = y - bias.detach().to(y.dtype)
         return self.group.leave(y)
 
-    def _scan_gate(self, z: Tensor) -> Tensor | None:
-        gated = self.norm is None or (self.spanning > 1 and not self.norm.norm_before_gate)
-        return z.unflatten(-1, (self.nheads, self.headdim)) if gated else None
+    def _norms_sums(self) -> bool:
+        """Whether the norm can wait for the projection: it divides all that is projected by one number a token."""
+        weight, group = self.out_proj.weight, self.group
+        fits = (autocast_dtype(weight.device) or weight.dtype) != torch.float16  # what is not normalised may be large
+        return fits and self.d_mlp == 0 and group.by_token and self.spanning == group.size
 
     def _output(self, mlp: Tensor, y: Tensor, z: Tensor) -> Tensor:
         """As one rank does it; where a norm's group spans several, with a mean square that they share."""
-        norm = self.norm
-        if norm is None or self.spanning == 1:
-            return super()._output(mlp, y, z)
-        y = y.flatten(2)  # gated by the scan already, unless the norm comes first
-        y = _SharedNorm.apply(y, norm.eps, self.group.sharers(self.spanning))  # type: ignore[assignment]
-        gain = norm.weight
-        if norm.norm_before_gate:
-            y = y * F.silu(z)
+        norm, y, squares = self.norm, y.flatten(2), None
+        if norm is not None and self.spanning > 1 and not norm.norm_before_gate:
+            rows, squares = gate_with_squares(y.flatten(0, 1), z.flatten(0, 1))
+            y = rows.view(y.shape)
+        if norm is not None and squares is not None and self._norms_sums():
+            weight = self.out_proj.weight * norm.weight
+            return self.group.leave_normed(y, squares, weight, self.out_proj.bias, norm.eps)
+        gain: Tensor | None = None
+        if norm is not None and self.spanning > 1:
+            y = _SharedNorm.apply(y, norm.eps, self.group.sharers(self.spanning))  # type: ignore[assignment]
+            gain = norm.weight
+            if norm.norm_before_gate:
+                y = y * F.silu(z)
+        elif norm is not None:
+            y = norm(y, z)
         if self.d_mlp > 0:
             z0, x0 = mlp.chunk(2, dim=-1)
             y = torch.cat([F.silu(z0) * x0, y], dim=-1)
-            gain = torch.cat([gain.new_ones(self.d_mlp), gain])
-        return F.linear(y, self.out_proj.weight * gain, self.out_proj.bias)  # the norm's weight costs no pass over y
+            gain = None if gain is None else torch.cat([gain.new_ones(self.d_mlp), gain])
+        weight = self.out_proj.weight
+        if gain is not None:  # the norm's weight costs no pass over y
+            weight = weight * gain
+        return self.group.leave_through(y, weight, self.out_proj.bias)
 
 
 class _ParallelMLP(GatedMLP):
@@ -164,8 +188,8 @@ class _ParallelNorm(AddNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if not self.group.by_token:
             return super().forward(x, residual)
-        bias = None if self.bias is None else spread(self.bias, self.group.mesh)
-        return self.normalise(x, residual, spread(self.weight, self.group.mesh), bias)
+        bias = None if self.bias is None else self.group.summed(self.bias)
+        return self.normalise(x, residual, self.group.summed(self.weight), bias)
 
 
 class _ParallelBlock(Block):
@@ -190,11 +214,20 @@ class _ParallelBackbone(Backbone):
                 f"input_ids: got {input_ids.shape[1]} tokens for {self.group.size} processes that share layers, wanted "
                 "a multiple of that number; pad the sequences"
             )
+        self.group.sum_together(self._held_by_several())
         x, residual = self.group.share_tokens(self.embedding(input_ids)), None
         for layer in self.layers:
             x, residual = layer(x, residual, seq_idx=seq_idx, cu_seqlens=cu_seqlens)
         with self.group.tokens_shared():
             return self.group.gather_tokens(self.norm_f(x, residual)[0])
+
+    def _held_by_several(self) -> Iterator[nn.Parameter]:
+        """Parameters whose gradients ranks add up."""
+        for module in self.modules():
+            if isinstance(module, _ParallelNorm):
+                yield from module.parameters()
+            elif isinstance(module, _ParallelMamba2):
+                yield from (p for p in module.parameters() if cut_of(p) is not None)
 
 
 _PARALLEL = {Mamba2: _ParallelMamba2, GatedMLP: _ParallelMLP, AddNorm: _ParallelNorm, Block: _ParallelBlock,
@@ -253,9 +286,6 @@ def head_loss(net: MambaLM, hidden: Tensor, wanted: Tensor, ignore_index: int = 
     group, weight = getattr(net.backbone, "group", None), net.lm_head.weight
     if group is None:
         return linear_cross_entropy(hidden, weight, wanted, ignore_index=ignore_index, reduction="sum")
-    rows, targets = hidden.flatten(0, 1), wanted.flatten()
-    own = slice(*(len(targets) * rank // group.size for rank in (group.rank, group.rank + 1)))
-    total = linear_cross_entropy(
-        rows[own], spread(weight, group.mesh), targets[own], ignore_index=ignore_index, reduction="sum"
-    )
+    rows, targets = group.own_rows(hidden.flatten(0, 1)), group.own_rows(wanted.flatten())
+    total = linear_cross_entropy(rows, spread(weight, group.mesh), targets, ignore_index=ignore_index, reduction="sum")
     return group.add_up(total)

@@ -1,5 +1,6 @@
 """A net's training step as CUDA graphs: for small nets the host's calls take longer than what the GPU does."""
 
+import gc
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ def capture(net: nn.Module, *inputs: Tensor) -> None:
 
     # Parameters under other names: their own may still be in an earlier step's graph, tied to the stream it ran on.
     aliases = [p.detach().requires_grad_(p.requires_grad) for p in parameters]
+    for alias, parameter in zip(aliases, parameters, strict=True):
+        vars(alias).update(vars(parameter))  # what layers look up, such as how processes share it
     on, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
         replay: Any = torch.cuda.make_graphed_callables(call, (*(x.detach().clone() for x in inputs), *aliases))
@@ -40,7 +43,23 @@ def capture(net: nn.Module, *inputs: Tensor) -> None:
             return replay(*given, *parameters)
         return plain(*given)
 
+    forward.replays = True  # type: ignore[attr-defined]
     net.forward = forward
+
+
+def release(module: nn.Module) -> None:
+    """Takes calls again where ``capture`` made graphs, and frees them.
+
+    Processes whose graphs hold collectives must before they part: NCCL waits for such graphs.
+
+    Args:
+        module: What holds the nets.
+    """
+    found = [part for part in module.modules() if hasattr(vars(part).get("forward"), "replays")]
+    for part in found:
+        del part.forward
+    if found:
+        gc.collect()  # the graphs hang on cycles
 
 
 def check_graphs(module: LightningModule) -> None:

@@ -24,6 +24,7 @@ from core.errors import UserError
 from core.parallel.cuts import gradient_norm
 from core.parallel.shards import empty_copy
 from core.parallel.tensor import group_of
+from core.training.graphs import release
 from core.training.muon import Muon
 from core.training.report import Report
 
@@ -277,6 +278,10 @@ class TrainingModule(LightningModule):
         for group, options in zip(self.trainer.optimizers[0].param_groups, self._group_options, strict=True):
             group.update(options)
         self.trainer.lr_scheduler_configs[0].scheduler.step(self.trainer.global_step)
+
+    def on_train_end(self) -> None:
+        """Free what graphs keep: evaluation does without, and processes cannot part before."""
+        release(self)
 
     def _create_schedule(self, optimizer: torch.optim.Optimizer) -> Scheduler:
         options = self.schedule_options

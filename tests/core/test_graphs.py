@@ -15,7 +15,7 @@ from core.errors import UserError
 from core.language import TextModel
 from core.lm import MambaConfig, MambaLM
 from core.loss import linear_cross_entropy
-from core.training.graphs import capture, check_graphs
+from core.training.graphs import capture, check_graphs, release
 from core.training.module import OptimizerOptions, ScheduleOptions
 
 
@@ -50,6 +50,10 @@ def test_training_batches_of_one_shape_replay(monkeypatch: pytest.MonkeyPatch) -
     with torch.no_grad():
         net(full)
     net.eval()(full)
+    assert replayed == [full.shape]
+    release(nn.Sequential(net))
+    net.train()(full)
+    assert net.forward == plain
     assert replayed == [full.shape]
 
 

@@ -216,21 +216,46 @@ LONG = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("victim", "options"), [
+    (0, ()), (1, ()), (0, ("--trainer.strategy", "fsdp2")), (1, ("--trainer.strategy", "fsdp2")),
+    (1, ("--sequence_parallel", "2")),
+], ids=["ddp_0", "ddp_1", "fsdp2_0", "fsdp2_1", "sequence_1"])  # fmt: skip
 def test_a_process_that_dies_ends_the_job_and_the_last_checkpoint_resumes_it(
+    victim: int, options: tuple[str, ...], place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kill_and_resume(pretrain, (*LONG, *options), victim, place, capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_with_its_layers_ends_the_job(
     victim: int, place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    (place / "text").mkdir()
+    (place / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 800)
+    options = ("--trainer.devices", "2", "--tensor_parallel", "2", "--run_dir", "long", "--test_after_fit", "false")
+    kill_and_resume(pretrain_text, options, victim, place, capfd)
+
+
+def kill_and_resume(
+    command: Callable[..., None],
+    options: tuple[str, ...],
+    victim: int,
+    place: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A run in two processes of which one is killed after its first checkpoint, and the run that goes on from it."""
     seconds = random.uniform(0, 1.5)
     print("killed after", seconds)
     kill = (victim, place / "long/checkpoints/last.ckpt", seconds)
-    codes = launch(2, pretrain, *LONG, "--trainer.max_steps", "4000", kill=kill)  # more than it gets to
+    codes = launch(2, command, *options, "--trainer.max_steps", "4000", kill=kill)  # more than it gets to
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] == 1
     message = capfd.readouterr().err
     assert f"process {1 - victim} of 2 lost another one" in message
     assert "--ckpt_path last" in message
     steps = checkpoint("long")["global_step"] + 4
-    assert launch(2, pretrain, *LONG, "--trainer.max_steps", str(steps), "--ckpt_path", "last") == [0, 0]
+    assert launch(2, command, *options, "--trainer.max_steps", str(steps), "--ckpt_path", "last") == [0, 0]
     assert checkpoint("long")["global_step"] == steps
     assert [row["step"] for row in history("long") if "train/loss" in row] == list(range(steps))
 
