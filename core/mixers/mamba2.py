@@ -19,6 +19,8 @@ from core.mixers.gated_norm import GatedRMSNorm
 from core.mixers.mamba import decay_rates, last_inputs
 from core.parallel import sequence
 from core.parallel.group import in_parts
+from kernels.norm.late import Late
+from kernels.ssd import gated
 
 torch.fx.wrap("decay_rates")  # a tracer has no dtypes to compare
 
@@ -201,6 +203,34 @@ class Mamba2(nn.Module):
             y, ssm_state = self._scan(xbc, z, dt, state.ssm, None, seq_idx, True)
         after = Mamba2State(conv_state.to(state.conv.dtype), ssm_state.to(state.ssm.dtype))
         return self._output(mlp, y, z), after
+
+    @torch.no_grad()
+    def forward_late(self, x: Tensor, state: Mamba2State) -> tuple[Tensor | Late, Mamba2State]:
+        """``forward_state`` without gradients, whose norm is left to what follows where that saves time.
+
+        Args:
+            x: (B, L, D).
+            state: From ``init_state`` or an earlier call; left as it is.
+
+        Returns:
+            (B, L, D), or what waits for its norm, and the state after the last token.
+        """
+        m, plain = self.norm, isinstance(self.out_proj, nn.Linear) and self.out_proj.bias is None
+        if m is None or m.norm_before_gate or self.ngroups > 1 or self.d_mlp or self.reverse or not plain or in_parts():
+            return self.forward_state(x, state)
+        _, z, xbc, dt = self._project(x)
+        xbc, conv_state = self._conv(xbc, state.conv, None, None, True)
+        rows, B, C = self._split(xbc)
+        z = z.unflatten(-1, (self.nheads, self.headdim))
+        given = (rows, dt, decay_rates(self.A_log), B, C, self._skip(), z, self.dt_bias)
+        limits = (self.dt_min, self.dt_max)
+        if not gated.saves_a_pass(*given, state.ssm, dt_limit=limits):
+            y, ssm_state = self._scan(xbc, None, dt, state.ssm, None, None, True)
+            out: Tensor | Late = self._output(x, y, z.flatten(2))
+        else:
+            y, squares, ssm_state = gated.gated_scan(*given, m.weight, state.ssm, dt_limit=limits)
+            out = Late(self.out_proj(y), squares, self.d_ssm, m.eps)
+        return out, Mamba2State(conv_state.to(state.conv.dtype), ssm_state.to(state.ssm.dtype))
 
     @torch.no_grad()
     def decode(self, x: Tensor, state: Mamba2State) -> Tensor:
