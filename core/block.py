@@ -275,14 +275,14 @@ class Block(nn.Module):
     def forward_late(self, x: Tensor | Late, residual: Tensor | None, state: Any) -> tuple[Tensor | Late, Tensor, Any]:
         """``forward_state``, whose branch may wait for a norm of its own where that saves time; so may the one given.
 
-        Only for a block in front of one with RMSNorm.
+        Only for a block in front of one with RMSNorm. A Mamba-2 layer's state may be None: before the first token.
         """
-        x, stream = self.norm(x, residual)
+        y, stream = self.norm(x, residual)
         if self.mlp is None and isinstance(self.mixer, Mamba2):
-            late, state = self.mixer.forward_late(x, state)
+            late, state = self.mixer.forward_late(y, state)
             return late, stream, state
-        x, state = self.mixer.forward_state(x, state)
-        return *self.apply_mlp(x, stream), state
+        y, state = self.mixer.forward_state(y, self._begun(y, state))
+        return *self.apply_mlp(y, stream), state
 
     def forward_last(self, x: Tensor | Late, residual: Tensor | None, state: Any) -> tuple[Tensor, Tensor, Any]:
         """``forward_state``, of whose outputs only the last token's are wanted; x may wait for a norm of its own.
@@ -290,9 +290,12 @@ class Block(nn.Module):
         Returns:
             This block's branch and the residual stream at the last token, (B, 1, D), and the mixer's new state.
         """
-        x, stream = self.norm(x, residual)
-        x, state = forward_last(self.mixer, x, state)
-        return *self.apply_mlp(x, stream[:, -1:]), state
+        y, stream = self.norm(x, residual)
+        y, state = forward_last(self.mixer, y, self._begun(y, state))
+        return *self.apply_mlp(y, stream[:, -1:]), state
+
+    def _begun(self, x: Tensor, state: Any) -> Any:
+        return self.mixer.init_state(len(x)) if state is None else state
 
     def apply_mlp(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Runs the second branch, if there is one, on the branch and residual stream that the mixer left."""

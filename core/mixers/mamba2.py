@@ -205,32 +205,35 @@ class Mamba2(nn.Module):
         return self._output(mlp, y, z), after
 
     @torch.no_grad()
-    def forward_late(self, x: Tensor, state: Mamba2State) -> tuple[Tensor | Late, Mamba2State]:
+    def forward_late(self, x: Tensor, state: Mamba2State | None) -> tuple[Tensor | Late, Mamba2State]:
         """``forward_state`` without gradients, whose norm is left to what follows where that saves time.
 
         Args:
             x: (B, L, D).
-            state: From ``init_state`` or an earlier call; left as it is.
+            state: From ``init_state`` or an earlier call, left as it is; None before the first token, which saves the
+                time to read zeros.
 
         Returns:
             (B, L, D), or what waits for its norm, and the state after the last token.
         """
         m, plain = self.norm, isinstance(self.out_proj, nn.Linear) and self.out_proj.bias is None
-        if m is None or m.norm_before_gate or self.ngroups > 1 or self.d_mlp or self.reverse or not plain or in_parts():
-            return self.forward_state(x, state)
-        _, z, xbc, dt = self._project(x)
-        xbc, conv_state = self._conv(xbc, state.conv, None, None, True)
+        fits = m is not None and not m.norm_before_gate and self.ngroups == 1 and not self.d_mlp and not self.reverse
+        if state is None and self.init_states is not None:
+            state = self.init_state(len(x))
+        conv, ssm = (None, None) if state is None else state
+        mlp, z, xbc, dt = self._project(x)
+        xbc, conv_state = self._conv(xbc, conv, None, None, True)
         rows, B, C = self._split(xbc)
-        z = z.unflatten(-1, (self.nheads, self.headdim))
-        given = (rows, dt, decay_rates(self.A_log), B, C, self._skip(), z, self.dt_bias)
+        given = (rows, dt, decay_rates(self.A_log), B, C, self._skip(), z.unflatten(-1, rows.shape[2:]), self.dt_bias)
         limits = (self.dt_min, self.dt_max)
-        if not gated.saves_a_pass(*given, state.ssm, dt_limit=limits):
-            y, ssm_state = self._scan(xbc, None, dt, state.ssm, None, None, True)
-            out: Tensor | Late = self._output(x, y, z.flatten(2))
+        if m is not None and fits and plain and not in_parts() and gated.saves_a_pass(*given, ssm, dt_limit=limits):
+            y, squares, ssm_state = gated.gated_scan(*given, m.weight, ssm, dt_limit=limits)
+            out: Tensor | Late = Late(self.out_proj(y), squares, self.d_ssm, m.eps)
         else:
-            y, squares, ssm_state = gated.gated_scan(*given, m.weight, state.ssm, dt_limit=limits)
-            out = Late(self.out_proj(y), squares, self.d_ssm, m.eps)
-        return out, Mamba2State(conv_state.to(state.conv.dtype), ssm_state.to(state.ssm.dtype))
+            y, ssm_state = self._scan(xbc, z, dt, ssm, None, None, True)
+            out = self._output(mlp, y, z)
+        kept = self.conv1d.weight.dtype if conv is None else conv.dtype
+        return out, Mamba2State(conv_state.to(kept), ssm_state if ssm is None else ssm_state.to(ssm.dtype))
 
     @torch.no_grad()
     def decode(self, x: Tensor, state: Mamba2State) -> Tensor:

@@ -79,12 +79,12 @@ def test_late_norms_are_those_of_the_layers(residual_in_fp32: bool, monkeypatch:
         assert layer.mixer.norm is not None
         torch.nn.init.normal_(layer.mixer.norm.weight)
     ids = torch.randint(9, (2, 7))
-    before = model.backbone.forward_state(ids, model.init_state(2))[1]
     monkeypatch.setattr(gated, "saves_a_pass", lambda *args, **options: taken.append(args) or True)
-    want, after = model.backbone.forward_state(ids, before)
+    want, after = model.backbone.forward_state(ids, model.init_state(2))
     assert not taken
     with torch.no_grad():
-        got, found = model.backbone.forward_last(ids, before)
-    assert len(taken) == 2  # of three layers: the last one works for one token
+        _, state = model.backbone.forward_last(ids[:, :3], (None,) * 3)
+        got, found = model.backbone.forward_last(ids[:, 3:], state)
+    assert len(taken) == 4  # of three layers: the last one works for one token
     torch.testing.assert_close(got, want[:, -1])
     torch.testing.assert_close(found, after)
