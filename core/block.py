@@ -16,7 +16,9 @@ import kernels  # noqa: F401  registers torch.ops.triscan
 from core.forget import forget, forgetting
 from core.mixers.contract import Mixer
 from core.mixers.last import forward_last
+from core.mixers.mamba2 import Mamba2
 from core.parallel.group import in_parts
+from kernels.norm.late import Late, add_norm
 from kernels.selective_scan.exactness import between_pieces
 
 FORGET_FROM = 1 << 27  # bytes of a branch from which on what is cheap to compute again is not kept
@@ -72,16 +74,20 @@ class AddNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if kind == "layer" else None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor | Late, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalises x + residual.
 
         Args:
-            x: (B, L, D) the branch.
+            x: (B, L, D) the branch; or one that waits for a norm of its own, for RMSNorm and with a residual.
             residual: (B, L, D) the stream so far; None at its start.
 
         Returns:
             norm(x + residual) in x's dtype, and x + residual, the stream from here on.
         """
+        if isinstance(x, Late):
+            assert self.kind == "rms"
+            assert residual is not None
+            return add_norm(x, residual, self.weight, self.eps)
         return self.normalise(x, residual, self.weight, self.bias)
 
     def normalise(
@@ -266,15 +272,30 @@ class Block(nn.Module):
         x, state = self.mixer.forward_state(x, state, lengths)
         return *self.apply_mlp(x, stream), state
 
-    def forward_last(self, x: Tensor, residual: Tensor | None, state: Any) -> tuple[Tensor, Tensor, Any]:
-        """``forward_state``, of whose outputs only the last token's are wanted.
+    def forward_late(self, x: Tensor | Late, residual: Tensor | None, state: Any) -> tuple[Tensor | Late, Tensor, Any]:
+        """``forward_state``, whose branch may wait for a norm of its own where that saves time; so may the one given.
+
+        Only for a block in front of one with RMSNorm. A Mamba-2 layer's state may be None: before the first token.
+        """
+        y, stream = self.norm(x, residual)
+        if self.mlp is None and isinstance(self.mixer, Mamba2):
+            late, state = self.mixer.forward_late(y, state)
+            return late, stream, state
+        y, state = self.mixer.forward_state(y, self._begun(y, state))
+        return *self.apply_mlp(y, stream), state
+
+    def forward_last(self, x: Tensor | Late, residual: Tensor | None, state: Any) -> tuple[Tensor, Tensor, Any]:
+        """``forward_state``, of whose outputs only the last token's are wanted; x may wait for a norm of its own.
 
         Returns:
             This block's branch and the residual stream at the last token, (B, 1, D), and the mixer's new state.
         """
-        x, stream = self.norm(x, residual)
-        x, state = forward_last(self.mixer, x, state)
-        return *self.apply_mlp(x, stream[:, -1:]), state
+        y, stream = self.norm(x, residual)
+        y, state = forward_last(self.mixer, y, self._begun(y, state))
+        return *self.apply_mlp(y, stream[:, -1:]), state
+
+    def _begun(self, x: Tensor, state: Any) -> Any:
+        return self.mixer.init_state(len(x)) if state is None else state
 
     def apply_mlp(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Runs the second branch, if there is one, on the branch and residual stream that the mixer left."""

@@ -161,7 +161,8 @@ class Mamba2Step(FusedStep):
     def refresh(self) -> None:
         """Computes the decay rates again."""
         assert isinstance(self.layer.mixer, Mamba2)
-        self.A.copy_(decay_rates(self.layer.mixer.A_log))
+        if not self.steps_heads:  # which works them out itself
+            self.A.copy_(decay_rates(self.layer.mixer.A_log))
 
     @staticmethod
     def supports(layer: Block) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from core.decode import decoder_for
 from core.lm import MambaLM
+from core.mixers import Mamba2
 from core.prompt import reader_for
 from core.sampling import PLAIN, Sampling, filter_logits, penalize_repetition, sample
 from kernels.selective_scan.exactness import between_pieces
@@ -99,7 +100,7 @@ def prefill(
     """
     batch = input_ids.shape[0]
     size = max(64, PREFILL_TOKENS // batch) if chunk is None else chunk
-    state, last = model.init_state(batch, max_length=max(room, input_ids.shape[1])), None
+    state, last = _before(model, batch, max(room, input_ids.shape[1]), lengths is not None), None
     for start in range(0, input_ids.shape[1], size):
         ids = input_ids[:, start : start + size]
         if lengths is None:
@@ -193,7 +194,9 @@ def stream(
         drawn = decoder.begin(hidden, state, seen, generator)
         for step in range(max_new_tokens):
             yield Step(
-                drawn.tokens.clone(), drawn.logits.clone() if keep_logits else drawn.logits, drawn.finished.clone()
+                drawn.tokens.clone(),
+                drawn.logits.clone() if keep_logits else drawn.logits,
+                drawn.finished.clone() if ends else drawn.finished,
             )
             if step + 1 == max_new_tokens or (ends and bool(drawn.finished.all())):
                 return
@@ -273,6 +276,16 @@ def log_likelihood(
         return Scores(log_probs, matches)
     padding = torch.arange(1, length, device=input_ids.device) >= lengths[:, None]
     return Scores(log_probs.masked_fill(padding, 0), matches | padding)
+
+
+def _before(model: MambaLM, batch: int, room: int, padded: bool) -> tuple[Any, ...]:
+    """The layers' states before the prompts: None where a layer reads on from nothing without zeros in memory."""
+    late = not padded and model.backbone.norm_f.kind == "rms" and not torch.is_grad_enabled()
+    layers = model.backbone.layers
+    return tuple(
+        None if late and type(layer.mixer) is Mamba2 else layer.mixer.init_state(batch, max_length=room)
+        for layer in layers
+    )
 
 
 @contextlib.contextmanager

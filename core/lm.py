@@ -90,10 +90,17 @@ class Backbone(nn.Module):
         return self.norm_f(x, residual)[0], tuple(states)
 
     def forward_last(self, input_ids: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
-        """``forward_state`` whose output is wanted at the last token only: (B, D)."""
-        x, residual, states = self.embedding(input_ids), None, []
+        """``forward_state`` whose output is wanted at the last token only: (B, D).
+
+        Without gradients, and with RMSNorm, Mamba-2 layers' states may be None: before the first token.
+        """
+        x: Any = self.embedding(input_ids)
+        residual, states = None, []
+        late = self.norm_f.kind == "rms" and not torch.is_grad_enabled()
         for layer, before in zip(self.layers, state, strict=True):
-            step = layer.forward_last if layer is self.layers[-1] else layer.forward_state
+            step = layer.forward_late if late else layer.forward_state
+            if layer is self.layers[-1]:
+                step = layer.forward_last
             x, residual, after = step(x, residual, before)
             states.append(after)
         return self.norm_f(x[:, -1:], None if residual is None else residual[:, -1:])[0].squeeze(1), tuple(states)

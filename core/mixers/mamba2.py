@@ -19,6 +19,8 @@ from core.mixers.gated_norm import GatedRMSNorm
 from core.mixers.mamba import decay_rates, last_inputs
 from core.parallel import sequence
 from core.parallel.group import in_parts
+from kernels.norm.late import Late
+from kernels.ssd import gated
 
 torch.fx.wrap("decay_rates")  # a tracer has no dtypes to compare
 
@@ -201,6 +203,37 @@ class Mamba2(nn.Module):
             y, ssm_state = self._scan(xbc, z, dt, state.ssm, None, seq_idx, True)
         after = Mamba2State(conv_state.to(state.conv.dtype), ssm_state.to(state.ssm.dtype))
         return self._output(mlp, y, z), after
+
+    @torch.no_grad()
+    def forward_late(self, x: Tensor, state: Mamba2State | None) -> tuple[Tensor | Late, Mamba2State]:
+        """``forward_state`` without gradients, whose norm is left to what follows where that saves time.
+
+        Args:
+            x: (B, L, D).
+            state: From ``init_state`` or an earlier call, left as it is; None before the first token, which saves the
+                time to read zeros.
+
+        Returns:
+            (B, L, D), or what waits for its norm, and the state after the last token.
+        """
+        m, plain = self.norm, isinstance(self.out_proj, nn.Linear) and self.out_proj.bias is None
+        fits = m is not None and not m.norm_before_gate and self.ngroups == 1 and not self.d_mlp and not self.reverse
+        if state is None and self.init_states is not None:
+            state = self.init_state(len(x))
+        conv, ssm = (None, None) if state is None else state
+        mlp, z, xbc, dt = self._project(x)
+        xbc, conv_state = self._conv(xbc, conv, None, None, True)
+        rows, B, C = self._split(xbc)
+        given = (rows, dt, decay_rates(self.A_log), B, C, self._skip(), z.unflatten(-1, rows.shape[2:]), self.dt_bias)
+        limits = (self.dt_min, self.dt_max)
+        if m is not None and fits and plain and not in_parts() and gated.saves_a_pass(*given, ssm, dt_limit=limits):
+            y, squares, ssm_state = gated.gated_scan(*given, m.weight, ssm, dt_limit=limits)
+            out: Tensor | Late = Late(self.out_proj(y), squares, self.d_ssm, m.eps)
+        else:
+            y, ssm_state = self._scan(xbc, z, dt, ssm, None, None, True)
+            out = self._output(mlp, y, z)
+        kept = self.conv1d.weight.dtype if conv is None else conv.dtype
+        return out, Mamba2State(conv_state.to(kept), ssm_state if ssm is None else ssm_state.to(ssm.dtype))
 
     @torch.no_grad()
     def decode(self, x: Tensor, state: Mamba2State) -> Tensor:

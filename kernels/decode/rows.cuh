@@ -3,7 +3,8 @@
 
 extern __shared__ __align__(128) char memory[];
 
-// Lets the next kernel start: it fetches what it needs of weights and states before it waits for this one.
+// Lets the next kernel start: it fetches what it needs of weights and states before it waits for this one. Let in behind
+// this kernel's own wait: earlier, it takes room and bandwidth from the kernel in front of this one.
 __device__ __forceinline__ void let_follow() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 

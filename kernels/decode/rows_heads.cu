@@ -12,7 +12,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) heads_rows(const Args a
     __shared__ float outputs[P];
     const int t = threadIdx.x, h = blockIdx.x % a.heads, part = t % LANES;
     const i64 b = blockIdx.x / a.heads;
-    let_follow();
     H* state = static_cast<H*>(a.state) + (b * a.heads + h) * (P * N) + part * V;
     Raw<H, V> states[ITEMS][NV];
 #pragma unroll
@@ -30,6 +29,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) heads_rows(const Args a
         if (NORM) norm = number(static_cast<const X*>(a.norm_weight)[h * P + t]);
     }
     wait_for_before();
+    let_follow();
 
     const X* x = static_cast<const X*>(a.x) + b * a.x_b + h * P;
     const i64 at = b * a.x_b + (h / a.per_group) * N + part * V;

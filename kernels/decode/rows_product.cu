@@ -42,7 +42,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) __cluster_dims__(S, 1, 1) 
     const int t = threadIdx.x, lane = t % 32, warp = t / 32, rank = blockIdx.x % S, tile = blockIdx.x / S;
     const int tiles = (a.O + BO - 1) / BO, first_o = tile % tiles * BO;
     const i64 first_b = tile / tiles * BM;
-    let_follow();
 
     const X* w = static_cast<const X*>(a.weight) + rank * PER;
 #pragma unroll 4
@@ -83,6 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) __cluster_dims__(S, 1, 1) 
 #endif
 
     wait_for_before();
+    let_follow();
     const X* x = static_cast<const X*>(a.x) + rank * PER;
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; chunk++) {

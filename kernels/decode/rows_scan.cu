@@ -15,7 +15,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_rows(const Args a) {
     const int t = threadIdx.x, lane = t % 32, warp = t / 32, tiles = a.E / CHANNELS;
     const int first_e = blockIdx.x % tiles * CHANNELS, e = first_e + lane;
     const i64 first = (i64)(blockIdx.x / tiles) * (WARPS * ROWS);
-    let_follow();
     for (int i = t; i < CHANNELS * RANK / 8; i += THREADS)
         copy_async(&weights[i / (RANK / 8)][i % (RANK / 8) * 8], static_cast<const X*>(a.dt_weight) + (i64)first_e * RANK + i * 8, true);
     commit();
@@ -30,6 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_rows(const Args a) {
     for (int i = t; i < CHANNELS * N; i += THREADS)
         rates[i / N][i % N] = -LOG2E * ex2(LOG2E * number(static_cast<const A_T*>(a.A_log)[(i64)first_e * N + i]));
     wait_for_before();
+    let_follow();
 
     float4 parts[EACH][PARTS];  // all on their way before the first is added
 #pragma unroll

@@ -12,6 +12,7 @@ from core.block import Block, GatedMLP
 from core.lm import MambaConfig, MambaLM
 from core.mixers import S4D, Mamba, Mamba2
 from core.mixers.last import forward_last
+from kernels.ssd import gated
 
 MIXERS: dict[str, Any] = {
     "mamba": lambda: Mamba(8, d_state=4, bias=True),
@@ -62,5 +63,28 @@ def test_a_model_with_an_mlp() -> None:
     ids = torch.randint(9, (2, 7))
     want, after = model.backbone.forward_state(ids, model.init_state(2))
     got, found = model.backbone.forward_last(ids, model.init_state(2))
+    torch.testing.assert_close(got, want[:, -1])
+    torch.testing.assert_close(found, after)
+
+
+@pytest.mark.parametrize("residual_in_fp32", [True, False])
+def test_late_norms_are_those_of_the_layers(residual_in_fp32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan that leaves its norm to what is behind the projection, as on GPUs whose kernel does that."""
+    torch.manual_seed(0)
+    ssm = dict(layer="Mamba2", d_state=4, headdim=4)
+    config = MambaConfig(d_model=8, n_layer=3, vocab_size=9, ssm_cfg=ssm, residual_in_fp32=residual_in_fp32)
+    model, taken = MambaLM(config).double(), []
+    for layer in model.backbone.layers:
+        assert isinstance(layer.mixer, Mamba2)
+        assert layer.mixer.norm is not None
+        torch.nn.init.normal_(layer.mixer.norm.weight)
+    ids = torch.randint(9, (2, 7))
+    monkeypatch.setattr(gated, "saves_a_pass", lambda *args, **options: taken.append(args) or True)
+    want, after = model.backbone.forward_state(ids, model.init_state(2))
+    assert not taken
+    with torch.no_grad():
+        _, state = model.backbone.forward_last(ids[:, :3], (None,) * 3)
+        got, found = model.backbone.forward_last(ids[:, 3:], state)
+    assert len(taken) == 4  # of three layers: the last one works for one token
     torch.testing.assert_close(got, want[:, -1])
     torch.testing.assert_close(found, after)
