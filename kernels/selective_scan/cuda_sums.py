@@ -9,6 +9,7 @@ K routes, N state, S sequences.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +37,7 @@ class Sums:
         span: Chunks of a slice; the last one may have fewer.
         slots: Saved states of a slice.
         shares: Float32 words of the parts of dB and dC, or 0. Those of bfloat16 are kept in bfloat16.
+        together: States whose parts one thread adds up.
         kept: Numbers of the state's gradient, of all segments.
     """
 
@@ -53,7 +55,8 @@ class Sums:
         self.slots = p.slots if p.cu_seqlens is not None else p.sequences * shape.segments * self.span
         each = p.routes * p.groups * CHUNK * 2 * p.state  # numbers of a slot, for one block
         self.shares = -(-self.slots * each * shape.blocks // (1 + self.halves)) if self.maps else 0
-        self.part_blocks = -(-self.slots * each // THREADS) if self.maps else 0
+        self.together = math.gcd(p.state, 4)
+        self.part_blocks = -(-self.slots * each // (THREADS * self.together)) if self.maps else 0
         self.sum_blocks = -(-sum(torch.Size(size).numel() for size in self.sums.values()) // THREADS)
         self.kept = p.sequences * shape.segments * p.routes * p.channels * p.state if self.slices > 1 else 0
 
