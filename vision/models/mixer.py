@@ -18,7 +18,7 @@ from core.mixers.mamba import decay_rates
 from vision.models.ready import Ready, filled_up
 from vision.models.streams import leaves_idle, side_stream
 
-__all__ = ["RouteMixer", "block_diagonal"]
+__all__ = ["RouteMixer", "block_diagonal", "scan_along"]
 
 torch.fx.wrap("scan_ways")
 torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in this module too
@@ -118,6 +118,33 @@ def _side_by_side(x: Tensor, z: Tensor, ways: list[list[Tensor]], backwards: lis
     return first + y
 
 
+def scan_along(x: Tensor, z: Tensor, route: Tensor, stacked: list[Tensor], R: int, N: int, merge: str) -> Tensor:
+    """Convolves and scans tokens (B, L, E) along routes (K, P), gated by z.
+
+    Args:
+        x: What is scanned.
+        z: The gate.
+        route: Positions of each route.
+        stacked: A_log (K, E, N), D (K, E), the convolutions' weight (K, E, W) and bias (K, E), x_proj (K, R + 2 N, E),
+            dt_proj's weight (K, E, R) and bias (K, E).
+        R: Rank of the time steps.
+        N: State size.
+        merge: ``sum`` for the routes' sum (B, L, E), ``keep`` for each of them (B, L, K, E).
+    """
+    A_log, D, conv_weight, conv_bias, x_weight, dt_weight, dt_bias = stacked
+    x, _ = torch.ops.triscan.causal_conv1d(
+        x, conv_weight, conv_bias, route, None, None, None, "silu", False, False, "auto"
+    )
+    low = F.linear(x.flatten(2), block_diagonal(x_weight)).unflatten(-1, [route.shape[0], -1])
+    dt, B, C = torch.split(low, [R, N, N], dim=-1)
+    dt = F.linear(dt.flatten(2), block_diagonal(dt_weight)).unflatten(-1, [route.shape[0], -1])
+    y, _, _ = torch.ops.triscan.selective_scan(
+        x, dt, decay_rates(A_log), B.unsqueeze(3), C.unsqueeze(3), D, z, dt_bias, None, route,
+        None, None, None, True, True, merge, False, False, "auto",
+    )  # fmt: skip
+    return y
+
+
 class RouteMixer(nn.Module):
     """Mamba along K routes at once: a gated scan per route with parameters of its own, the outputs averaged.
 
@@ -195,13 +222,8 @@ class RouteMixer(nn.Module):
         self.out_proj.reset_parameters()
         self.out_proj.weight /= math.sqrt(depth)
 
-    def stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The routes' parameters as the ops take them.
-
-        Returns:
-            A_log (K, E, N), D (K, E), conv weight (K, E, W) and bias (K, E), x_proj (K, R + 2 N, E), dt_proj weight
-            (K, E, R) and bias (K, E).
-        """
+    def stacked(self) -> list[Tensor]:
+        """The routes' parameters as ``scan_along`` takes them."""
         if torch.jit.is_scripting():  # which looks no attribute up by a computed name
             assert self.K == 2, "TorchScript takes models of two routes; use torch.export or torch.compile"
             A_logs, Ds = [self.A_log, self.A_b_log], [self.D, self.D_b]
@@ -219,10 +241,10 @@ class RouteMixer(nn.Module):
             xs = [getattr(self, n).weight for n in self.x_names]
             dts = [getattr(self, n).weight for n in self.dt_names]
             dt_biases = [getattr(self, n).bias for n in self.dt_names]
-        return (
+        return [
             torch.stack(A_logs), torch.stack(Ds), torch.stack(convs).squeeze(2), torch.stack(conv_biases),
             torch.stack(xs), torch.stack(dts), torch.stack(dt_biases),
-        )  # fmt: skip
+        ]  # fmt: skip
 
     @torch.jit.ignore
     def ways(self) -> list[list[Tensor]]:
@@ -259,18 +281,7 @@ class RouteMixer(nn.Module):
     def scan_along_routes(self, x: Tensor, z: Tensor, grid: list[int]) -> Tensor:
         """Convolves and scans tokens (B, M + 1, E) of a grid along the routes; the gated sum (B, M + 1, E)."""
         route = torch.ops.triscan.scan_routes(x, self.routes, grid[0], grid[1], True)
-        A_log, D, conv_weight, conv_bias, x_weight, dt_weight, dt_bias = self.stacked()
-        x, _ = torch.ops.triscan.causal_conv1d(
-            x, conv_weight, conv_bias, route, None, None, None, "silu", False, False, "auto"
-        )
-        K, R, N = self.K, self.dt_rank, self.d_state
-        dt, B, C = F.linear(x.flatten(2), block_diagonal(x_weight)).unflatten(-1, (K, -1)).split([R, N, N], dim=-1)
-        dt = F.linear(dt.flatten(2), block_diagonal(dt_weight)).unflatten(-1, (K, -1))
-        y, _, _ = torch.ops.triscan.selective_scan(
-            x, dt, decay_rates(A_log), B.unsqueeze(3), C.unsqueeze(3), D, z, dt_bias, None, route,
-            None, None, None, True, True, "sum", False, False, "auto",
-        )  # fmt: skip
-        return y
+        return scan_along(x, z, route, self.stacked(), self.dt_rank, self.d_state, "sum")
 
     def forward(self, x: Tensor, grid: list[int]) -> Tensor:
         """Mixes tokens (B, M + 1, D) of a grid of M patches, the class token at row M // 2; returns (B, M + 1, D)."""
