@@ -117,12 +117,13 @@ class SnakeMixer(nn.Module):
         x = self.conv2d(x.transpose(1, 2).unflatten(2, [height, width])).flatten(2).transpose(1, 2)
         x = F.silu(x).contiguous()
         dt, B, C = torch.split(self.x_proj(x), [self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = F.linear(dt, self.dt_proj.weight).unsqueeze(2).expand(-1, -1, 4, -1)
         directions = self.direction_Bs[tables[1].t()]  # (L, K, N)
         B = (B.unsqueeze(2) + directions.to(B.dtype)).unsqueeze(3)
         y, _, _ = torch.ops.triscan.selective_scan(
-            x, dt.unsqueeze(2).expand(-1, -1, 4, -1), decay_rates(self.A_log).expand(4, -1, -1), B,
+            x, dt, decay_rates(self.A_log).expand(4, -1, -1), B,
             C.unsqueeze(2).unsqueeze(3).expand(-1, -1, 4, -1, -1), self.D.expand(4, -1), z,
-            (2 * self.dt_proj.bias).expand(4, -1), self.dt_proj.weight.expand(4, -1, -1), tables[0],
+            (2 * self.dt_proj.bias).expand(4, -1), None, tables[0],
             None, None, None, True, False, "sum", False, False, "auto",
         )  # fmt: skip
         return self.out_proj(y)
