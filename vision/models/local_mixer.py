@@ -7,7 +7,6 @@ Dimension letters: B batch, H W grid of patches, L tokens, D model width, E inne
 routes.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from core import hippo
 from vision.models.mixer import scan_along
 from vision.models.ss2d import ChannelAttention
-from vision.tables import build_apart
+from vision.tables import Kept
 
 __all__ = ["LocalMixer", "Rotary", "rotation", "rotation_angles", "rotation_table"]
 
@@ -36,24 +35,17 @@ def rotation_angles(height: int, width: int, dim: int, length: int, device: torc
         return torch.cat((rows[:, None].expand(size), columns[None].expand(size)), dim=-1).flatten(0, 1)
 
 
-@functools.lru_cache(maxsize=64)
+@Kept
 def rotation_table(height: int, width: int, dim: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Cosines and sines (2, H W, dim) of ``rotation_angles``, kept."""
-
-    def build() -> Tensor:
-        angles = rotation_angles(height, width, dim, length, device)
-        return torch.stack((angles.cos(), angles.sin())).to(dtype)
-
-    return build_apart(build, device)
+    """Cosines and sines (2, H W, dim) of ``rotation_angles``."""
+    angles = rotation_angles(height, width, dim, length, device)
+    return torch.stack((angles.cos(), angles.sin())).to(dtype)
 
 
 @torch.library.custom_op("triscan::rotation", mutates_args=())
 def _rotation_op(like: Tensor, height: int, width: int, dim: int, length: int) -> Tensor:
     """Cosines and sines (2, H W, dim) of ``rotation_angles``, in dtype and place of ``like``: tracers keep an op."""
-    sizes = (height, width, dim, length, like.dtype, like.device)
-    if like.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph's memory is not to be kept beyond it
-        return rotation_table.__wrapped__(*sizes)
-    return rotation_table(*sizes).clone()
+    return rotation_table(height, width, dim, length, like.dtype, like.device).clone()
 
 
 @_rotation_op.register_fake

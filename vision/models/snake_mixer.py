@@ -7,7 +7,6 @@ Dimension letters: B batch, H W grid of patches, L = H W tokens, D model width, 
 K = 4 routes.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from core import hippo
 from core.mixers.mamba import decay_rates
 from vision.routes import scan_routes
-from vision.tables import build_apart
+from vision.tables import Kept
 
 __all__ = ["SNAKES", "SnakeMixer", "snake_tables"]
 
@@ -28,30 +27,24 @@ torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in 
 SNAKES = ("snake", "snake_reversed", "snake_columns", "snake_columns_reversed")
 
 
-@functools.lru_cache(maxsize=64)
+@Kept
 def snake_tables(height: int, width: int, device: torch.device) -> Tensor:
     """The four snakes and what step led to each of their positions.
 
     Returns:
         (2, K, L) int32: token, and direction of the step into it: 0 start, 1 right, 2 left, 3 up, 4 down.
     """
-
-    def build() -> Tensor:
-        with torch.device(device):
-            tokens = scan_routes(SNAKES, height, width)
-            rows, columns = tokens // width, tokens % width
-            down, right = (F.pad(t.diff(dim=1), (1, 0)) for t in (rows, columns))
-            steps = (right == 1) * 1 + (right == -1) * 2 + (down == -1) * 3 + (down == 1) * 4
-            return torch.stack((tokens, steps.to(torch.int32)))
-
-    return build_apart(build, device)
+    with torch.device(device):
+        tokens = scan_routes(SNAKES, height, width)
+        rows, columns = tokens // width, tokens % width
+        down, right = (F.pad(t.diff(dim=1), (1, 0)) for t in (rows, columns))
+        steps = (right == 1) * 1 + (right == -1) * 2 + (down == -1) * 3 + (down == 1) * 4
+        return torch.stack((tokens, steps.to(torch.int32)))
 
 
 @torch.library.custom_op("triscan::snake_tables", mutates_args=())
 def _snake_tables(tokens: Tensor, height: int, width: int) -> Tensor:
     """``snake_tables`` on the device of ``tokens``: an op, so that tracers keep it."""
-    if tokens.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph's memory is not to be kept beyond it
-        return snake_tables.__wrapped__(height, width, tokens.device)
     return snake_tables(height, width, tokens.device).clone()
 
 
