@@ -16,8 +16,8 @@ from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from core import hippo
+from vision.models.maps import ChannelAttention
 from vision.models.mixer import scan_along
-from vision.models.ss2d import ChannelAttention
 from vision.tables import Kept
 
 __all__ = ["LocalMixer", "Rotary", "rotation", "rotation_angles", "rotation_table"]
