@@ -174,4 +174,6 @@ class LocalMixer(nn.Module):
         ]
         x, z = self.in_proj(x).chunk(2, dim=-1)
         y = scan_along(x, z, route, stacked, self.dt_rank, self.d_state, "keep")
-        return self.out_proj((y * self.attn(y)).sum(2))
+        # The routes' weighed sum times out_proj: their weights go into the product, which then reads each route once.
+        weight = self.out_proj.weight.t().to(y.dtype) * self.attn(y).transpose(1, 2).transpose(2, 3)  # (B, K, E, D)
+        return torch.bmm(y.flatten(2), weight.flatten(1, 2))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from core import hippo
 from core.mixers.mamba import decay_rates
+from vision.models.ready import filled_up
 from vision.routes import scan_routes
 from vision.tables import Kept
 
@@ -109,8 +110,11 @@ class SnakeMixer(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = self.conv2d(x.transpose(1, 2).unflatten(2, [height, width])).flatten(2).transpose(1, 2)
         x = F.silu(x).contiguous()
-        dt, B, C = torch.split(self.x_proj(x), [self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = F.linear(dt, self.dt_proj.weight).unsqueeze(2).expand(-1, -1, 4, -1)
+        x_weight, dt_weight = filled_up(self.x_proj.weight, self.dt_proj.weight, self.dt_rank)
+        low, N = F.linear(x, x_weight), self.d_state
+        # B's first columns fill the time steps' up: they meet dt_proj's zeros.
+        dt = F.linear(low[..., : dt_weight.shape[1]], dt_weight).unsqueeze(2).expand(-1, -1, 4, -1)
+        B, C = low[..., self.dt_rank : self.dt_rank + N], low[..., self.dt_rank + N : self.dt_rank + 2 * N]
         directions = self.direction_Bs[tables[1].t()]  # (L, K, N)
         B = (B.unsqueeze(2) + directions.to(B.dtype)).unsqueeze(3)
         y, _, _ = torch.ops.triscan.selective_scan(
