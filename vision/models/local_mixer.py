@@ -162,18 +162,16 @@ class LocalMixer(nn.Module):
         assert bias_1 is not None
         assert bias_2 is not None
         assert bias_3 is not None
-        convs = [self.conv1d_0.weight, self.conv1d_1.weight, self.conv1d_2.weight, self.conv1d_3.weight]
-        stacked = [
-            torch.stack([self.A_log_0, self.A_log_1, self.A_log_2, self.A_log_3]),
-            torch.stack([self.D_0, self.D_1, self.D_2, self.D_3]),
-            torch.stack(convs).squeeze(2),
-            torch.stack([bias_0, bias_1, bias_2, bias_3]),
-            torch.stack([self.x_proj_0.weight, self.x_proj_1.weight, self.x_proj_2.weight, self.x_proj_3.weight]),
-            torch.stack([self.dt_proj_0.weight, self.dt_proj_1.weight, self.dt_proj_2.weight, self.dt_proj_3.weight]),
-            torch.stack([self.dt_proj_0.bias, self.dt_proj_1.bias, self.dt_proj_2.bias, self.dt_proj_3.bias]),
+        x_0, x_1, x_2, x_3 = self.x_proj_0.weight, self.x_proj_1.weight, self.x_proj_2.weight, self.x_proj_3.weight
+        dt_0, dt_1, dt_2, dt_3 = self.dt_proj_0, self.dt_proj_1, self.dt_proj_2, self.dt_proj_3
+        ways = [
+            [self.A_log_0, self.D_0, self.conv1d_0.weight, bias_0, x_0, dt_0.weight, dt_0.bias],
+            [self.A_log_1, self.D_1, self.conv1d_1.weight, bias_1, x_1, dt_1.weight, dt_1.bias],
+            [self.A_log_2, self.D_2, self.conv1d_2.weight, bias_2, x_2, dt_2.weight, dt_2.bias],
+            [self.A_log_3, self.D_3, self.conv1d_3.weight, bias_3, x_3, dt_3.weight, dt_3.bias],
         ]
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        y = scan_along(x, z, route, stacked, self.dt_rank, self.d_state, "keep")
+        y = scan_along(x, z, route, ways, self.dt_rank, self.d_state, "keep")
         # The routes' weighed sum times out_proj: their weights go into the product, which then reads each route once.
         weight = self.out_proj.weight.t().to(y.dtype) * self.attn(y).transpose(1, 2).transpose(2, 3)  # (B, K, E, D)
         return torch.bmm(y.flatten(2), weight.flatten(1, 2))
