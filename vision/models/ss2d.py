@@ -66,6 +66,7 @@ class MapMixer(nn.Module):
         check_routes(routes, 4, 4)
         self.routes, self.gated = ",".join(routes), gated
         self.K, self.R, self.N = len(routes), rank, d_state
+        self.fill = 0  # columns of zeros in front of a route's time steps
         self.in_proj = nn.Linear(dim, 2 * inner if gated else inner, bias=False, **dd)
         self.conv2d = DepthwiseConv2d(inner, 3, act, conv_bias, **dd)
         self.x_proj_weight = nn.Parameter(torch.empty(self.K, rank + 2 * d_state, inner, **dd))
@@ -80,9 +81,11 @@ class MapMixer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What x_proj gives for tokens (B, L, E): (B, L, K, R) for the time steps, B and C (B, L, K, 1, N)."""
-        low = F.linear(x, self.x_proj_weight.flatten(0, 1)).unflatten(-1, (self.K, -1))
-        dt, B, C = low.split([self.R, self.N, self.N], dim=-1)
-        return dt, B.unsqueeze(3), C.unsqueeze(3)
+        weight, sizes = self.x_proj_weight, [self.R, self.N, self.N]
+        if self.fill > 0:
+            weight, sizes = F.pad(weight, [0, 0, self.fill, 0]), [self.fill, self.R, self.N, self.N]
+        parts = F.linear(x, weight.flatten(0, 1)).unflatten(-1, (self.K, -1)).split(sizes, dim=-1)
+        return parts[-3], parts[-2].unsqueeze(3), parts[-1].unsqueeze(3)
 
     def scan(self, x: Tensor, route: Tensor) -> Tensor:
         """Mixes tokens (B, L, E) along ``route`` (K, positions); returns (B, L, E)."""
@@ -132,6 +135,7 @@ class SS2D(MapMixer):
     ) -> None:
         inner = int(expand * dim)
         super().__init__(dim, inner, routes, conv_bias, gated, "silu", math.ceil(dim / 16), d_state, device, dtype)
+        self.fill = -self.R % 4 if d_state % 4 == 0 else 0  # B and C then lie where a GPU reads four at once
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         wide = {"device": device, "dtype": torch.float64 if dtype == torch.float64 else torch.float32}
         self.dt_projs_weight = nn.Parameter(torch.empty(self.K, inner, self.R, **dd))
