@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(256) reduce(const Args a) {
     if (!in_map(a, row)) return;
     if (!TABLE) row = (int)a.first + (int)a.sign * row;
     const i64 stride = a.slots * a.K * a.G * CHUNK * 2 * a.N;
-    float sum = sum_of(reinterpret_cast<const Part*>(a.partial) + (i64)run * CHUNK + threadIdx.x % CHUNK, stride, (int)a.blocks);
+    float sum = sum_of(reinterpret_cast<const Part*>(a.partial) + (i64)run * CHUNK + threadIdx.x % CHUNK, stride, (int)a.blocks / ROUNDS);
     if (CUT) sum *= UNCUT;
     i64 to = (((b * a.L + row) * a.K + k) * a.G + g) * a.N + n;
     if (which) put(reinterpret_cast<TC*>(a.dC)[to], sum);
