@@ -51,7 +51,7 @@ def reals(p: Problem) -> int:
 
 
 def apart(p: Problem, states: int) -> int:
-    """Chunks from one saved state to the next. Of many states in 16 bits they would take more room than anything else."""
+    """Chunks from one saved state to the next: of many states they would take more room than the maps in 16 bits."""
     return 2 if states > MOST // 2 and p.x.dtype != torch.float32 and p.cu_seqlens is None else 1
 
 
