@@ -28,7 +28,7 @@ from kernels.selective_scan.cuda_launch import (
     shape_for,
 )
 from kernels.selective_scan.cuda_shape import properties
-from kernels.selective_scan.cuda_states import Part, doubled, joined, parts_of, real, saved_from, saved_slots
+from kernels.selective_scan.cuda_states import Part, doubled, joined, parts_of, real, saved_from
 from kernels.selective_scan.cuda_sums import THREADS, Held
 from kernels.selective_scan.outputs import MapGradients, finished_y, new_map, new_y
 from kernels.selective_scan.problem import Problem
@@ -64,7 +64,7 @@ def forward(p: Problem, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         y ``(B, L, D)`` or ``(B, L, K, D)`` in x's dtype, the final state ``(S, K, D, N)``, and the state before each
-        chunk ``(saved_slots, K, N, D)``, zero in slots that belong to no chunk.
+        chunk ``(slots, K, N, D)``, zero in slots that belong to no chunk.
     """
     from kernels.selective_scan import cuda_few
 
@@ -75,7 +75,7 @@ def forward(p: Problem, exact: bool = False) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _forward(p: Problem, exact: bool) -> tuple[Tensor, Tensor, Tensor]:
-    saved = torch.empty((saved_slots(p), p.routes, p.state, p.channels), dtype=p.state_dtype, device=p.x.device)
+    saved = torch.empty((p.slots, p.routes, p.state, p.channels), dtype=p.state_dtype, device=p.x.device)
     if p.cu_seqlens is not None:
         saved.zero_()
     parts = parts_of(p)

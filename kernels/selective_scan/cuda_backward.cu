@@ -136,114 +136,86 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
     for (int slot = last - 1; slot >= first; slot--) {
         const int place = (slot - (int)p.base) * CHUNK;
         const int parts = PACKED ? PARTS : (min(CHUNK, (int)a.P - place) + T - 1) / T;
+        // 1. Everything the slot's steps need: first all loads, then what is made of them.
         float h[S];
 #pragma unroll
         for (int i = 0; i < S && !ENDS; i++) {
             bool live = own && (WHOLE_N || p.q * S + i < (int)a.N);
             h[i] = live ? *saved_at(a, p, slot, i) : 0.0f;
         }
-        // With states saved further apart, the walk begins some slots before.
-#pragma unroll 1
-        for (int walked = slot - (ENDS ? 0 : (slot - (int)p.base) % APART); walked <= slot; walked++) {
-            const bool before = APART > 1 && walked < slot;
-            const int place = (walked - (int)p.base) * CHUNK;
-            // 1. Everything the slot's steps need: first all loads, then what is made of them.
-            constexpr int ROWS = (CHUNK * RS + NT - 1) / NT, BROWS = (CHUNK * BT + NT - 1) / NT;
-            constexpr int ONCE = (PRECISE ? 4 : 8) * 2 / (VS == 4 ? 4 : 2);  // rows
-            Raw<TB, VN> vB[BROWS];
-            Raw<TC, VN> vC[BROWS];
+        constexpr int ROWS = (CHUNK * RS + NT - 1) / NT, BROWS = (CHUNK * BT + NT - 1) / NT;
+        constexpr int ONCE = (PRECISE ? 4 : 8) * 2 / (VS == 4 ? 4 : 2);  // rows
+        Raw<TB, VN> vB[BROWS];
+        Raw<TC, VN> vC[BROWS];
 #pragma unroll
-            for (int i = 0; i < BROWS; i++) {
-                int item = tid + i * NT, r = item / BT, n = item % BT * VN;
-                bool inside = CHUNK * BT % NT == 0 || r < CHUNK;
-                int row = inside ? row_of(a, entry_of(a, p.b, p.k, place + r), place + r) : -1;
-                bool live = inside && in_map(a, row) && (WHOLE_N || n < (int)a.N);
-                if (!CONST_B && !ENDS) vB[i] = load<VN>(B_rows[row] + n * (int)a.B_n, live);
-                if (!CONST_C) vC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live && !before);
-            }
-            float bias[VS];
-#pragma unroll
-            for (int i = 0; i < VS; i++)
-                bias[i] = HAS_BIAS && staged ? reinterpret_cast<const float*>(a.bias)[p.k * a.channels + p.d0 + stage_col + i] : 0.0f;
-#pragma unroll 1  // precise softplus and sigmoid are long: once is enough for the compiler
-            for (int half = 0; half < ROWS; half += ONCE) {
-                Raw<TX, VS> vx[ONCE];
-                Raw<TDT, VS> vdt[ONCE];
-                Raw<TDY, VS> vdy[ONCE];
-                Raw<TZ, VS> vz[ONCE];
-                int entry[ONCE];
-#pragma unroll
-                for (int i = 0; i < ONCE; i++) {
-                    int r = stage0 + (half + i) * (NT / RS);
-                    bool inside = half + i < ROWS && (CHUNK * RS % NT == 0 || r < CHUNK);
-                    entry[i] = inside ? entry_of(a, p.b, p.k, place + r) : -2;
-                    int token = token_of(entry[i]), row = row_of(a, entry[i], place + r);
-                    bool in = inside && staged && in_map(a, token);
-                    vx[i] = load<VS>(x[token] + shift, in);
-                    vdt[i] = load<VS>(dt[row] + shift, inside && staged && in_map(a, row), !TABLE && SOFTPLUS ? FAR_BELOW<TDT> : 0);
-                    vdy[i] = load<VS>(dy[token] + shift, in && !before);
-                    if (HAS_Z) vz[i] = load<VS>(z[token] + shift, in && !before);
-                }
-#pragma unroll
-                for (int i = 0; i < ONCE; i++) {
-                    int r = stage0 + (half + i) * (NT / RS);
-                    if (half + i >= ROWS || CHUNK * RS % NT && r >= CHUNK) continue;
-                    float steps[2 * VS], gated[VS];
-#pragma unroll
-                    for (int v = 0; v < VS; v++) {
-                        float step = softplus(vdt[i][v] + bias[v]);
-                        if (TABLE || !SOFTPLUS) step = is_step(a, entry[i]) ? step : 0.0f;
-                        steps[2 * v] = step;
-                        steps[2 * v + 1] = step * vx[i][v];
-                        gated[v] = vdy[i][v];
-                        if (HAS_Z) gated[v] *= vz[i][v] * sigmoid(vz[i][v]);
-                    }
-                    store<2 * VS>(&s_chan[r][slot_of(2 * stage_col)], steps);
-                    store<VS>(&s_dy[r][stage_col], gated);
-                    if (RESTARTS && stage_col == 0) s_keep[r] = entry[i] <= -3 ? 0.0f : 1.0f;
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < BROWS; i++) {
-                int item = tid + i * NT, r = item / BT, n = item % BT * VN;
-                if (CHUNK * BT % NT && r >= CHUNK) continue;
-                if (!CONST_B && !ENDS) stage_states(&s_B[r][n], vB[i]);
-                if (!CONST_C) stage_states(&s_C[r][n], vC[i]);
-            }
-            if (slot > first && !before && tid < CHUNK) {  // the next slot's rows on their way to the second-level cache
-                int token = token_of(entry_of(a, p.b, p.k, place - CHUNK + tid));
-                int from = p.d0 - dc;
-                if (in_map(a, token)) {
-                    asm volatile("prefetch.global.L2 [%0];" ::"l"(x[token] + from));
-                    asm volatile("prefetch.global.L2 [%0];" ::"l"(dy[token] + from));
-                    if (AT_TOKEN) asm volatile("prefetch.global.L2 [%0];" ::"l"(dt[token] + from));
-                    if (HAS_Z) asm volatile("prefetch.global.L2 [%0];" ::"l"(z[token] + from));
-                }
-            }
-            __syncthreads();
-#if !ENDS
-            // 2. The state before each part of T steps.
-            if (p.walks()) {
-                store<S>(s_h[0][tid], h);
-#pragma unroll 1
-                for (int part = 0; part < (before ? PARTS : parts - 1); part++) {
-#pragma unroll
-                    for (int j = 0; j < T; j++) {
-                        const int t = part * T + j;
-                        float2 c = *reinterpret_cast<const float2*>(&s_chan[t][own_chan]);
-                        if (!CONST_B) fetch<S>(B, &s_B[t][p.q * S]);
-                        float e[S], u[S];
-                        rates.decays(e, c.x, RESTARTS ? s_keep[t] : 1.0f);
-#pragma unroll
-                        for (int i = 0; i < S; i++) u[i] = c.y * B[i];
-                        step(h, e, u);
-                    }
-                    if (APART == 1 || part + 1 < PARTS) store<S>(s_h[part + 1][tid], h);
-                }
-            }
-            if (before) __syncthreads();
-#endif
+        for (int i = 0; i < BROWS; i++) {
+            int item = tid + i * NT, r = item / BT, n = item % BT * VN;
+            bool inside = CHUNK * BT % NT == 0 || r < CHUNK;
+            int row = inside ? row_of(a, entry_of(a, p.b, p.k, place + r), place + r) : -1;
+            bool live = inside && in_map(a, row) && (WHOLE_N || n < (int)a.N);
+            if (!CONST_B && !ENDS) vB[i] = load<VN>(B_rows[row] + n * (int)a.B_n, live);
+            if (!CONST_C) vC[i] = load<VN>(C_rows[row] + n * (int)a.C_n, live);
         }
+        float bias[VS];
+#pragma unroll
+        for (int i = 0; i < VS; i++)
+            bias[i] = HAS_BIAS && staged ? reinterpret_cast<const float*>(a.bias)[p.k * a.channels + p.d0 + stage_col + i] : 0.0f;
+#pragma unroll 1  // precise softplus and sigmoid are long: once is enough for the compiler
+        for (int half = 0; half < ROWS; half += ONCE) {
+            Raw<TX, VS> vx[ONCE];
+            Raw<TDT, VS> vdt[ONCE];
+            Raw<TDY, VS> vdy[ONCE];
+            Raw<TZ, VS> vz[ONCE];
+            int entry[ONCE];
+#pragma unroll
+            for (int i = 0; i < ONCE; i++) {
+                int r = stage0 + (half + i) * (NT / RS);
+                bool inside = half + i < ROWS && (CHUNK * RS % NT == 0 || r < CHUNK);
+                entry[i] = inside ? entry_of(a, p.b, p.k, place + r) : -2;
+                int token = token_of(entry[i]), row = row_of(a, entry[i], place + r);
+                bool in = inside && staged && in_map(a, token);
+                vx[i] = load<VS>(x[token] + shift, in);
+                vdt[i] = load<VS>(dt[row] + shift, inside && staged && in_map(a, row), !TABLE && SOFTPLUS ? FAR_BELOW<TDT> : 0);
+                vdy[i] = load<VS>(dy[token] + shift, in);
+                if (HAS_Z) vz[i] = load<VS>(z[token] + shift, in);
+            }
+#pragma unroll
+            for (int i = 0; i < ONCE; i++) {
+                int r = stage0 + (half + i) * (NT / RS);
+                if (half + i >= ROWS || CHUNK * RS % NT && r >= CHUNK) continue;
+                float steps[2 * VS], gated[VS];
+#pragma unroll
+                for (int v = 0; v < VS; v++) {
+                    float step = softplus(vdt[i][v] + bias[v]);
+                    if (TABLE || !SOFTPLUS) step = is_step(a, entry[i]) ? step : 0.0f;
+                    steps[2 * v] = step;
+                    steps[2 * v + 1] = step * vx[i][v];
+                    gated[v] = vdy[i][v];
+                    if (HAS_Z) gated[v] *= vz[i][v] * sigmoid(vz[i][v]);
+                }
+                store<2 * VS>(&s_chan[r][slot_of(2 * stage_col)], steps);
+                store<VS>(&s_dy[r][stage_col], gated);
+                if (RESTARTS && stage_col == 0) s_keep[r] = entry[i] <= -3 ? 0.0f : 1.0f;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < BROWS; i++) {
+            int item = tid + i * NT, r = item / BT, n = item % BT * VN;
+            if (CHUNK * BT % NT && r >= CHUNK) continue;
+            if (!CONST_B && !ENDS) stage_states(&s_B[r][n], vB[i]);
+            if (!CONST_C) stage_states(&s_C[r][n], vC[i]);
+        }
+        if (slot > first && tid < CHUNK) {  // the next slot's rows on their way to the second-level cache
+            int token = token_of(entry_of(a, p.b, p.k, place - CHUNK + tid));
+            int from = p.d0 - dc;
+            if (in_map(a, token)) {
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(x[token] + from));
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(dy[token] + from));
+                if (AT_TOKEN) asm volatile("prefetch.global.L2 [%0];" ::"l"(dt[token] + from));
+                if (HAS_Z) asm volatile("prefetch.global.L2 [%0];" ::"l"(z[token] + from));
+            }
+        }
+        __syncthreads();
 #if ENDS
 #pragma unroll 16
         for (int t = p.walks() ? CHUNK - 1 : -1; t >= 0; t--) {
@@ -256,6 +228,25 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
             add_step(total, dt, keep);
         }
 #else
+        // 2. The state before each part of T steps.
+        if (p.walks()) {
+            store<S>(s_h[0][tid], h);
+#pragma unroll 1
+            for (int part = 0; part < parts - 1; part++) {
+#pragma unroll
+                for (int j = 0; j < T; j++) {
+                    const int t = part * T + j;
+                    float2 c = *reinterpret_cast<const float2*>(&s_chan[t][own_chan]);
+                    if (!CONST_B) fetch<S>(B, &s_B[t][p.q * S]);
+                    float e[S], u[S];
+                    rates.decays(e, c.x, RESTARTS ? s_keep[t] : 1.0f);
+#pragma unroll
+                    for (int i = 0; i < S; i++) u[i] = c.y * B[i];
+                    step(h, e, u);
+                }
+                store<S>(s_h[part + 1][tid], h);
+            }
+        }
         // 3. Part by part from the last: the states again, and back over them.
 #pragma unroll 1
         for (int part = parts - 1; part >= 0; part--) {

@@ -242,7 +242,7 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, const Rates 
         wait_for(shared.staged + buf, tile >> 1);
         if (!ENDS && a.saved && tile % (CHUNK / T) == 0) {
 #pragma unroll
-            for (int m = 0; m < CH && (APART == 1 || (slot - p.base) % APART == 0); m++)
+            for (int m = 0; m < CH; m++)
 #pragma unroll
                 for (int i = 0; i < S; i++)
                     if (p.of(m).owns() && (WHOLE_N || p.q * S + i < (int)a.N)) *saved_at(a, p.of(m), slot, i) = h[m][i];

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernels import nvrtc
 from kernels.selective_scan.cuda_shape import Shape, shape_of
-from kernels.selective_scan.cuda_states import MOST, Part, apart, reals
+from kernels.selective_scan.cuda_states import MOST, Part, reals
 from kernels.selective_scan.cuda_sums import Sums
 from kernels.selective_scan.problem import Problem
 from kernels.selective_scan.triton_plan import Plan
@@ -115,7 +115,7 @@ def macros_of(part: Part, dy: Tensor | None, shape: Shape) -> dict[str, str | in
     real = {n: TYPES[t.dtype] for n, t in (("TX", p.x), ("TDT", p.dt), ("TB", p.B), ("TC", p.C))}
     return {
         "ENDS": 0, "T": shape.part, "TY": "float", "HAS_INITIAL": 0, "EXACT": 0, "ADD": 0, **real,
-        "FORWARD": dy is None, "APART": apart(p, part.of), "PAIRS": part.pairs, "RESTARTS": p.code is not None,
+        "FORWARD": dy is None, "PAIRS": part.pairs, "RESTARTS": p.code is not None,
         "S": shape.states, "CH": shape.each, "LN": shape.lanes,
         "NW": shape.warps, "EXTRA": shape.extra, "BLOCKS": shape.resident, "ROUNDS": shape.rounds,
         "V": staged if dy is None else min(2, staged),  # with 2, all threads of a block have gradients to write

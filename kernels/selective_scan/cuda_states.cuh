@@ -141,10 +141,8 @@ struct Span {
     }
 };
 
-// Where the state of this thread before a slot is kept, or that before the last slot which has one, a slot in APART: by
-// state, then channel, the parts of a complex number together.
+// The state of this thread before a slot, as it is kept: by state, then channel, the parts of a complex number together.
 __device__ __forceinline__ float* saved_at(const Args& a, const Place& p, i64 slot, int i) {
-    if (APART > 1) slot = p.s * ((a.per_row + APART - 1) / APART) + (slot - p.base) / APART;
     float* states = reinterpret_cast<float*>(a.saved) + (slot * a.K + p.k) * a.saved_n * a.channels;
     const i64 n = p.q * S + i, d = p.d0 + p.ch;
     return states + (PAIRS ? n / 2 * 2 * a.channels + 2 * d + n % 2 : n * a.channels + d);

@@ -50,17 +50,6 @@ def reals(p: Problem) -> int:
     return 2 * p.state if p.is_complex else p.state
 
 
-def apart(p: Problem, states: int) -> int:
-    """Chunks from one saved state to the next: of many states they would take more room than the maps in 16 bits."""
-    return 2 if states > MOST // 2 and p.x.dtype != torch.float32 and p.cu_seqlens is None else 1
-
-
-def saved_slots(p: Problem) -> int:
-    """How many states the forward saves."""
-    each = apart(p, reals(p))
-    return p.slots if each == 1 else p.batch * -(-p.chunks // each)
-
-
 def real(t: Tensor) -> Tensor:
     """``(..., N)`` complex as ``(..., 2 N)`` real."""
     return torch.view_as_real(t.resolve_conj().contiguous()).flatten(-2)

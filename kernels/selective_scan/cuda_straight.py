@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels import nvrtc, plans
 from kernels.selective_scan import cuda_few
 from kernels.selective_scan.cuda_launch import PLACES, TYPES, Launch, backward_macros, forward_macros
-from kernels.selective_scan.cuda_states import MOST, Part, saved_slots
+from kernels.selective_scan.cuda_states import MOST, Part
 from kernels.selective_scan.cuda_sums import THREADS
 from kernels.selective_scan.exactness import exact
 from kernels.selective_scan.problem import Problem, make_problem
@@ -128,7 +128,7 @@ class Forward:
         launch = Launch(Part(p, 0, p.state, pairs=False))
         self.base, self.blocks, self.threads = launch.recipe.base, launch.blocks, launch.threads
         self.final = (p.batch, p.channels, p.state) if final else None
-        self.saved = (saved_slots(p), 1, p.state, p.channels)
+        self.saved = (p.slots, 1, p.state, p.channels)
         macros, shared = forward_macros(launch.shape, exact), 4 * launch.shape.forward_words
         self.kernel = launch.kernel(
             "forward", shared, **macros, TY=TYPES[p.x.dtype], HAS_INITIAL=p.initial_state is not None, ADD=False

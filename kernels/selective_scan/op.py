@@ -16,7 +16,6 @@ from kernels.backend import resolve
 from kernels.checks import autocast_dtype, owned
 from kernels.plans import Plans
 from kernels.registration import op, plain, simple, unwatched
-from kernels.selective_scan.cuda_states import saved_slots
 from kernels.selective_scan.exactness import exact
 from kernels.selective_scan.outputs import like, unprojected
 from kernels.selective_scan.problem import Problem, make_problem, project
@@ -161,8 +160,7 @@ def _(
     y = x.new_empty((p.batch, p.length, *((p.routes,) if keep else ()), p.channels))
     lead = (p.routes,) if route is not None else ()
     size = (p.sequences, *lead, p.channels, p.state) if return_final_state else (0,)
-    slots = saved_slots(p) if _resolve(p, backend) == "cuda" else p.slots
-    saved = x.new_empty((slots, p.routes, p.state, p.channels), dtype=p.state_dtype)
+    saved = x.new_empty((p.slots, p.routes, p.state, p.channels), dtype=p.state_dtype)
     return y, x.new_empty(size, dtype=p.state_dtype), saved
 
 

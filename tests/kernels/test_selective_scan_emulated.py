@@ -98,17 +98,6 @@ def test_rounds_of_the_backward(dtype: torch.dtype, states: int, monkeypatch: py
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["slices", "complex", "straight"])
-def test_states_saved_further_apart(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    supports = cuda_straight.supports
-    monkeypatch.setattr(cuda_straight, "supports", lambda p: form == "straight" and supports(p))
-    monkeypatch.setattr(cuda_sums, "LEAST", 1)
-    states = dict(N=20, complex_=True) if form == "complex" else dict(N=40)
-    tensors = inputs(B=1, L=3 * CHUNK + 9, D=9, options=FULL, **states)
-    check(tensors, "auto", "cpu", BF16, reverse=form == "slices")
-
-
-@pytest.mark.slow
 @interpreted
 def test_routes() -> None:
     check(inputs(B=2, L=40, D=32, N=4, K=2, G=2, P=CHUNK + 2, options=FULL), "auto", "cpu", BF16)

@@ -135,17 +135,6 @@ def test_rounds_equal_blocks(dtype: torch.dtype, state: int, reverse: bool, monk
 
 @gpu
 @needs_gpu
-@pytest.mark.parametrize("segments", [1, 3])
-@pytest.mark.parametrize("states", [dict(N=64), dict(N=20, complex_=True), dict(N=80)])
-def test_states_saved_further_apart(segments: int, states: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    cut_in(segments, monkeypatch)
-    monkeypatch.setattr(cuda_sums, "LEAST", 1)
-    tensors = inputs(B=2, L=7 * CHUNK + 9, D=40, options=FULL, **states)
-    check(tensors, "cuda", "cuda", torch.bfloat16, reverse=segments > 1)
-
-
-@gpu
-@needs_gpu
 @pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_segments_forget_no_more_than_they_may(slow: bool, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
