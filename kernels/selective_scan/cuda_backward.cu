@@ -405,25 +405,31 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
             turn++;
         }
         if (LOCAL) __syncthreads();
-        // 5. The slot's dB and dC.
+        // 5. The slot's dB and dC, on top of those of the rounds before: first all loads, for a thread waits once.
         if (SUMS) {
             Part* to = partial + (((slot + shares) * a.K + p.k) * a.G + p.g) * CHUNK * 2 * a.N;
-#pragma unroll 4
-            for (int i = tid * VN; i < CHUNK * 2 * NP; i += NT * VN) {
-                int j = i / (2 * NP), which = i / NP & 1, n = i % NP;
-                float sum[VN];
-                fetch<VN>(sum, &s_B[j][n] + which * TO_C);
-                Pack<Part, VN> part;
-                Part* at = to + (j * 2 + which) * (int)a.N + n;
-                const bool live = WHOLE_N || n < (int)a.N;
-                if (ROUNDS > 1 && round > 0) {  // on top of those of the groups before
-                    const Raw<Part, VN> before = load<VN>(at, live);
+            constexpr int MANY = CHUNK * 2 * NP, EACH = 4;  // numbers, and how many times VN of them a thread takes at once
+#pragma unroll 1
+            for (int i0 = tid * VN; i0 < MANY; i0 += EACH * NT * VN) {
+                Raw<Part, VN> before[EACH];
+                auto place_of = [&](int i) { return to + i / NP * (int)a.N + i % NP; };
+                auto lives = [&](int i) { return i < MANY && (WHOLE_N || i % NP < (int)a.N); };
 #pragma unroll
-                    for (int v = 0; v < VN; v++) sum[v] += before[v];
+                for (int m = 0; m < EACH && ROUNDS > 1; m++) {
+                    const int i = i0 + m * NT * VN;
+                    before[m] = load<VN>(place_of(i), round > 0 && lives(i));
                 }
 #pragma unroll
-                for (int v = 0; v < VN; v++) put(part.v[v], sum[v]);
-                save(at, part, live);
+                for (int m = 0; m < EACH; m++) {
+                    const int i = i0 + m * NT * VN;
+                    if (i >= MANY) break;
+                    float sum[VN];
+                    fetch<VN>(sum, &s_B[i / (2 * NP)][i % NP] + (i / NP & 1) * TO_C);
+                    Pack<Part, VN> part;
+#pragma unroll
+                    for (int v = 0; v < VN; v++) put(part.v[v], ROUNDS > 1 ? sum[v] + before[m][v] : sum[v]);
+                    save(place_of(i), part, lives(i));
+                }
             }
             __syncthreads();
         }

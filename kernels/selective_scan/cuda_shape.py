@@ -15,6 +15,7 @@ from kernels.selective_scan.problem import CHUNK
 WARPS = 4  # of a block
 SHORT = 4096 // CHUNK  # chunks of a sequence that is walked in small tiles
 ROUNDS = 4  # at most: each rounds the sums of the backward
+SLICED = 1024 // CHUNK  # chunks of a sequence that the backward goes over in slices (``cuda_sums``) instead of rounds
 
 
 @functools.cache
@@ -119,7 +120,8 @@ def shape_of(
     tile, part = 16 if small else 32, 8 if states <= 4 else 4
     found = Shape(lanes, states, 1, tile, part, warps, extra, resident, width, blocks, segments)
     if backward:
-        return found if segments > 1 else found._replace(rounds=_rounds(blocks, scans, cores * resident))
+        few = segments == 1 and slots < SLICED
+        return found._replace(rounds=_rounds(blocks, scans, cores * resident)) if few else found
     if wide or pairs or lanes < 4:
         return found
     single = None if table else _single(found, channels, scans, slots, cores, memory)
@@ -128,7 +130,7 @@ def shape_of(
 
 
 def _rounds(blocks: int, scans: int, room: int) -> int:
-    """So many that the GPU, which has room for so many blocks at once, takes no longer; the sums' parts get fewer."""
+    """As many as keep the GPU, which has room for so many blocks at once, busy no longer: the sums' parts get fewer."""
 
     def time(rounds: int) -> int:
         return -(-scans * blocks // (rounds * room)) * rounds

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 THREADS = 256  # of a block that adds up
 LEAST = 8  # chunks of a slice: the launches of shorter ones cost more than they save
+BRIEF = 3  # the same of short segments
 
 
 class Sums:
@@ -58,12 +59,17 @@ class Sums:
         self.kept = p.sequences * shape.segments * p.routes * p.channels * p.state if self.slices > 1 else 0
 
     def _slices(self, p: Problem, shape: Shape) -> int:
-        """So many that the shares of one take no more room than the states that forward saved, if there are enough."""
+        """So many that the shares of one take no more room than the states that forward saved, if there are enough.
+
+        Short segments, each with sums of its own, are cut once more.
+        """
         if p.cu_seqlens is not None or not self.maps or not self.chunks:
             return 1
         blocks = shape.blocks // shape.rounds * p.groups
         bytes_ = -(-2 * CHUNK * blocks // p.channels // (1 + self.halves))  # over those of the states
         slices = max(1, min(bytes_, self.chunks // LEAST))
+        if slices == 1 and shape.segments > 1:
+            slices = max(1, min(bytes_ + 1, self.chunks // BRIEF))
         return -(-self.chunks // -(-self.chunks // slices))  # none of them empty
 
     def bounds(self, i: int) -> dict[str, int]:
