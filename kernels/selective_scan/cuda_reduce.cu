@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(256) reduce(const Args a) {
     if (!TABLE) row = (int)a.first + (int)a.sign * row;
     const i64 stride = a.slots * a.K * a.G * CHUNK * 2 * a.N;
     float sums[W];
-    sum_up(sums, reinterpret_cast<const Part*>(a.partial) + (i64)run * CHUNK + in_run, stride, (int)a.blocks);
+    sum_up(sums, reinterpret_cast<const Part*>(a.partial) + (i64)run * CHUNK + in_run, stride, (int)a.blocks / ROUNDS);
     Pack<TB, W> dB;
     Pack<TC, W> dC;
 #pragma unroll
