@@ -24,7 +24,7 @@ from kernels.selective_scan.problem import CHUNK as SLOT
 from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd import triton_plan
 from kernels.ssd.problem import Problem
-from kernels.ssd.triton_boxes import rows_box, states_box, with_even_rows
+from kernels.ssd.triton_boxes import as_lines, rows_box, states_box, with_even_rows
 from kernels.ssd.triton_ddt import ddt_kernel, join_kernel, sums_kernel
 from kernels.ssd.triton_gradients import chunks_kernel
 from kernels.ssd.triton_plan import Plan
@@ -129,6 +129,8 @@ def _launch(plan: Plan, dy: Tensor, dstate: Tensor | None, dinitial: Tensor | No
     p, segments = plan.p, plan.short_segments
     if SLOT * max(map(abs, dy.stride())) >= 2**30:  # beyond what Plan.near promises
         dy = dy.contiguous()
+    if plan.boxed and not as_lines(dy):  # tiles may be narrower than those that are read by address
+        dy = dy.clone(memory_format=torch.contiguous_format)
     dfinal = None if dstate is None else dstate.to(p.dtype).contiguous()
     h_enter, g_enter = plan.entering(segments, dy, dfinal)
     turns = _turns(plan, segments)

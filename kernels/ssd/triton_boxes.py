@@ -1,26 +1,22 @@
 """Tiles of ``ssd``'s tensors as boxes that the GPU copies by itself (TMA), where their layout allows that.
 
-B batch, L tokens, K routes, H heads, P head dim, N state.
+B batch, L tokens, K routes, H heads, P head dim, N state, Q positions of a chunk.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false, reportReturnType=false
+# (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.backend import is_hopper
 from kernels.ssd.problem import Problem
-from kernels.ssd.triton_sizes import Sizes
-
-
-def boxable(sizes: Sizes, *rows: Tensor) -> bool:
-    """Whether tiles of rows of tokens ``(B, L, K, ...)`` go by bulk copies: nothing needs a mask, nothing has gaps."""
-    p = sizes.p
-    plain = sizes.full and not p.reverse and sizes.product_dtype == torch.bfloat16 and is_hopper(p.x.device)
-    return plain and all(as_lines(t) for t in rows)
+from kernels.ssd.triton_steps import read_rows
 
 
 def as_lines(t: Tensor) -> bool:
@@ -52,3 +48,25 @@ def with_even_rows(p: Problem) -> Problem:
     if even or not x.is_cuda or x.dtype != torch.bfloat16:
         return p
     return replace(p, x=x.clone(memory_format=torch.contiguous_format))
+
+
+@triton.jit
+def tile_rows(rows, strides, box, line, column, origin, token, there, p, live, FULL: tl.constexpr, TMA: tl.constexpr):
+    """A tile of x or dy (Q, P): by a bulk copy from the matrix of tokens, or by its elements' addresses."""
+    if TMA:
+        found = box.load([line, column])
+    else:
+        found = read_rows(rows, strides[1], strides[4], origin, token, there, p, live, FULL)
+    return found
+
+
+@triton.jit
+def state_tile(states, box, number, block, column, P, N, p, n, FULL: tl.constexpr, TMA: tl.constexpr,
+               BP: tl.constexpr):  # fmt: skip
+    """A tile of one of the states (P, N) of ``states``: BP rows, the columns n."""
+    if TMA:
+        found = box.load([(number * P + block * BP).to(tl.int32), column])
+    else:
+        at = states + number * P * N + (p[:, None] * N + n[None, :])
+        found = tl.load(at) if FULL else tl.load(at, mask=(p < P)[:, None] & (n < N)[None, :], other=0)
+    return found

@@ -24,27 +24,17 @@ import triton
 import triton.language as tl
 
 from kernels.early import prefetch
+from kernels.ssd.triton_boxes import state_tile, tile_rows
 from kernels.ssd.triton_steps import (
     decay_of_pairs,
     decays,
     gates,
     product,
-    read_rows,
     read_tokens,
     skips,
     stored_weight,
     weighted_pairs,
 )
-
-
-@triton.jit
-def tile_rows(rows, strides, box, line, column, origin, token, there, p, live, FULL: tl.constexpr, TMA: tl.constexpr):
-    """A tile of x or dy (Q, P): by a bulk copy from the matrix of tokens, or by its elements' addresses."""
-    if TMA:
-        found = box.load([line, column])
-    else:
-        found = read_rows(rows, strides[1], strides[4], origin, token, there, p, live, FULL)
-    return found
 
 
 @triton.jit
@@ -61,15 +51,47 @@ def gated_rows(dy, ys, dy_box, line, column, z, zs, origin, token, there, p, liv
 
 
 @triton.jit
-def state_tile(states, box, number, block, column, P, N, p, n, FULL: tl.constexpr, TMA: tl.constexpr,
-               BP: tl.constexpr):  # fmt: skip
-    """A tile of one of the states (P, N) of ``states``: BP rows, the columns n."""
-    if TMA:
-        found = box.load([(number * P + block * BP).to(tl.int32), column])
-    else:
-        at = states + number * P * N + (p[:, None] * N + n[None, :])
-        found = tl.load(at) if FULL else tl.load(at, mask=(p < P)[:, None] & (n < N)[None, :], other=0)
-    return found
+def pair_sums(S, EM, SM, E, step, i, j, EXACT: tl.constexpr, WEIGHED: tl.constexpr, DOT: tl.constexpr,
+              real: tl.constexpr):  # fmt: skip
+    """What a head's pairs (i, j) add to da: EXACT, for each t the sum over j < t <= i; else for each i that over j."""
+    if EXACT:
+        crossing = (i <= j).to(real)  # at (t, i): i >= t
+        crossed = product(crossing, S * EM, DOT, "ieee")  # tensor cores cut sums off
+        pairs = tl.sum(tl.where(j < i, crossed, 0.0), 1)
+    else:  # with the numbers that <x, u> is from, so that their sums over all pairs cancel
+        pairs = E * SM.to(DOT).to(real)
+        pairs = tl.sum(pairs if WEIGHED else pairs * step[None, :], 1)
+    return pairs
+
+
+@triton.jit
+def gradient_of_x(SM, dyf, lost, back, xf, HAS_Z: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """u (Q, P), of which ``back`` comes from g, and <x, u>; EXACT, the latter without what comes from g."""
+    if EXACT:
+        u = product(tl.trans(SM.to(DOT)), dyf, DOT, PRECISION)
+        own = tl.sum(xf * u, 1)
+        u += back
+    else:  # onto it, which spares registers
+        u = product(tl.trans(SM.to(DOT)), dyf, DOT, PRECISION, back)
+        if HAS_Z:
+            u = product(tl.trans(SM.to(DOT)), lost, DOT, PRECISION, u)
+        own = tl.sum(xf * u, 1)
+    return u, own
+
+
+@triton.jit
+def gradient_of_z(after, gate, sigmoid, before):
+    """dz (Q, P), from dy as it is after the gate and y as it is before it."""
+    return after.to(before.dtype) * before * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
+
+
+@triton.jit
+def store_four(to, first, second, third, fourth, Q: tl.constexpr):
+    """Writes four numbers a position, side by side, in one store: each has to change its layout."""
+    four = tl.join(tl.join(first, second), tl.join(third, fourth))
+    one, other = tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :]
+    tl.store(to + 4 * tl.arange(0, Q)[:, None, None] + 2 * one + other, four)
 
 
 @triton.jit
@@ -132,13 +154,7 @@ def inner(pid, x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, ste
         if not WEIGHED:
             EM *= step[None, :]
         T_sum += EM
-        if EXACT:
-            crossing = (i <= j).to(real)  # at (t, i): i >= t
-            crossed = product(crossing, S * EM, DOT, "ieee")  # tensor cores cut sums off
-            pairs = tl.sum(tl.where(j < i, crossed, 0.0), 1)
-        else:  # with the numbers that <x, u> is from, so that their sums over all pairs cancel
-            pairs = E * SM.to(DOT).to(real)
-            pairs = tl.sum(pairs if WEIGHED else pairs * step[None, :], 1)
+        pairs = pair_sums(S, EM, SM, E, step, i, j, EXACT, WEIGHED, DOT, real)
         own, end = tl.zeros([Q], real), tl.zeros([Q], real)
         for block in tl.static_range(BLOCKS):
             p = block * BP + tl.arange(0, BP)
@@ -153,15 +169,8 @@ def inner(pid, x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, ste
             back = product(Bv, tl.trans(g), DOT, PRECISION) * (weight if WEIGHED else leave)[:, None]
             xf = xv.to(real)
             end += tl.sum(xf * back, 1)
-            if EXACT:
-                u = product(tl.trans(SM.to(DOT)), dyf, DOT, PRECISION)
-                own += tl.sum(xf * u, 1)
-                u += back
-            else:  # onto it, which spares registers: own is put right below
-                u = product(tl.trans(SM.to(DOT)), dyf, DOT, PRECISION, back)
-                if HAS_Z:
-                    u = product(tl.trans(SM.to(DOT)), lost, DOT, PRECISION, u)
-                own += tl.sum(xf * u, 1)
+            u, xu = gradient_of_x(SM, dyf, lost, back, xf, HAS_Z, EXACT, DOT, PRECISION)
+            own += xu
             if not WEIGHED:
                 u *= step[:, None]
             if HAS_D:
@@ -180,14 +189,12 @@ def inner(pid, x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, ste
                 before = product(SM if WEIGHED else SM * step[None, :], xv, DOT, PRECISION, before)
                 if HAS_D:
                     before += skip * xf
-                slope = sigmoid * (1.0 + gate * (1.0 - sigmoid))
-                tl.store(dz + at, after.to(real) * before * slope, mask=there[:, None] & in_p[None, :])
-        if not EXACT:
+                dzv = gradient_of_z(after, gate, sigmoid, before)
+                tl.store(dz + at, dzv, mask=there[:, None] & in_p[None, :])
+        if not EXACT:  # it has both
             own -= end
         skipped = tl.sum(tl.where(i == j, E, 0.0), 1) if HAS_D and not WIDE_D else end
-        four = tl.join(tl.join(own, end), tl.join(pairs, skipped))  # one store: each has to change its layout
-        one, other, at = tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :], vector + head * each
-        tl.store(four_at + 4 * (at + tl.arange(0, Q)[:, None, None]) + 2 * one + other, four)
+        store_four(four_at + 4 * (vector + head * each), own, end, pairs, skipped, Q)
     T_sum = tl.where(i >= j, T_sum, 0.0)
     Bv = tile_rows(B_at, Bs, B_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)
     Cv = tile_rows(C_at, Cs, C_box, line, key, origin, token, there, n, n < N, FULL, TMA).to(DOT)

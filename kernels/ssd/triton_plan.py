@@ -21,7 +21,7 @@ from kernels.backend import dependent_launch
 from kernels.plans import kept, launch_named
 from kernels.selective_scan.problem import CHUNK as SLOT
 from kernels.selective_scan.triton_steps import tokens_kernel
-from kernels.ssd.triton_boxes import boxable, rows_box
+from kernels.ssd.triton_boxes import as_lines, rows_box
 from kernels.ssd.triton_sizes import STATES, Segments, Sizes, power
 from kernels.ssd.triton_states import carry_kernel, states_kernel
 from kernels.ssd.triton_steps import steps_kernel
@@ -110,12 +110,27 @@ class Plan(Sizes):
         return torch.empty(size, dtype=p.dtype, device=p.x.device)
 
     @cached_property
+    def ready(self) -> Tensor | None:
+        """Whether each sharer has handed its state to the next one; ``steps_kernel`` says no."""
+        sharing = self.share and not self.adjoint
+        return torch.empty(self.sharers, dtype=torch.int32, device=self.p.x.device) if sharing else None
+
+    @cached_property
+    def handed(self) -> Tensor | None:
+        """Those states."""
+        size = (self.sharers, self.columns, self.width)
+        return torch.empty(size, dtype=self.p.dtype, device=self.p.x.device) if self.share else None
+
+    @cached_property
     def steps(self) -> Tensor:
         """dt and the exponents' running sums, see ``steps_kernel``."""
         steps = self.vectors(4 if self.folded else 3 if self.exact else 2)
         self.launch(
-            steps_kernel, self.tiles, {"steps": steps, **self.dt},
-            lambda: {"plane": steps[0].numel(), "ADJOINT": self.adjoint, "PDL": self.early["PDL"], **self.dt_numbers},
+            steps_kernel, self.tiles, {"steps": steps, "ready": self.ready, **self.dt},
+            lambda: {
+                "plane": steps[0].numel(), "ADJOINT": self.adjoint, "PDL": self.early["PDL"],
+                "sharers": 0 if self.ready is None else self.sharers, **self.dt_numbers,
+            },
         )  # fmt: skip
         return steps
 
@@ -127,11 +142,6 @@ class Plan(Sizes):
     def by_chunk(self, t: Tensor, count: int = 1) -> Tensor:
         """Memory for ``count`` tensors like t a chunk, ``(count, chunks, ...)``."""
         return torch.empty((count, self.rows * self.per_row, *t.shape), dtype=self.p.dtype, device=t.device)
-
-    @kept
-    def boxed(self) -> bool:
-        """Whether tiles of x, B and C go by bulk copies."""
-        return boxable(self, self.p.x, self.p.B, self.p.C)
 
     @cached_property
     def shared(self) -> dict[str, Tensor | TensorDescriptor | None]:
@@ -149,7 +159,7 @@ class Plan(Sizes):
         if dy is None:
             return {"dy": None, "dy_box": None}, {"ys": (0, 0, 0, 0, 0), "TMA": self.boxed}
         strides = (*dy.stride()[:2], dy.stride(2) if dy.shape[2] > 1 else 0, *dy.stride()[3:])
-        boxed = self.boxed and not self.crowded and boxable(self, dy)
+        boxed = self.boxed and not self.crowded and as_lines(dy)
         box = rows_box(dy, self.chunk, self.width) if boxed else None
         return {"dy": dy, "dy_box": box}, {"ys": strides, "TMA": boxed}
 

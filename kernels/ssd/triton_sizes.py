@@ -11,16 +11,20 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kernels.backend import is_hopper
 from kernels.plans import kept
 from kernels.selective_scan.cuda_shape import properties
 from kernels.selective_scan.problem import CHUNK as SLOT
 from kernels.ssd.problem import Problem
+from kernels.ssd.triton_boxes import as_lines
 
 CHUNK = {torch.bfloat16: 64, torch.float32: 32, torch.float64: 16}  # Q by the dtype of products; all divide SLOT
 SHORTEST = 8  # chunks of a segment in the forward, at least
 SHORT = 32  # and in the backward, at most
 PIECE = 64  # columns of a large state, or of one in float32, that a program of ``outer`` holds
-NARROWEST = 32  # columns of bfloat16 tiles: of products 16 wide, ptxas 12.8 mixes up the addresses
+# Columns of bfloat16 tiles, at least: where they are narrower, ptxas 12.8 mixes up the addresses of Hopper's products.
+NARROWEST = 32
+BY_ADDRESS = 64  # of tiles that are not copied in boxes
 STATES = 64  # rows of the state that a program of ``states_kernel`` holds
 
 
@@ -112,19 +116,35 @@ class Sizes:
         return 1 if p.code is None else p.batch, 1 if p.route is None else p.routes
 
     @kept
+    def boxed(self) -> bool:
+        """Whether tiles of x, B and C go by bulk copies: nothing needs a mask, nothing has gaps."""
+        p, columns, width = self.p, *self.sides(NARROWEST)
+        plain = self.product_dtype == torch.bfloat16 and is_hopper(p.x.device) and not p.reverse
+        if self.adjoint and self.crowded and columns < BY_ADDRESS:  # ``chunks_kernel`` takes none then
+            return False
+        return plain and self.fills(columns, width) and all(as_lines(t) for t in (p.x, p.B, p.C))
+
+    @kept
+    def narrowest(self) -> int:
+        """Columns that a tile has at least."""
+        if self.product_dtype != torch.bfloat16:
+            return 0
+        return BY_ADDRESS if is_hopper(self.p.x.device) and not self.boxed else NARROWEST
+
+    def sides(self, narrowest: int) -> tuple[int, int]:
+        """BN and BP, if tiles have so many columns at least."""
+        wide = 64 if self.product_dtype.itemsize <= 4 else 32
+        return max(power(self.p.state), narrowest), max(min(power(self.p.head_dim), wide), narrowest)
+
+    @kept
     def columns(self) -> int:
         """BN, columns of a tile that holds whole states."""
-        return max(power(self.p.state), self.narrowest)
+        return self.sides(self.narrowest)[0]
 
     @kept
     def width(self) -> int:
         """BP, columns of x that a program of the forward or backward holds."""
-        return max(min(power(self.p.head_dim), 64 if self.product_dtype.itemsize <= 4 else 32), self.narrowest)
-
-    @property
-    def narrowest(self) -> int:
-        """Columns that a tile has at least."""
-        return NARROWEST if self.product_dtype == torch.bfloat16 else 0
+        return self.sides(self.narrowest)[1]
 
     @kept
     def programs(self) -> int:
@@ -154,7 +174,7 @@ class Sizes:
     @kept
     def crowded(self) -> bool:
         """Whether a head's tiles of x, dy and z are too many to copy the next ones ahead."""
-        return -(-self.p.head_dim // self.width) * (1 if self.p.z is None else 2) > 2
+        return -(-self.p.head_dim // self.sides(NARROWEST)[1]) * (1 if self.p.z is None else 2) > 2
 
     @kept
     def pipeline(self) -> dict[str, int]:
@@ -171,6 +191,25 @@ class Sizes:
         """
         programs, many = max(1, self.rows * self.programs), cores(self.p.x.device)
         return self.cut(max(SHORTEST, -(-self.per_row // max(1, 4 * many // programs))))
+
+    @kept
+    def share(self) -> int:
+        """Chunks that a program of the forward takes where all share the chunks of all rows evenly; else 0.
+
+        Two programs fit into a multiprocessor. A last round of a few takes as long as one of all, and even shares cost
+        5 %: rows at different chunks find less of B and C in the cache.
+        """
+        units, fit = self.rows * self.programs, 2 * cores(self.p.x.device)
+        uneven = units > fit and -units % fit > units // 10
+        resettable = self.tiles[0] >= fit  # by the kernel in front, a flag a program
+        if self.p.cu_seqlens is not None or self.warps > 4 or not (uneven and resettable):
+            return 0
+        return -(-units * self.per_row // fit)
+
+    @kept
+    def sharers(self) -> int:
+        """Programs that share them."""
+        return -(-self.rows * self.programs * self.per_row // self.share) if self.share else 0
 
     @kept
     def short_segments(self) -> Segments:
@@ -224,8 +263,11 @@ class Sizes:
     @kept
     def full(self) -> bool:
         """Whether every tile of x, B and C is full, so that nothing needs a mask."""
-        p = self.p
-        odd = p.positions % self.chunk or p.head_dim % self.width or p.state != self.columns
+        return self.fills(self.columns, self.width)
+
+    def fills(self, columns: int, width: int) -> bool:
+        """The same for tiles of these sides."""
+        odd = self.p.positions % self.chunk or self.p.head_dim % width or self.p.state != columns
         return not self.table and not odd
 
     @kept

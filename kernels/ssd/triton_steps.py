@@ -87,15 +87,17 @@ def exponents(step, A):
 
 
 @triton.jit
-def steps_kernel(dt, A, dt_bias, tokens, steps, ts, t_b, t_k, per_row, K, H, T, first, sign, plane, blocks,
-                 TABLE: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOW: tl.constexpr,
+def steps_kernel(dt, A, dt_bias, tokens, steps, ready, sharers, ts, t_b, t_k, per_row, K, H, T, first, sign, plane,
+                 blocks, TABLE: tl.constexpr, SOFTPLUS: tl.constexpr, CLAMP: tl.constexpr, LOW: tl.constexpr,
                  HIGH: tl.constexpr, HAS_BIAS: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
                  ADJOINT: tl.constexpr, PDL: tl.constexpr, Q: tl.constexpr, BH: tl.constexpr):  # fmt: skip
     """steps (2 to 4, B, K, H, chunks, Q): dt, the running sum of exponents in each chunk or its ``high``; ``low``; with
-    FOLDED, the decay to the chunk's end times dt. The forward, without ADJOINT, reads neither first nor last then."""
+    FOLDED, the decay to the chunk's end times dt. The forward, without ADJOINT, reads neither first nor last then; its
+    ``sharers`` have not been ``ready`` yet."""
     if PDL:
         gdc_launch_dependents()
     pid = tl.program_id(0).to(tl.int64)
+    tl.store(ready + pid, 0, mask=pid < sharers)
     block, c, k, b = pid % blocks, pid // blocks % per_row, pid // blocks // per_row % K, pid // blocks // per_row // K
     head = block * BH + tl.arange(0, BH)
     live = head < H

@@ -16,7 +16,7 @@ from ssd_cases import Case, run
 
 from kernels.backend import interpreting
 from kernels.plans import Plans
-from kernels.ssd import triton_backward, triton_boxes, triton_plan, triton_sizes
+from kernels.ssd import triton_backward, triton_plan, triton_sizes
 from kernels.ssd.triton_sizes import Sizes
 
 pytestmark = [
@@ -33,7 +33,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, case: Case) -> dict[str, machine_c
         monkeypatch.setattr(op, name, Plans())
     monkeypatch.setattr(op, "_resolve", lambda problem, backend: "triton")
     monkeypatch.setattr(triton_plan, "launch_named", machine_code.collector(found))
-    monkeypatch.setattr(triton_boxes, "is_hopper", lambda device: True)
+    monkeypatch.setattr(triton_sizes, "is_hopper", lambda device: True)
     for module in (triton_sizes, triton_backward):
         monkeypatch.setattr(module, "cores", lambda device: 132)
     monkeypatch.setattr(Sizes, "product_dtype", torch.bfloat16)
@@ -67,11 +67,24 @@ def test_no_sum_is_faulty(state: int, head_dim: int, monkeypatch: pytest.MonkeyP
     assert not faults(monkeypatch, tmp_path, full(state, head_dim), *names)
 
 
-def test_no_sum_is_faulty_of_narrow_heads_along_routes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The last stage of VMamba on SSD: maps of 7 x 7."""
+def routed(monkeypatch: pytest.MonkeyPatch, side: int) -> Case:
+    """A stage of VMamba on SSD, with maps of this side."""
     monkeypatch.setattr(triton_plan.Plan, "tokens", property(lambda plan: torch.zeros(*plan.tables, 64).int()))
-    case = Case(B=2, L=49, H=6, P=16, N=64, K=4, without="z", state=False)
-    assert not faults(monkeypatch, tmp_path, case, "forward_kernel", "chunks_kernel")
+    return Case(B=2, L=side * side, H=6, P=16, N=64, K=4, wide_d=True, without="z", state=False)
+
+
+@pytest.mark.parametrize("side", [pytest.param(7, marks=pytest.mark.slow), 28])
+def test_no_sum_is_faulty_of_narrow_heads_along_routes(
+    side: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert not faults(monkeypatch, tmp_path, routed(monkeypatch, side), "forward_kernel", "chunks_kernel")
+
+
+@pytest.mark.slow
+def test_no_sum_is_faulty_where_rows_are_shared_evenly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    case = Case(B=3, L=640, H=96, P=64, N=64, without="z", state=False)
+    assert launches(monkeypatch, case)["forward_kernel"][2]["SHARED"]
+    assert not faults(monkeypatch, tmp_path, case, "forward_kernel")
 
 
 def test_a_faulty_sum_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

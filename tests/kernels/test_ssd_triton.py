@@ -96,6 +96,35 @@ def test_segments(name: str, turns: bool, monkeypatch: pytest.MonkeyPatch) -> No
     assert_equals_reference(run, SEGMENTED[name], "triton", DEVICE)
 
 
+SHARED = {
+    "all": Case(B=2, L=90, H=2),
+    "reverse_without_states": Case(B=3, L=70, H=1, reverse=True, state=False, without="D z dt_bias"),
+    "packed": Case(B=3, L=60, H=1, packed=True),
+    "route": Case(B=1, L=30, H=2, K=2, positions=70),
+}
+
+
+def sharing(monkeypatch: pytest.MonkeyPatch, share: int) -> None:
+    """Lets every program of the forward take so many chunks."""
+    new_plans(monkeypatch)
+    monkeypatch.setattr(Plan, "share", share)
+
+
+# Chunks of a row are 5 or 6: shares of less, which wait for one another in a chain, of more, and of whole rows.
+@pytest.mark.parametrize(
+    "share", [pytest.param(2, marks=pytest.mark.slow), 7, pytest.param(12, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("name", [n if n == "all" else pytest.param(n, marks=pytest.mark.slow) for n in SHARED])
+def test_rows_shared_evenly(name: str, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(triton_sizes.CHUNK, torch.float64, 16)
+    sharing(monkeypatch, share)
+    inputs = {n: t.detach() for n, t in SHARED[name].inputs(torch.float64, DEVICE).items()}
+    options = SHARED[name].options(DEVICE) | {"return_final_state": True}
+    results = (ssd(**inputs, **options, backend=backend) for backend in ("triton", "reference"))  # type: ignore
+    for got, truth in zip(*results, strict=True):
+        assert relative_rms(got, truth) < 1e-12
+
+
 @pytest.mark.parametrize("length", [15, 16, 17, 32])
 def test_chunk_borders(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(triton_sizes.CHUNK, torch.float64, 16)
@@ -186,8 +215,9 @@ def with_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
     new_plans(monkeypatch)
     monkeypatch.setattr(Plan, "product_dtype", torch.bfloat16)
-    monkeypatch.setattr(triton_boxes, "is_hopper", lambda device: True)
-    monkeypatch.setattr(triton_sizes, "NARROWEST", 16)  # the interpreter multiplies narrow tiles well
+    monkeypatch.setattr(triton_sizes, "is_hopper", lambda device: True)
+    for name in ("NARROWEST", "BY_ADDRESS"):  # the interpreter multiplies narrow tiles well
+        monkeypatch.setattr(triton_sizes, name, 16)
 
 
 SIDE = 16 if INTERPRETED else 32  # compiled kernels copy no narrower tiles in boxes
@@ -208,7 +238,7 @@ COPIED = ("at_an_odd_address", "odd_strides", "columns_first")  # which compiled
 def test_boxes_only_where_the_layout_has_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         with_hopper(monkeypatch)
-    elif not triton_boxes.is_hopper(torch.device(DEVICE)):
+    elif not triton_sizes.is_hopper(torch.device(DEVICE)):
         pytest.skip("a GPU that copies boxes of tensors")
     boxed, rows_box = [], triton_boxes.rows_box
     for module in (triton, triton_backward):  # y and dx go out in boxes where x comes in boxes
@@ -284,8 +314,9 @@ needs_gpu = pytest.mark.skipif(INTERPRETED, reason="needs compiled kernels: a GP
         Case(B=1, L=256, H=2, P=64, N=64, without="z D", state=False),
         Case(B=1, L=256, H=2, P=128, N=128),  # the most tiles of a head at a time
         Case(B=1, L=256, H=2, P=256, N=64, without="z"),
+        Case(B=2, L=784, H=4, P=16, N=64, K=4, without="z", wide_d=True),  # VMamba's
     ],
-    ids=["mamba2", "gated", "wide", "odd", "full", "without_D", "wide_gated", "widest"],
+    ids=["mamba2", "gated", "wide", "odd", "full", "without_D", "wide_gated", "widest", "routes"],
 )
 def test_realistic_sizes(case: Case, dtype: torch.dtype) -> None:
     compare(case, dtype, "triton", DEVICE, products=dtype == torch.bfloat16)
