@@ -172,6 +172,4 @@ class LocalMixer(nn.Module):
         ]
         x, z = self.in_proj(x).chunk(2, dim=-1)
         y = scan_along(x, z, route, ways, self.dt_rank, self.d_state, "keep")
-        # The routes' weighed sum times out_proj: their weights go into the product, which then reads each route once.
-        weight = self.out_proj.weight.t().to(y.dtype) * self.attn(y).transpose(1, 2).transpose(2, 3)  # (B, K, E, D)
-        return torch.bmm(y.flatten(2), weight.flatten(1, 2))
+        return self.out_proj((y * self.attn(y)).sum(2))
