@@ -2,11 +2,12 @@
 
     python -m benchmarks.selective_scan [--peers] [--write] [--case NAME ...]
 
-``backward`` is the backward alone. The floor is the larger of the bytes that must move (x, dt, z, y, B, C; backward:
-x, dt, z, dy and the gradients of the first three, B, C and theirs) over the bandwidth of a copy, and the N exponentials
-of each token and channel over the special-function rate. A provider whose result differs from the reference in float64
-gets no row. mamba-ssm's tensors are laid out as it wants them, untimed; routes (``vmamba``) it gets as inputs already
-copied four times, while ours read the map along four routes and merge them.
+``backward`` is the backward alone, ``forward_backward`` both, as in training: its memory is what a step holds at once.
+The floor is the larger of the bytes that must move (x, dt, z, y, B, C; backward: x, dt, z, dy and the gradients of the
+first three, B, C and theirs) over the bandwidth of a copy, and the N exponentials of each token and channel over the
+special-function rate. A provider whose result differs from the reference in float64 gets no row. mamba-ssm's tensors
+are laid out as it wants them, untimed; routes (``vmamba``) it gets as inputs already copied four times, while ours read
+the map along four routes and merge them.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def floors(case: Case) -> tuple[float, float]:
 
 
 def timed(name: str, case: Case, provider: str, function: Function, leaves: list[Tensor]) -> list[Row]:
-    """Rows of forward and backward."""
+    """Rows of forward, of backward and of both."""
     found = []
     name = name if name in UNSTATED else f"target/{name}"
     forward_floor, backward_floor = floors(case)
@@ -160,7 +161,10 @@ def timed(name: str, case: Case, provider: str, function: Function, leaves: list
     y = function()
     dy = torch.randn_like(y)
     timing = measure(lambda: torch.autograd.grad(y, leaves, dy, retain_graph=True))
-    return [*found, row("selective_scan", name, provider, "backward", case.dtype, timing, backward_floor)]
+    found.append(row("selective_scan", name, provider, "backward", case.dtype, timing, backward_floor))
+    timing = measure(lambda: torch.autograd.grad(function(), leaves, dy))
+    both = forward_floor + backward_floor
+    return [*found, row("selective_scan", name, provider, "forward_backward", case.dtype, timing, both)]
 
 
 def main() -> None:

@@ -6,7 +6,8 @@
 cleared before; autocast to bfloat16, float32 weights and images on the GPU. Steps run back to back, so that the host's
 time counts where the GPU waits for it. Memory is the peak of everything, weights included. A provider ``NAME+graph``
 replays the eager step as a CUDA graph, ``NAME+compile`` runs the model compiled, ``NAME+reduce`` compiled in the mode
-reduce-overhead, which replays CUDA graphs too; ``--profile`` prints the kernels that take most of an eager step's time.
+reduce-overhead, which replays CUDA graphs too; ``--profile`` prints the kernels that take most of the time of a step,
+eager or replayed.
 """
 
 from __future__ import annotations
@@ -47,9 +48,12 @@ CASES = {
     "vim_t": Case("vim_tiny_patch16_224"),
     "vim_s": Case("vim_small_patch16_224"),
     "vim_t_1248": Case("vim_tiny_patch16_224", 8, 1248, ("inference",)),
-    "vmamba_t_m2": Case("vmamba_tiny_m2"),
+    "local_vim_t": Case("local_vim_tiny"),
     "local_vmamba_t": Case("local_vmamba_tiny"),
     "efficient_vmamba_t": Case("efficient_vmamba_tiny"),
+    "plain_mamba_l1": Case("plain_mamba_l1"),
+    "mamba_nd_2d_s": Case("mamba_nd_2d_small"),
+    "vmamba_t_m2": Case("vmamba_tiny_m2"),
     "swin_t": Case("swin_tiny_patch4_window7_224", peer=True),
     "deit_t": Case("deit_tiny_patch16_224", peer=True),
     "deit_t_1248": Case("deit_tiny_patch16_224", 8, 1248, ("inference",), peer=True),
@@ -142,7 +146,7 @@ def measure(name: str, case: Case, how: str, profile: bool) -> list[Row]:
         found.append(row("vision", key, provider, mode, torch.bfloat16, timing, 0.0))
         speed, seconds = 1000 * case.batch / timing.ms_p50, time.time() - started
         print(f"    {speed:.0f} img/s, {timing.peak_mib / 1024:.2f} GiB, {seconds:.1f} s in all", flush=True)
-        if profile and how == "eager":
+        if profile and how in ("eager", "graph"):
             print_profile(step)
     return found
 

@@ -121,11 +121,11 @@ def plain_operators() -> dict[Any, Callable[..., Any]]:
         ops.depthwise_conv2d.default: lambda x, weight, bias, act, _: conv(x, weight, bias, act),
         ops.ssd.default: _ssd,
         ops.scan_routes.default: lambda x, names, h, w, token: scan_routes(names.split(","), h, w, token),
-        ops.axis_order.default: lambda x, grid, order: nd_block.axis_order.__wrapped__(
+        ops.axis_order.default: lambda x, grid, order: nd_block.axis_order.build(
             tuple(grid), tuple(order), torch.device("cpu")
         ),
-        ops.snake_tables.default: lambda x, h, w: snake_mixer.snake_tables.__wrapped__(h, w, torch.device("cpu")),
-        ops.rotation.default: lambda x, h, w, dim, length: local_mixer.rotation_table.__wrapped__(
+        ops.snake_tables.default: lambda x, h, w: snake_mixer.snake_tables.build(h, w, torch.device("cpu")),
+        ops.rotation.default: lambda x, h, w, dim, length: local_mixer.rotation_table.build(
             h, w, dim, length, x.dtype, torch.device("cpu")
         ),
     }

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vision.tables import build_apart
+from vision.tables import Kept
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,21 +41,17 @@ Function = TypeVar("Function", bound=Callable[..., Tensor])
 _ROUTES: dict[str, Callable[..., Tensor]] = {}
 
 
-@functools.lru_cache(maxsize=256)
+@Kept
 def _kept(names: str, height: int, width: int, class_token: bool, device: torch.device) -> Tensor:
     """``scan_routes`` on a device, kept: models ask for the same few in every step."""
-
-    def build() -> Tensor:
-        with torch.device(device):
-            return scan_routes(names.split(","), height, width, class_token)
-
-    return build_apart(build, device)
+    with torch.device(device):
+        return scan_routes(names.split(","), height, width, class_token)
 
 
 def route(function: Function) -> Function:
     """Makes a function of (height, width) a route that models know by the function's name."""
     _ROUTES[function.__name__] = function
-    _kept.cache_clear()
+    _kept.forget()
     return function
 
 
@@ -212,8 +208,6 @@ def check_routes(names: Sequence[str], height: int, width: int) -> None:
 @torch.library.custom_op("triscan::scan_routes", mutates_args=())
 def _scan_routes(tokens: Tensor, names: str, height: int, width: int, class_token: bool) -> Tensor:
     """``scan_routes`` on the device of ``tokens``, names separated by commas: an op, so that tracers keep it."""
-    if tokens.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph's memory is not to be kept beyond it
-        return _kept.__wrapped__(names, height, width, class_token, tokens.device)
     return _kept(names, height, width, class_token, tokens.device).clone()
 
 

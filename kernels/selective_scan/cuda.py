@@ -200,4 +200,5 @@ def _backward_part(
         more: Fields = {**launch.sums.bounds(i), **held.states(i), **({"dinitial": start} if i == 0 else {})}
         launch.run("backward", launch.backward_bytes(ends=False), fields | more, **macros)
         launch.start("reduce", launch.sums.blocks(i), THREADS, 0, fields | more)
+    held.done()  # before anything else asks for memory
     return maps, held, start

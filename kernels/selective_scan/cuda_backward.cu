@@ -56,7 +56,8 @@ constexpr int Y_ROW = PADDED(BD * LN) + 4, UW_ROW = PADDED(2 * BD * LN) + 8;
 constexpr int SUM_ROW = 2 * NP + 4, SUM_ROWS = T * SUM_ROW + 16;
 constexpr int TO_C = CHUNK * NP + 16;  // floats from B to C, likewise
 
-extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) {
+// One of the block's groups of channels, number round of them; turn counts the parts of all.
+__device__ __forceinline__ void walk(const Args& a, const Place& p, int round, int& turn) {
     constexpr int PARTS = CHUNK / T, TURNS = NT > T * RT ? NT / (T * RT) : 1;  // threads take turns at the gradients
     extern __shared__ float4 memory[];
     float(*s_chan)[PADDED(2 * BD)] = reinterpret_cast<float(*)[PADDED(2 * BD)]>(memory);      // dt, dt x
@@ -71,8 +72,6 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     i64* s_read = s_stored + 1;                                                   // and added up
     float* s_keep = reinterpret_cast<float*>(s_read + 1);
 
-    follow();
-    const Place p(a);
     if (ENDS && p.seg == 0) return;  // nobody asks what leaves the first
     const int tid = threadIdx.x, lane = tid & 31, d = p.d0 + p.ch;
     __builtin_assume(tid < NT);
@@ -124,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     const Rows<TDDT> ddt(a.ddt, out, out_l, a);
     const Rows<TDZ> dz(a.dz, out, out_l, a);
 
-    const i64 part_of = (p.d0 - (int)p.g * (int)(a.channels / a.G)) / BD;  // each block writes sums of its own
+    const i64 part_of = (p.d0 - (int)p.g * (int)(a.channels / a.G)) / (BD * ROUNDS);  // each block writes sums of its own
     Part* partial = reinterpret_cast<Part*>(a.partial) + part_of * (a.slots * a.K * a.G * CHUNK * 2 * a.N);
 
 #if ENDS && SOFTPLUS
@@ -133,8 +132,7 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
     last = stop;
     __syncthreads();
 #endif
-    if (LOCAL && SUMS && !ENDS && tid == 0) set_up(s_stored, NW), set_up(s_read, NW);
-    int turn = 0;  // parts so far
+    if (LOCAL && SUMS && !ENDS && tid == 0 && turn == 0) set_up(s_stored, NW), set_up(s_read, NW);
     for (int slot = last - 1; slot >= first; slot--) {
         const int place = (slot - (int)p.base) * CHUNK;
         const int parts = PACKED ? PARTS : (min(CHUNK, (int)a.P - place) + T - 1) / T;
@@ -407,18 +405,31 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
             turn++;
         }
         if (LOCAL) __syncthreads();
-        // 5. The slot's dB and dC.
+        // 5. The slot's dB and dC, on top of those of the rounds before: first all loads, for a thread waits once.
         if (SUMS) {
             Part* to = partial + (((slot + shares) * a.K + p.k) * a.G + p.g) * CHUNK * 2 * a.N;
-#pragma unroll 4
-            for (int i = tid * VN; i < CHUNK * 2 * NP; i += NT * VN) {
-                int j = i / (2 * NP), which = i / NP & 1, n = i % NP;
-                float sum[VN];
-                fetch<VN>(sum, &s_B[j][n] + which * TO_C);
-                Pack<Part, VN> part;
+            constexpr int MANY = CHUNK * 2 * NP, EACH = 4;  // numbers, and how many times VN of them a thread takes at once
+#pragma unroll 1
+            for (int i0 = tid * VN; i0 < MANY; i0 += EACH * NT * VN) {
+                Raw<Part, VN> before[EACH];
+                auto place_of = [&](int i) { return to + i / NP * (int)a.N + i % NP; };
+                auto lives = [&](int i) { return i < MANY && (WHOLE_N || i % NP < (int)a.N); };
 #pragma unroll
-                for (int v = 0; v < VN; v++) put(part.v[v], sum[v]);
-                save(to + (j * 2 + which) * (int)a.N + n, part, WHOLE_N || n < (int)a.N);
+                for (int m = 0; m < EACH && ROUNDS > 1; m++) {
+                    const int i = i0 + m * NT * VN;
+                    before[m] = load<VN>(place_of(i), round > 0 && lives(i));
+                }
+#pragma unroll
+                for (int m = 0; m < EACH; m++) {
+                    const int i = i0 + m * NT * VN;
+                    if (i >= MANY) break;
+                    float sum[VN];
+                    fetch<VN>(sum, &s_B[i / (2 * NP)][i % NP] + (i / NP & 1) * TO_C);
+                    Pack<Part, VN> part;
+#pragma unroll
+                    for (int v = 0; v < VN; v++) put(part.v[v], ROUNDS > 1 ? sum[v] + before[m][v] : sum[v]);
+                    save(place_of(i), part, lives(i));
+                }
             }
             __syncthreads();
         }
@@ -455,4 +466,14 @@ extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) 
         if (HAS_BIAS) leave(a, a.dbias, to, sb);
     }
 #endif
+}
+
+extern "C" __global__ void __launch_bounds__(NT, BLOCKS) backward(const Args a) {
+    follow();
+    int turn = 0;
+#pragma unroll 1
+    for (int round = 0; round < ROUNDS; round++) {
+        walk(a, Place(a, (i64)blockIdx.x * ROUNDS + round), round, turn);
+        if (ROUNDS > 1) __syncthreads();
+    }
 }

@@ -214,8 +214,7 @@ struct Place {
     int d0, dend;                      // channels [d0, d0 + BD) of the group that ends at dend
     int q, ch;                         // S states from q S on, of channels d0 + ch, d0 + ch + SIDE, ...
 
-    __device__ __forceinline__ Place(const Args& a) {
-        i64 id = blockIdx.x;
+    __device__ __forceinline__ Place(const Args& a, i64 id = blockIdx.x) {
         int blk = id % a.blocks; id /= a.blocks;
         g = id % a.G; id /= a.G;
         k = id % a.K; id /= a.K;

@@ -117,7 +117,7 @@ def macros_of(part: Part, dy: Tensor | None, shape: Shape) -> dict[str, str | in
         "ENDS": 0, "T": shape.part, "TY": "float", "HAS_INITIAL": 0, "EXACT": 0, "ADD": 0, **real,
         "FORWARD": dy is None, "PAIRS": part.pairs, "RESTARTS": p.code is not None,
         "S": shape.states, "CH": shape.each, "LN": shape.lanes,
-        "NW": shape.warps, "EXTRA": shape.extra, "BLOCKS": shape.resident,
+        "NW": shape.warps, "EXTRA": shape.extra, "BLOCKS": shape.resident, "ROUNDS": shape.rounds,
         "V": staged if dy is None else min(2, staged),  # with 2, all threads of a block have gradients to write
         "VS": staged if shape.lanes < 8 else min(2, staged),  # 4 % faster with 64 states
         "VN": vector(4, (p.state, shape.states), [t for t in (p.B, p.C) if t.ndim == 5]),
@@ -181,7 +181,7 @@ def recipe_for(part: Part, dy: Tensor | None) -> Recipe:
         sums = Sums(part.p, shape)
         integers["part_blocks"] = sums.part_blocks
         base = array("q", [0] * len(POINTERS) + [integers.get(n, 0) for n in INTEGERS])
-        found = Recipe(shape, macros_of(part, dy, shape), base, sums)
+        found = Recipe(shape, macros_of(part, dy, shape) | {"TOGETHER": sums.together}, base, sums)
         if len(_recipes) >= KEPT:
             _recipes.clear()
         _recipes[key] = found
@@ -237,8 +237,9 @@ class Launch:
 
     @property
     def blocks(self) -> int:
-        """Blocks of a scan: one a segment, route, group and channel block."""
-        return self.p.sequences * self.shape.segments * self.p.routes * self.p.groups * self.shape.blocks
+        """Blocks of a scan: one a segment, route, group and channel blocks of all rounds."""
+        p, shape = self.p, self.shape
+        return p.sequences * shape.segments * p.routes * p.groups * shape.blocks // shape.rounds
 
     @property
     def threads(self) -> int:

@@ -1,19 +1,21 @@
 // What the backward left in parts, added up in their order: those of dB and dC, one for each block of channels, which go
 // back to the tokens' rows, and in the last launch (whose blocks past part_blocks do it) what each sequence and segment has.
 
-constexpr int FLYING = 16;  // numbers that a thread has on their way: a GPU that waits for one at a time is idle
+constexpr int FLYING = 16;  // loads that a thread has on their way: a GPU that waits for one at a time is idle
 
-// The sum of count numbers, stride apart, in their order.
-template <class E> __device__ __forceinline__ float sum_of(const E* from, i64 stride, int count) {
-    float sum = 0.0f;
+// The sums of W neighbours each over count rows, stride apart, in their order.
+template <int W, class E> __device__ __forceinline__ void sum_up(float (&sums)[W], const E* from, i64 stride, int count) {
+#pragma unroll
+    for (int i = 0; i < W; i++) sums[i] = 0.0f;
     for (int m = 0; m < count; m += FLYING) {
-        float numbers[FLYING];
+        Raw<E, W> rows[FLYING];
 #pragma unroll
-        for (int j = 0; j < FLYING; j++) numbers[j] = m + j < count ? number(from[(m + j) * stride]) : 0.0f;
+        for (int j = 0; j < FLYING; j++) rows[j] = load<W>(from + (m + j) * stride, m + j < count);
 #pragma unroll
-        for (int j = 0; j < FLYING; j++) sum += numbers[j];
+        for (int j = 0; j < FLYING; j++)
+#pragma unroll
+            for (int i = 0; i < W; i++) sums[i] += rows[j][i];
     }
-    return sum;
 }
 
 // Element i of the sum over a.rows parts of this size; false, and i counts on from it, if it is not in this one.
@@ -22,7 +24,9 @@ __device__ __forceinline__ bool add_parts(i64& i, const Args& a, const void* par
         i -= size;
         return false;
     }
-    reinterpret_cast<float*>(sums)[i] = sum_of(reinterpret_cast<const float*>(parts) + i, size, (int)a.rows);
+    float sum[1];
+    sum_up(sum, reinterpret_cast<const float*>(parts) + i, size, (int)a.rows);
+    reinterpret_cast<float*>(sums)[i] = sum[0];
     return true;
 }
 
@@ -38,10 +42,13 @@ extern "C" __global__ void __launch_bounds__(256) reduce(const Args a) {
         if (HAS_BIAS) add_parts(i, a, a.dbias, a.sum_bias, numbers);
         return;
     }
-    // (slot, route, group, step, dB or dC, state); a run is CHUNK of these numbers, so that 32 bits hold what is divided
-    const unsigned N = a.N, run = blockIdx.x * (256 / CHUNK) + threadIdx.x / CHUNK, unit = run / (2 * N);
+    // (slot, route, group, step, dB or dC, state), W states a thread; a run is CHUNK of these numbers, so that 32 bits hold
+    // what is divided
+    constexpr int W = TOGETHER, PER_RUN = CHUNK / W;  // threads
+    const unsigned N = a.N, run = blockIdx.x * (256 / PER_RUN) + threadIdx.x / PER_RUN, unit = run / (2 * N);
     if (unit >= a.slots * a.K * a.G) return;
-    const unsigned at = run % (2 * N) * CHUNK + threadIdx.x % CHUNK, n = at % N, which = at / N & 1, j = at / N / 2;
+    const unsigned in_run = threadIdx.x % PER_RUN * W, at = run % (2 * N) * CHUNK + in_run;
+    const unsigned n = at % N, which = at / N & 1, j = at / N / 2;
     const unsigned g = unit % (unsigned)a.G, k = unit / (unsigned)a.G % (unsigned)a.K, slot = unit / (unsigned)(a.G * a.K);
     i64 b = 0, local = slot;
     if (which ? CONST_C : CONST_B) return;
@@ -56,9 +63,17 @@ extern "C" __global__ void __launch_bounds__(256) reduce(const Args a) {
     if (!in_map(a, row)) return;
     if (!TABLE) row = (int)a.first + (int)a.sign * row;
     const i64 stride = a.slots * a.K * a.G * CHUNK * 2 * a.N;
-    float sum = sum_of(reinterpret_cast<const Part*>(a.partial) + (i64)run * CHUNK + threadIdx.x % CHUNK, stride, (int)a.blocks);
-    if (CUT) sum *= UNCUT;
+    float sums[W];
+    sum_up(sums, reinterpret_cast<const Part*>(a.partial) + (i64)run * CHUNK + in_run, stride, (int)a.blocks / ROUNDS);
+    Pack<TB, W> dB;
+    Pack<TC, W> dC;
+#pragma unroll
+    for (int i = 0; i < W; i++) {
+        if (CUT) sums[i] *= UNCUT;
+        put(dB.v[i], sums[i]);
+        put(dC.v[i], sums[i]);
+    }
     i64 to = (((b * a.L + row) * a.K + k) * a.G + g) * a.N + n;
-    if (which) put(reinterpret_cast<TC*>(a.dC)[to], sum);
-    else put(reinterpret_cast<TB*>(a.dB)[to], sum);
+    save(reinterpret_cast<TB*>(a.dB) + to, dB, !which);
+    save(reinterpret_cast<TC*>(a.dC) + to, dC, which);
 }

@@ -14,6 +14,8 @@ from kernels.selective_scan.problem import CHUNK
 
 WARPS = 4  # of a block
 SHORT = 4096 // CHUNK  # chunks of a sequence that is walked in small tiles
+ROUNDS = 4  # at most: each rounds the sums of the backward
+SLICED = 1024 // CHUNK  # chunks of a sequence that the backward goes over in slices (``cuda_sums``) instead of rounds
 
 
 @functools.cache
@@ -36,9 +38,10 @@ class Shape(NamedTuple):
         extra: EXTRA, warps that hold none. Forward, they alone load and write; backward, all do, and they help where
             a walk over few states is short beside the rest.
         resident: Blocks of a multiprocessor: what registers and shared memory allow.
-        width: BD, channels of a block.
-        blocks: Blocks that share the channels of a group.
+        width: BD, channels of a block at once.
+        blocks: Blocks of channels that a group has.
         segments: Parts of a sequence that run at once.
+        rounds: Blocks of channels that a block of the backward takes one after another.
     """
 
     lanes: int
@@ -52,6 +55,7 @@ class Shape(NamedTuple):
     width: int
     blocks: int
     segments: int
+    rounds: int = 1
 
     @property
     def forward_words(self) -> int:
@@ -115,11 +119,23 @@ def shape_of(
     segments = 1 if fit < enough else max(1, min(fit, 64, slots))
     tile, part = 16 if small else 32, 8 if states <= 4 else 4
     found = Shape(lanes, states, 1, tile, part, warps, extra, resident, width, blocks, segments)
-    if backward or wide or pairs or lanes < 4:
+    if backward:
+        few = segments == 1 and slots < SLICED
+        return found._replace(rounds=_rounds(blocks, scans, cores * resident)) if few else found
+    if wide or pairs or lanes < 4:
         return found
     single = None if table else _single(found, channels, scans, slots, cores, memory)
     joined = None if table else _joined(found, channels, scans, cores, memory)
     return single or joined or _paired(found, channels, scans, cores, memory) or found
+
+
+def _rounds(blocks: int, scans: int, room: int) -> int:
+    """As many as keep the GPU, which has room for so many blocks at once, busy no longer: the sums' parts get fewer."""
+
+    def time(rounds: int) -> int:
+        return -(-scans * blocks // (rounds * room)) * rounds
+
+    return max(n for n in range(1, ROUNDS + 1) if blocks % n == 0 and time(n) <= time(1))
 
 
 def _single(shape: Shape, channels: int, scans: int, slots: int, cores: int, memory: int) -> Shape | None:

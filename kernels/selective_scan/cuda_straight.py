@@ -182,7 +182,7 @@ class Backward:
         self.base[PLACES["dy_k"]] = 1
         # One tensor holds all that nobody sees: each field's place in it, in floats, at multiples of 16 bytes.
         sizes = {n: torch.Size(size).numel() for n, size in self.sums.parts.items()}
-        sizes |= {"partial": self.sums.shares, "g": 2 * self.sums.kept}
+        sizes |= {"partial": self.sums.shares, "g": self.sums.kept}
         if self.first is not None:
             sizes |= {"ends": _ends(p, launch), "sums": _ends(p, launch) // p.state}
         self.places, self.held = [], 0
@@ -228,12 +228,11 @@ class Backward:
 
     def _walk(self, values: array[int], dinitial: int, g: int) -> None:
         """Launches the slices; ``g`` is where the state's gradient lies between them."""
-        turns = (g, g + 4 * self.sums.kept)
         for bounds, i in self.slices:
             for place, value in bounds:
                 values[place] = value
-            values[PLACES["g_in"]] = turns[(i + 1) % 2] if i < self.sums.slices - 1 else 0
-            values[PLACES["g_out"]] = turns[i % 2] if i > 0 else 0
+            values[PLACES["g_in"]] = g if i < self.sums.slices - 1 else 0
+            values[PLACES["g_out"]] = g if i > 0 else 0
             if i == 0:
                 values[_DINITIAL] = dinitial
             self.kernel(self.blocks, self.threads, values)

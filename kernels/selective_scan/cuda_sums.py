@@ -1,14 +1,15 @@
 """What the CUDA backward leaves besides maps: sums over time, and the parts of dB and dC, slice by slice.
 
 The backward goes over slices of every segment of a sequence from the last to the first, one launch each, so that the
-parts of dB and dC (one for each block of channels) are kept for one slice. The state's gradient goes from each to the
-one before.
+parts of dB and dC (one for each block that runs, of channels) are kept for one slice. The state's gradient goes from
+each to the one before.
 
 K routes, N state, S sequences.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 THREADS = 256  # of a block that adds up
 LEAST = 8  # chunks of a slice: the launches of shorter ones cost more than they save
+BRIEF = 3  # the same of short segments
 
 
 class Sums:
@@ -36,6 +38,7 @@ class Sums:
         span: Chunks of a slice; the last one may have fewer.
         slots: Saved states of a slice.
         shares: Float32 words of the parts of dB and dC, or 0. Those of bfloat16 are kept in bfloat16.
+        together: States whose parts one thread adds up.
         kept: Numbers of the state's gradient, of all segments.
     """
 
@@ -52,17 +55,24 @@ class Sums:
         self.span = -(-self.chunks // self.slices)
         self.slots = p.slots if p.cu_seqlens is not None else p.sequences * shape.segments * self.span
         each = p.routes * p.groups * CHUNK * 2 * p.state  # numbers of a slot, for one block
-        self.shares = -(-self.slots * each * shape.blocks // (1 + self.halves)) if self.maps else 0
-        self.part_blocks = -(-self.slots * each // THREADS) if self.maps else 0
+        self.shares = -(-self.slots * each * (shape.blocks // shape.rounds) // (1 + self.halves)) if self.maps else 0
+        self.together = math.gcd(p.state, 4)
+        self.part_blocks = -(-self.slots * each // (THREADS * self.together)) if self.maps else 0
         self.sum_blocks = -(-sum(torch.Size(size).numel() for size in self.sums.values()) // THREADS)
         self.kept = p.sequences * shape.segments * p.routes * p.channels * p.state if self.slices > 1 else 0
 
     def _slices(self, p: Problem, shape: Shape) -> int:
-        """So many that the shares of one take no more room than the states that forward saved, if there are enough."""
+        """So many that the shares of one take no more room than the states that forward saved, if there are enough.
+
+        Short segments, each with sums of its own, are cut once more.
+        """
         if p.cu_seqlens is not None or not self.maps or not self.chunks:
             return 1
-        bytes_ = -(-2 * CHUNK * shape.blocks * p.groups // p.channels // (1 + self.halves))  # over those of the states
+        blocks = shape.blocks // shape.rounds * p.groups
+        bytes_ = -(-2 * CHUNK * blocks // p.channels // (1 + self.halves))  # over those of the states
         slices = max(1, min(bytes_, self.chunks // LEAST))
+        if slices == 1 and shape.segments > 1:
+            slices = max(1, min(bytes_ + 1, self.chunks // BRIEF))
         return -(-self.chunks // -(-self.chunks // slices))  # none of them empty
 
     def bounds(self, i: int) -> dict[str, int]:
@@ -80,7 +90,7 @@ class Held:
 
     Attributes:
         fields: What every launch gets.
-        g: The state's gradient before and after a slice, in turns, if there are several.
+        g: The state's gradient between slices, if there are several: a block reads its own before it writes it.
     """
 
     def __init__(self, p: Problem, sums: Sums) -> None:
@@ -92,14 +102,19 @@ class Held:
         self.fields |= {n: fresh(p, *like) for n, like in sums.maps.items()}
         if sums.shares:
             self.fields["partial"] = floats(sums.shares)
-        self.g = floats(2, sums.kept) if sums.kept else None
+        self.g = floats(sums.kept) if sums.kept else None
 
     def states(self, i: int) -> dict[str, Tensor]:
         """Where slice ``i`` finds and leaves the state's gradient."""
         if self.g is None:
             return {}
-        found = {"g_in": self.g[(i + 1) % 2]} if i < self.of.slices - 1 else {}
-        return found | ({"g_out": self.g[i % 2]} if i > 0 else {})
+        found = {"g_in": self.g} if i < self.of.slices - 1 else {}
+        return found | ({"g_out": self.g} if i > 0 else {})
+
+    def done(self) -> None:
+        """Gives back what no launch needs any more."""
+        self.fields.pop("partial", None)
+        self.g = None
 
     def total(self, name: str) -> Tensor:
         """The sum ``A``, ``D`` or ``bias``; ``B`` or ``C``, or the map of it that tokens have."""

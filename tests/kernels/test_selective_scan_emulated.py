@@ -86,6 +86,18 @@ def test_forms_of_the_forward(form: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "states"), [(BF16, 16), (torch.float32, 16), (BF16, 40)])
+def test_rounds_of_the_backward(dtype: torch.dtype, states: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = cuda_launch.shape_of
+
+    def shape_of(*args: Any) -> cuda_shape.Shape:
+        return rule(*args)._replace(rounds=3) if args[5] else rule(*args)
+
+    monkeypatch.setattr(cuda_launch, "shape_of", shape_of)
+    check(inputs(B=2, L=CHUNK + 9, D=70, N=states, options=FULL), "auto", "cpu", dtype, reverse=True)
+
+
+@pytest.mark.slow
 @interpreted
 def test_routes() -> None:
     check(inputs(B=2, L=40, D=32, N=4, K=2, G=2, P=CHUNK + 2, options=FULL), "auto", "cpu", BF16)

@@ -36,7 +36,28 @@ def test_shapes_hold_the_state_and_fit_the_gpu(state: int, monkeypatch: pytest.M
             loaders = shape.warps + shape.extra if backward else shape.extra
             assert all(32 * loaders % (shape.width // v) == 0 for v in (1, 2, 4) if shape.width % v == 0)
             assert shape.width == 32 // shape.lanes * shape.warps * shape.each
+            assert shape.blocks % shape.rounds == 0
+            assert shape.rounds == 1 or (backward and shape.segments == 1)
     assert rule(state, 1536, 512, 32, False, True, False, torch.device("cuda")).segments == 1  # enough blocks without
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rounds"),
+    [
+        ((16, 1536, 8, 32), 1),  # all at once: with more rounds, half of the GPU
+        ((16, 2048, 8, 8), 2),
+        ((16, 768, 64, 4), 4),
+        ((16, 768, 64, 16), 1),  # in slices
+        ((16, 1536, 64, 8), 4),  # 8 would be as fast
+        ((16, 736, 64, 4), 1),  # 23 blocks
+        ((64, 1536, 8, 8), 3),
+        ((16, 2048, 1, 64), 1),  # in segments
+    ],
+)
+def test_rounds_of_the_backward(sizes: tuple[int, ...], rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_shape, "properties", lambda device: (132, 227 << 10))
+    shape = cuda_shape.shape_of.__wrapped__(*sizes, False, True, False, torch.device("cuda"))
+    assert shape.rounds == rounds
 
 
 @pytest.mark.parametrize(
@@ -99,6 +120,18 @@ def test_segments_at_once_equal_one(segments: int, reverse: bool, monkeypatch: p
     cut_in(segments, monkeypatch)
     monkeypatch.setattr(cuda_sums, "LEAST", 1)  # and in slices
     check(inputs(B=2, L=10 * CHUNK + 5, D=40, N=16, options=FULL), "cuda", "cuda", torch.float32, reverse=reverse)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize(("dtype", "state"), [(torch.bfloat16, 16), (torch.float32, 16), (torch.bfloat16, 40)])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_rounds_equal_blocks(dtype: torch.dtype, state: int, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_in(1, monkeypatch)
+    rule = cuda_launch.shape_of
+    monkeypatch.setattr(cuda_launch, "shape_of", lambda *a: rule(*a)._replace(rounds=3) if a[5] else rule(*a))
+    monkeypatch.setattr(cuda_sums, "LEAST", 1)  # and in slices
+    check(inputs(B=2, L=3 * CHUNK + 5, D=70, N=state, options=FULL), "cuda", "cuda", dtype, reverse=reverse)
 
 
 @gpu

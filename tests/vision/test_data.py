@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from core.errors import UserError
-from vision.data import Augmentation, Digits, ImageFolder, move
+from vision.data import Augmentation, ImageFolder
+from vision.digits import Digits, move
 from vision.files import RepeatedAugmentation
 
 

@@ -10,10 +10,11 @@ from accuracy import relative_rms
 import vision  # noqa: F401  registers the models
 from vision.models import mixer, vim
 from vision.module import capture
+from vision.tables import Kept
 
 MODULES = ["efficient_vmamba", "local_vim", "local_vmamba", "mamba_nd", "plain_mamba", "vmamba", "vim"]
 every_model = pytest.mark.parametrize("name", timm.list_models("test_*", module=MODULES))
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
 @pytest.fixture(autouse=True)
@@ -149,3 +150,19 @@ def test_the_way_without_gradients_is_the_same(side, autocast, monkeypatch):
         model.layers[1].register_forward_hook(lambda module, given, result: seen.append(len(given[0])))
         torch.testing.assert_close(model(images), wanted, **off)
         assert seen == [5]  # who looks into a block sees the whole batch
+
+
+def test_a_graph_reads_its_table_as_long_as_it_lives():
+    kept = Kept(lambda n, device: torch.arange(n, device=device))
+    device = torch.device("cuda", torch.cuda.current_device())
+    kept(1000, device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        read, own = kept(1000, device).clone(), kept(2000, device).clone()
+    kept.forget()
+    others = [torch.full((1000,), -1, device=device) for _ in range(20)]
+    graph.replay()
+    assert read.tolist() == list(range(1000))
+    assert own.tolist() == list(range(2000))
+    assert kept(2000, device).tolist() == list(range(2000))  # not the graph's
+    assert len(others) == 20

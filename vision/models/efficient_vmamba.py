@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from core.block import AddNorm
 from vision.models.loading import fit_to_model, unwrap
-from vision.models.ss2d import SS2D, ChannelAttention, PatchMerging
+from vision.models.maps import ChannelAttention, PatchMerging
+from vision.models.ss2d import SS2D
 from vision.models.staged import Stage, StagedBackbone, build, default_cfg
 from vision.models.vmamba import patch_stem
 

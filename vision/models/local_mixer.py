@@ -7,23 +7,20 @@ Dimension letters: B batch, H W grid of patches, L tokens, D model width, E inne
 routes.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
 
 from core import hippo
-from core.mixers.mamba import decay_rates
-from vision.tables import build_apart
+from vision.models.maps import ChannelAttention
+from vision.models.mixer import scan_along
+from vision.tables import Kept
 
-__all__ = ["ChannelGate", "LocalMixer", "Rotary", "rotation", "rotation_angles", "rotation_table"]
-
-torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in this module too
+__all__ = ["LocalMixer", "Rotary", "rotation", "rotation_angles", "rotation_table"]
 
 
 def rotation_angles(height: int, width: int, dim: int, length: int, device: torch.device | str = "cpu") -> Tensor:
@@ -38,24 +35,17 @@ def rotation_angles(height: int, width: int, dim: int, length: int, device: torc
         return torch.cat((rows[:, None].expand(size), columns[None].expand(size)), dim=-1).flatten(0, 1)
 
 
-@functools.lru_cache(maxsize=64)
+@Kept
 def rotation_table(height: int, width: int, dim: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Cosines and sines (2, H W, dim) of ``rotation_angles``, kept."""
-
-    def build() -> Tensor:
-        angles = rotation_angles(height, width, dim, length, device)
-        return torch.stack((angles.cos(), angles.sin())).to(dtype)
-
-    return build_apart(build, device)
+    """Cosines and sines (2, H W, dim) of ``rotation_angles``."""
+    angles = rotation_angles(height, width, dim, length, device)
+    return torch.stack((angles.cos(), angles.sin())).to(dtype)
 
 
 @torch.library.custom_op("triscan::rotation", mutates_args=())
 def _rotation_op(like: Tensor, height: int, width: int, dim: int, length: int) -> Tensor:
     """Cosines and sines (2, H W, dim) of ``rotation_angles``, in dtype and place of ``like``: tracers keep an op."""
-    sizes = (height, width, dim, length, like.dtype, like.device)
-    if like.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph's memory is not to be kept beyond it
-        return rotation_table.__wrapped__(*sizes)
-    return rotation_table(*sizes).clone()
+    return rotation_table(height, width, dim, length, like.dtype, like.device).clone()
 
 
 @_rotation_op.register_fake
@@ -101,28 +91,6 @@ class Rotary(nn.Module):
         return (x * table[0] + crossed * table[1]).to(x.dtype)
 
 
-class ChannelGate(nn.Module):
-    """Weighs the channels of each route by what they hold on the whole: y * sigmoid(W2 gelu(W1 mean(norm(y)))).
-
-    (LocalMamba, section 4.3, without the spatial branch, which the released models do without.)
-    """
-
-    def __init__(
-        self, dim: int, ratio: float = 0.125, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.norm = nn.LayerNorm(dim, **dd)
-        self.global_reduce = nn.Linear(dim, int(dim * ratio), **dd)
-        self.channel_select = nn.Linear(int(dim * ratio), dim, **dd)
-
-    def forward(self, y: Tensor) -> Tensor:
-        """Outputs of the routes (B, L, K, E) to their weighed sum (B, L, E)."""
-        whole = self.norm(y).mean(1)
-        gate = self.channel_select(F.gelu(self.global_reduce(whole))).sigmoid()
-        return torch.einsum("blke,bke->ble", y, gate.to(y.dtype))
-
-
 class LocalMixer(nn.Module):
     """Mamba along four routes with parameters of their own, whose outputs a channel gate weighs and sums.
 
@@ -163,7 +131,7 @@ class LocalMixer(nn.Module):
             self.add_module(f"x_proj_{k}", nn.Linear(inner, self.dt_rank + 2 * d_state, bias=False, **dd))
             self.add_module(f"dt_proj_{k}", nn.Linear(self.dt_rank, inner, **dd))
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
-        self.attn = ChannelGate(inner, **dd)
+        self.attn = ChannelAttention(inner, **dd)
 
     @torch.no_grad()
     def init_weights(self, depth: int) -> None:
@@ -189,28 +157,19 @@ class LocalMixer(nn.Module):
         """Mixes tokens (B, L, D) of a grid; returns (B, L, D)."""
         route = torch.ops.triscan.scan_routes(x, self.routes, grid[0], grid[1], self.class_token)
         # Spelt out, as TorchScript looks no attribute up by a computed name.
-        A_log = torch.stack([self.A_log_0, self.A_log_1, self.A_log_2, self.A_log_3])
-        D = torch.stack([self.D_0, self.D_1, self.D_2, self.D_3])
-        convs = [self.conv1d_0.weight, self.conv1d_1.weight, self.conv1d_2.weight, self.conv1d_3.weight]
         bias_0, bias_1, bias_2, bias_3 = self.conv1d_0.bias, self.conv1d_1.bias, self.conv1d_2.bias, self.conv1d_3.bias
         assert bias_0 is not None  # nn.Conv1d declares it optional
         assert bias_1 is not None
         assert bias_2 is not None
         assert bias_3 is not None
-        x_weight = torch.stack([self.x_proj_0.weight, self.x_proj_1.weight, self.x_proj_2.weight, self.x_proj_3.weight])
-        dt_weight = torch.stack(
-            [self.dt_proj_0.weight, self.dt_proj_1.weight, self.dt_proj_2.weight, self.dt_proj_3.weight]
-        )
-        dt_bias = torch.stack([self.dt_proj_0.bias, self.dt_proj_1.bias, self.dt_proj_2.bias, self.dt_proj_3.bias])
-
+        x_0, x_1, x_2, x_3 = self.x_proj_0.weight, self.x_proj_1.weight, self.x_proj_2.weight, self.x_proj_3.weight
+        dt_0, dt_1, dt_2, dt_3 = self.dt_proj_0, self.dt_proj_1, self.dt_proj_2, self.dt_proj_3
+        ways = [
+            [self.A_log_0, self.D_0, self.conv1d_0.weight, bias_0, x_0, dt_0.weight, dt_0.bias],
+            [self.A_log_1, self.D_1, self.conv1d_1.weight, bias_1, x_1, dt_1.weight, dt_1.bias],
+            [self.A_log_2, self.D_2, self.conv1d_2.weight, bias_2, x_2, dt_2.weight, dt_2.bias],
+            [self.A_log_3, self.D_3, self.conv1d_3.weight, bias_3, x_3, dt_3.weight, dt_3.bias],
+        ]
         x, z = self.in_proj(x).chunk(2, dim=-1)
-        x, _ = torch.ops.triscan.causal_conv1d(
-            x, torch.stack(convs).squeeze(2), torch.stack([bias_0, bias_1, bias_2, bias_3]), route,
-            None, None, None, "silu", False, False, "auto",
-        )  # fmt: skip
-        dt, B, C = torch.einsum("blke,kce->blkc", x, x_weight).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y, _, _ = torch.ops.triscan.selective_scan(
-            x, dt, decay_rates(A_log), B.unsqueeze(3), C.unsqueeze(3), D, z, dt_bias, dt_weight, route,
-            None, None, None, True, True, "keep", False, False, "auto",
-        )  # fmt: skip
-        return self.out_proj(self.attn(y))
+        y = scan_along(x, z, route, ways, self.dt_rank, self.d_state, "keep")
+        return self.out_proj((y * self.attn(y)).sum(2))

@@ -18,7 +18,7 @@ from core.mixers.mamba import decay_rates
 from vision.models.ready import Ready, filled_up
 from vision.models.streams import leaves_idle, side_stream
 
-__all__ = ["RouteMixer", "block_diagonal"]
+__all__ = ["RouteMixer", "block_diagonal", "scan_along"]
 
 torch.fx.wrap("scan_ways")
 torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in this module too
@@ -118,6 +118,34 @@ def _side_by_side(x: Tensor, z: Tensor, ways: list[list[Tensor]], backwards: lis
     return first + y
 
 
+def scan_along(x: Tensor, z: Tensor, route: Tensor, ways: list[list[Tensor]], R: int, N: int, merge: str) -> Tensor:
+    """Convolves and scans tokens (B, L, E) along routes (K, P), gated by z.
+
+    Args:
+        x: What is scanned.
+        z: The gate.
+        route: Positions of each route.
+        ways: Parameters of each route, as ``prepared`` takes them.
+        R: Rank of the time steps.
+        N: State size.
+        merge: ``sum`` for the routes' sum (B, L, E), ``keep`` for each of them (B, L, K, E).
+    """
+    A_log, D, conv_weight, conv_bias, x_weight, dt_weight, dt_bias = [
+        torch.stack([way[i] for way in ways]) for i in range(7)
+    ]
+    x, _ = torch.ops.triscan.causal_conv1d(
+        x, conv_weight.squeeze(2), conv_bias, route, None, None, None, "silu", False, False, "auto"
+    )
+    low = F.linear(x.flatten(2), block_diagonal(x_weight)).unflatten(-1, [route.shape[0], -1])
+    dt, B, C = torch.split(low, [R, N, N], dim=-1)
+    dt = F.linear(dt.flatten(2), block_diagonal(dt_weight)).unflatten(-1, [route.shape[0], -1])
+    y, _, _ = torch.ops.triscan.selective_scan(
+        x, dt, decay_rates(A_log), B.unsqueeze(3), C.unsqueeze(3), D, z, dt_bias, None, route,
+        None, None, None, True, True, merge, False, False, "auto",
+    )  # fmt: skip
+    return y
+
+
 class RouteMixer(nn.Module):
     """Mamba along K routes at once: a gated scan per route with parameters of its own, the outputs averaged.
 
@@ -195,38 +223,18 @@ class RouteMixer(nn.Module):
         self.out_proj.reset_parameters()
         self.out_proj.weight /= math.sqrt(depth)
 
-    def stacked(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The routes' parameters as the ops take them.
-
-        Returns:
-            A_log (K, E, N), D (K, E), conv weight (K, E, W) and bias (K, E), x_proj (K, R + 2 N, E), dt_proj weight
-            (K, E, R) and bias (K, E).
-        """
+    def ways(self) -> list[list[Tensor]]:
+        """The parameters of each route, as ``prepared`` takes them."""
         if torch.jit.is_scripting():  # which looks no attribute up by a computed name
             assert self.K == 2, "TorchScript takes models of two routes; use torch.export or torch.compile"
-            A_logs, Ds = [self.A_log, self.A_b_log], [self.D, self.D_b]
-            convs = [self.conv1d.weight, self.conv1d_b.weight]
             bias, bias_b = self.conv1d.bias, self.conv1d_b.bias
             assert bias is not None  # nn.Conv1d declares it optional
             assert bias_b is not None
-            conv_biases = [bias, bias_b]
-            xs = [self.x_proj.weight, self.x_proj_b.weight]
-            dts, dt_biases = [self.dt_proj.weight, self.dt_proj_b.weight], [self.dt_proj.bias, self.dt_proj_b.bias]
-        else:
-            A_logs, Ds = [getattr(self, n) for n in self.A_names], [getattr(self, n) for n in self.D_names]
-            convs = [getattr(self, n).weight for n in self.conv_names]
-            conv_biases = [getattr(self, n).bias for n in self.conv_names]
-            xs = [getattr(self, n).weight for n in self.x_names]
-            dts = [getattr(self, n).weight for n in self.dt_names]
-            dt_biases = [getattr(self, n).bias for n in self.dt_names]
-        return (
-            torch.stack(A_logs), torch.stack(Ds), torch.stack(convs).squeeze(2), torch.stack(conv_biases),
-            torch.stack(xs), torch.stack(dts), torch.stack(dt_biases),
-        )  # fmt: skip
-
-    @torch.jit.ignore
-    def ways(self) -> list[list[Tensor]]:
-        """The parameters of each route, as ``prepared`` takes them."""
+            first = [self.A_log, self.D, self.conv1d.weight, bias]
+            second = [self.A_b_log, self.D_b, self.conv1d_b.weight, bias_b]
+            first += [self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias]
+            second += [self.x_proj_b.weight, self.dt_proj_b.weight, self.dt_proj_b.bias]
+            return [first, second]
         ways = []
         for k in range(self.K):
             conv, dt_proj = getattr(self, self.conv_names[k]), getattr(self, self.dt_names[k])
@@ -236,41 +244,13 @@ class RouteMixer(nn.Module):
 
     def scan_in_order(self, x: Tensor, z: Tensor) -> Tensor:
         """Convolves and scans tokens (B, L, E) forwards and backwards; the gated sum (B, L, E)."""
-        if torch.jit.is_scripting():
-            assert self.K == 2, "TorchScript takes models of two routes; use torch.export or torch.compile"
-            bias, bias_b = self.conv1d.bias, self.conv1d_b.bias
-            assert bias is not None  # nn.Conv1d declares it optional
-            assert bias_b is not None
-            ways = [
-                [
-                    self.A_log, self.D, self.conv1d.weight, bias, self.x_proj.weight, self.dt_proj.weight,
-                    self.dt_proj.bias,
-                ],
-                [
-                    self.A_b_log, self.D_b, self.conv1d_b.weight, bias_b, self.x_proj_b.weight, self.dt_proj_b.weight,
-                    self.dt_proj_b.bias,
-                ],
-            ]  # fmt: skip
-        else:
-            ways = self.ways()
-        ways = [prepared(way, self.dt_rank) for way in ways]
+        ways = [prepared(way, self.dt_rank) for way in self.ways()]
         return scan_ways(x, z, ways, self.backwards, self.dt_rank, self.d_state)
 
     def scan_along_routes(self, x: Tensor, z: Tensor, grid: list[int]) -> Tensor:
         """Convolves and scans tokens (B, M + 1, E) of a grid along the routes; the gated sum (B, M + 1, E)."""
         route = torch.ops.triscan.scan_routes(x, self.routes, grid[0], grid[1], True)
-        A_log, D, conv_weight, conv_bias, x_weight, dt_weight, dt_bias = self.stacked()
-        x, _ = torch.ops.triscan.causal_conv1d(
-            x, conv_weight, conv_bias, route, None, None, None, "silu", False, False, "auto"
-        )
-        K, R, N = self.K, self.dt_rank, self.d_state
-        dt, B, C = F.linear(x.flatten(2), block_diagonal(x_weight)).unflatten(-1, (K, -1)).split([R, N, N], dim=-1)
-        dt = F.linear(dt.flatten(2), block_diagonal(dt_weight)).unflatten(-1, (K, -1))
-        y, _, _ = torch.ops.triscan.selective_scan(
-            x, dt, decay_rates(A_log), B.unsqueeze(3), C.unsqueeze(3), D, z, dt_bias, None, route,
-            None, None, None, True, True, "sum", False, False, "auto",
-        )  # fmt: skip
-        return y
+        return scan_along(x, z, route, self.ways(), self.dt_rank, self.d_state, "sum")
 
     def forward(self, x: Tensor, grid: list[int]) -> Tensor:
         """Mixes tokens (B, M + 1, D) of a grid of M patches, the class token at row M // 2; returns (B, M + 1, D)."""

@@ -6,7 +6,6 @@ https://arxiv.org/abs/2402.05892.
 Dimension letters: B batch, T H W grid of patches, L tokens, D model width, E inner width, N state, P scan positions.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -17,29 +16,23 @@ from torch import Tensor, nn
 
 from core.block import AddNorm
 from core.mixers.mamba import Mamba, decay_rates
-from vision.tables import build_apart
+from vision.tables import Kept
 
 __all__ = ["NDBlock", "OrderedMamba", "PatchMerging", "axis_order"]
 
 torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in this module too
 
 
-@functools.lru_cache(maxsize=64)
+@Kept
 def axis_order(grid: tuple[int, ...], order: tuple[int, ...], device: torch.device) -> Tensor:
     """The tokens of a grid with its axes nested in another order, (1, P) int32; the last axis runs fastest."""
-
-    def build() -> Tensor:
-        numbers = torch.arange(math.prod(grid), dtype=torch.int32, device=device).view(grid)
-        return numbers.permute(order).reshape(1, -1)
-
-    return build_apart(build, device)
+    numbers = torch.arange(math.prod(grid), dtype=torch.int32, device=device).view(grid)
+    return numbers.permute(order).reshape(1, -1)
 
 
 @torch.library.custom_op("triscan::axis_order", mutates_args=())
 def _axis_order(tokens: Tensor, grid: list[int], order: list[int]) -> Tensor:
     """``axis_order`` on the device of ``tokens``: an op, so that tracers keep it."""
-    if tokens.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph's memory is not to be kept beyond it
-        return axis_order.__wrapped__(tuple(grid), tuple(order), tokens.device)
     return axis_order(tuple(grid), tuple(order), tokens.device).clone()
 
 

@@ -76,6 +76,7 @@ class ConvStem(nn.Module):
         self.projection = nn.Conv2d(64, embed_dim, patch_size // 2, patch_size // 2, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # which GPUs convolve and normalise fast
         x = pad_to_patches(self.convs(self.stem(x)), self.patch_size // 2)
         return self.projection(x).permute(0, 2, 3, 1)
 

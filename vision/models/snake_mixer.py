@@ -7,7 +7,6 @@ Dimension letters: B batch, H W grid of patches, L = H W tokens, D model width, 
 K = 4 routes.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 
 from core import hippo
 from core.mixers.mamba import decay_rates
+from vision.models.ready import filled_up
 from vision.routes import scan_routes
-from vision.tables import build_apart
+from vision.tables import Kept
 
 __all__ = ["SNAKES", "SnakeMixer", "snake_tables"]
 
@@ -28,30 +28,24 @@ torch.fx.wrap("decay_rates")  # branches on the dtype: a leaf for the tracer in 
 SNAKES = ("snake", "snake_reversed", "snake_columns", "snake_columns_reversed")
 
 
-@functools.lru_cache(maxsize=64)
+@Kept
 def snake_tables(height: int, width: int, device: torch.device) -> Tensor:
     """The four snakes and what step led to each of their positions.
 
     Returns:
         (2, K, L) int32: token, and direction of the step into it: 0 start, 1 right, 2 left, 3 up, 4 down.
     """
-
-    def build() -> Tensor:
-        with torch.device(device):
-            tokens = scan_routes(SNAKES, height, width)
-            rows, columns = tokens // width, tokens % width
-            down, right = (F.pad(t.diff(dim=1), (1, 0)) for t in (rows, columns))
-            steps = (right == 1) * 1 + (right == -1) * 2 + (down == -1) * 3 + (down == 1) * 4
-            return torch.stack((tokens, steps.to(torch.int32)))
-
-    return build_apart(build, device)
+    with torch.device(device):
+        tokens = scan_routes(SNAKES, height, width)
+        rows, columns = tokens // width, tokens % width
+        down, right = (F.pad(t.diff(dim=1), (1, 0)) for t in (rows, columns))
+        steps = (right == 1) * 1 + (right == -1) * 2 + (down == -1) * 3 + (down == 1) * 4
+        return torch.stack((tokens, steps.to(torch.int32)))
 
 
 @torch.library.custom_op("triscan::snake_tables", mutates_args=())
 def _snake_tables(tokens: Tensor, height: int, width: int) -> Tensor:
     """``snake_tables`` on the device of ``tokens``: an op, so that tracers keep it."""
-    if tokens.is_cuda and torch.cuda.is_current_stream_capturing():  # a graph's memory is not to be kept beyond it
-        return snake_tables.__wrapped__(height, width, tokens.device)
     return snake_tables(height, width, tokens.device).clone()
 
 
@@ -116,13 +110,17 @@ class SnakeMixer(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x = self.conv2d(x.transpose(1, 2).unflatten(2, [height, width])).flatten(2).transpose(1, 2)
         x = F.silu(x).contiguous()
-        dt, B, C = torch.split(self.x_proj(x), [self.dt_rank, self.d_state, self.d_state], dim=-1)
+        x_weight, dt_weight = filled_up(self.x_proj.weight, self.dt_proj.weight, self.dt_rank)
+        low, N = F.linear(x, x_weight), self.d_state
+        # B's first columns fill the time steps' up: they meet dt_proj's zeros.
+        dt = F.linear(low[..., : dt_weight.shape[1]], dt_weight).unsqueeze(2).expand(-1, -1, 4, -1)
+        B, C = low[..., self.dt_rank : self.dt_rank + N], low[..., self.dt_rank + N : self.dt_rank + 2 * N]
         directions = self.direction_Bs[tables[1].t()]  # (L, K, N)
         B = (B.unsqueeze(2) + directions.to(B.dtype)).unsqueeze(3)
         y, _, _ = torch.ops.triscan.selective_scan(
-            x, dt.unsqueeze(2).expand(-1, -1, 4, -1), decay_rates(self.A_log).expand(4, -1, -1), B,
+            x, dt, decay_rates(self.A_log).expand(4, -1, -1), B,
             C.unsqueeze(2).unsqueeze(3).expand(-1, -1, 4, -1, -1), self.D.expand(4, -1), z,
-            (2 * self.dt_proj.bias).expand(4, -1), self.dt_proj.weight.expand(4, -1, -1), tables[0],
+            (2 * self.dt_proj.bias).expand(4, -1), None, tables[0],
             None, None, None, True, False, "sum", False, False, "auto",
         )  # fmt: skip
         return self.out_proj(y)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from core.block import AddNorm
 from vision.models.loading import configurations
-from vision.models.ss2d import LayerNorm, MapMixer
+from vision.models.maps import LayerNorm
+from vision.models.ss2d import MapMixer
 
 __all__ = ["MixerBlock", "Mlp", "Stage", "StagedBackbone", "build", "default_cfg"]
 

@@ -19,7 +19,8 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from vision.models.loading import fit_to_model, unwrap
-from vision.models.ss2d import SS2D, SSD2D, Conv2d, LayerNorm, PatchConv2d, PatchMerging
+from vision.models.maps import Conv2d, LayerNorm, PatchConv2d, PatchMerging
+from vision.models.ss2d import SS2D, SSD2D
 from vision.models.staged import MixerBlock, Mlp, Stage, StagedBackbone, build, default_cfg
 
 __all__ = ["VMamba"]
