@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.selective_scan.triton_plan import device_of
 from kernels.ssd.problem import Problem
-from kernels.ssd.triton_boxes import boxable, rows_box
+from kernels.ssd.triton_boxes import as_lines, rows_box
 from kernels.ssd.triton_plan import Plan
 from kernels.ssd.triton_steps import decays, product, weighted_mask
 
@@ -65,7 +65,7 @@ def fits(p: Problem) -> bool:
         return False
     plan = Plan(p)
     whole = plan.width == p.head_dim and p.state <= 128 and plan.segments.count == 1  # a program has all of a head
-    return whole and plan.folded and p.z.dtype == torch.bfloat16 and boxable(plan, p.x, p.B, p.C, p.z.unsqueeze(2))
+    return whole and plan.folded and p.z.dtype == torch.bfloat16 and plan.boxed and as_lines(p.z.unsqueeze(2))
 
 
 def forward(p: Problem, norm_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
