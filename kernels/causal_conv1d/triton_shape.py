@@ -47,14 +47,10 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 128
 
 
-def is_brief(p: Problem) -> bool:
-    """Whether the maps are in 16 bits and of up to BRIEF places."""
-    return p.x.element_size() == 2 and p.batch * p.length <= BRIEF
-
-
 def shape_of(p: Problem, backward: bool) -> Shape:
     """The shape of the forward or backward kernel, a rule on sizes, dtype and GPU."""
-    wide, brief = p.x.element_size(), is_brief(p)
+    wide = p.x.element_size()
+    brief = wide == 2 and p.batch * p.length <= BRIEF
     most = 2 if brief and backward else 4
     V = max(v for v in (most, 2, 1) if v * p.width <= (16 if wide < 8 else 8) or v == 1)  # the rest is registers
     brief = brief and most == V

@@ -65,15 +65,11 @@ def offset_of(b, q, L, step_b, step_l, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def rows_of(ptr, step, q, L, m_d, U: tl.constexpr, EVICT: tl.constexpr = ""):
-    """The rows of places q, ..., q + U - 1 as they lie in memory, zeros from L on; all are under way at once.
-
-    EVICT says what becomes of them in the caches: "evict_first" for what nobody reads again.
-    """
+def rows_of(ptr, step, q, L, m_d, U: tl.constexpr):
+    """The rows of places q, ..., q + U - 1 as they lie in memory, zeros from L on; all are under way at once."""
     rows = ()
     for u in tl.static_range(U):
-        at = ptr + u * step
-        rows = rows + (tl.load(at, mask=(q + u < L) & m_d, other=0.0, eviction_policy=EVICT),)
+        rows = rows + (tl.load(ptr + u * step, mask=(q + u < L) & m_d, other=0.0),)
     return rows
 
 

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.causal_conv1d.problem import Problem
-from kernels.causal_conv1d.triton_shape import is_brief, shape_of
+from kernels.causal_conv1d.triton_shape import shape_of
 from kernels.causal_conv1d.triton_steps import (
     offset_of,
     parameters,
@@ -48,7 +48,7 @@ MAX_WIDTH = 16  # beyond, the inputs and gradients that a thread keeps no longer
 def _forward_kernel(
     x_ptr, weight_ptr, bias_ptr, state_ptr, y_ptr, L, D, sx_b, sx_l, runs, steps,
     W: tl.constexpr, R: tl.constexpr, U: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_STATE: tl.constexpr, REVERSE: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, EVICT: tl.constexpr,
+    HAS_STATE: tl.constexpr, REVERSE: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """R runs of ``steps`` times U places by BD channels."""
     b, _, q, d, m_d = tile(L, D, runs, steps, R, U, BD)
@@ -59,7 +59,7 @@ def _forward_kernel(
     offset, y_step = offset_of(b, q, L, tl.cast(L, tl.int64) * D, D, REVERSE)
     y_ptr += offset + d
     for _ in range(steps):
-        rows = rows_of(x_ptr, x_step, q, L, m_d, U, EVICT)
+        rows = rows_of(x_ptr, x_step, q, L, m_d, U)
         x_ptr += U * x_step
         for u in tl.static_range(U):
             past = past + (rows[u].to(ACC),)
@@ -288,8 +288,6 @@ def _cut(p: Problem, backward: bool) -> Cut:
             "HAS_STATE": p.initial_state is not None and p.width > 1, "REVERSE": p.reverse, "SILU": p.silu,
             "ACC": tl.float64 if p.dtype == torch.float64 else tl.float32, "num_warps": shape.warps,
         }  # fmt: skip
-        if not backward:  # the runs beside still find what they share, and y stays for whoever reads it next
-            constants["EVICT"] = "evict_first" if is_brief(p) else ""
         rows = min(512, triton.next_power_of_2(shape.runs * p.batch))
         summed = {
             "W": p.width, "HAS_BIAS": p.bias is not None, "ROWS": rows, "COLUMNS": COLUMNS, "num_warps": 8,
