@@ -238,8 +238,6 @@ def choose_strategy(name: Any, sequence: int, tensor: int, module: Any, averages
             raise UserError(f"--{option} is {count}; wanted {wanted}")
     if sequence > 1 and tensor > 1:
         raise UserError("--sequence_parallel and --tensor_parallel are both given; take one of the two")
-    if tensor > 1 and getattr(module, "graph_requested", False):  # processes that held such graphs did not end
-        raise UserError(f"--model.graph is on and --tensor_parallel is {tensor}, wanted --model.graph false")
     if name not in ("auto", "ddp", "fsdp2") or (name == "fsdp2" and tensor > 1):
         wanted = "ddp" if tensor > 1 else "ddp or fsdp2"
         option = "tensor_parallel" if tensor > 1 else "sequence_parallel"

@@ -187,7 +187,6 @@ def test_runs_go_on_with_another_number_of_processes(place: Path, name: str) -> 
 @pytest.mark.parametrize(("options", "message"), [
     (("--tensor_parallel", "2", "--sequence_parallel", "2"), "are both given; take one of the two"),
     (("--tensor_parallel", "0"), "--tensor_parallel is 0; wanted at least 1"),
-    (("--tensor_parallel", "2", "--model.graph", "true"), "--model.graph is on and --tensor_parallel is 2"),
     (("--tensor_parallel", "2", "--trainer.strategy", "fsdp2"), "--trainer.strategy is fsdp2; with --tensor_parallel"),
     (("--trainer.strategy", "fsdp2", "--ema_decay", "0.9"), "--ema_decay keeps a second net"),
 ])  # fmt: skip
