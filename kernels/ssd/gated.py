@@ -52,7 +52,7 @@ def gated_scan(
     Raises:
         ValueError: If a shape, dtype, device or value does not fit.
     """
-    p = _problem(x, dt, A, B, C, D, z, dt_bias, initial_state, dt_limit)
+    p = _problem(x, dt, A, B, C, D, z, dt_bias, initial_state, dt_limit, backend)
     check_float(x, norm_weight=norm_weight)
     check_shape("norm_weight", norm_weight, (p.heads * p.head_dim,), "(H P,)")
     name = _resolve(p, backend)
@@ -71,17 +71,17 @@ def saves_a_pass(
     initial_state: Tensor | None = None, *, dt_limit: Limits = (0.0, math.inf),
 ) -> bool:  # fmt: skip
     """Whether ``gated_scan`` has a kernel for such tensors: elsewhere it is what it is defined by."""
-    p = _problem(x, dt, A, B, C, D, z, dt_bias, initial_state, dt_limit)
+    p = _problem(x, dt, A, B, C, D, z, dt_bias, initial_state, dt_limit, "auto")
     return _resolve(p, "auto") == "triton" and _fits(p)
 
 
 def _problem(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
-    initial_state: Tensor | None, dt_limit: Limits,
+    initial_state: Tensor | None, dt_limit: Limits, backend: str,
 ) -> Problem:  # fmt: skip
     tensors = (x, dt, A, B, C, D, z, dt_bias, None, initial_state, None, None)
     flags = (True, *dt_limit, "sum", False)
-    return make_problem(*tensors, *flags, _plans.find(tensors, flags))
+    return make_problem(*tensors, *flags, _plans.find(tensors, (*flags, backend)))
 
 
 def _fits(p: Problem) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import norm, ssd
 from kernels.norm.late import Late, add_norm
+from kernels.ssd import gated
 from kernels.ssd.gated import gated_scan, saves_a_pass
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
@@ -60,6 +61,15 @@ def test_gated_is_scan_gate_and_norm() -> None:
     matrix, residual = torch.randn(6, 12).double(), torch.randn(2, 7, 6).double()
     _, total = add_norm(Late(y @ matrix.T, squares, 12, EPS), residual, torch.ones(6).double())
     torch.testing.assert_close(total, F.linear(want, matrix) + residual)
+
+
+def test_a_named_backend_is_taken_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, taken = arguments(2, 7, 4, 3, 2, 5), []
+    resolve = gated._resolve
+    monkeypatch.setattr(gated, "_resolve", lambda p, backend: taken.append(resolve(p, backend)) or taken[-1])
+    for backend in ("auto", "reference"):
+        gated_scan(**made, backend=backend)
+    assert taken == ["cpu", "reference"]
 
 
 def test_what_does_not_fit_is_refused() -> None:
