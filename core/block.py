@@ -74,21 +74,25 @@ class AddNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if kind == "layer" else None
 
-    def forward(self, x: Tensor | Late, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Normalises x + residual.
 
         Args:
-            x: (B, L, D) the branch; or one that waits for a norm of its own, for RMSNorm and with a residual.
+            x: (B, L, D) the branch.
             residual: (B, L, D) the stream so far; None at its start.
 
         Returns:
             norm(x + residual) in x's dtype, and x + residual, the stream from here on.
         """
-        if isinstance(x, Late):
-            assert self.kind == "rms"
-            assert residual is not None
-            return add_norm(x, residual, self.weight, self.eps)
         return self.normalise(x, residual, self.weight, self.bias)
+
+    def forward_late(self, x: Tensor | Late, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``forward``, whose branch may wait for a norm of its own, for RMSNorm and with a residual."""
+        if not isinstance(x, Late):
+            return self(x, residual)
+        assert self.kind == "rms"
+        assert residual is not None
+        return add_norm(x, residual, self.weight, self.eps)
 
     def normalise(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None
@@ -277,7 +281,7 @@ class Block(nn.Module):
 
         Only for a block in front of one with RMSNorm. A Mamba-2 layer's state may be None: before the first token.
         """
-        y, stream = self.norm(x, residual)
+        y, stream = self.norm.forward_late(x, residual)
         if self.mlp is None and isinstance(self.mixer, Mamba2):
             late, state = self.mixer.forward_late(y, state)
             return late, stream, state
@@ -290,7 +294,7 @@ class Block(nn.Module):
         Returns:
             This block's branch and the residual stream at the last token, (B, 1, D), and the mixer's new state.
         """
-        y, stream = self.norm(x, residual)
+        y, stream = self.norm.forward_late(x, residual)
         y, state = forward_last(self.mixer, y, self._begun(y, state))
         return *self.apply_mlp(y, stream[:, -1:]), state
 

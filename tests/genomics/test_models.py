@@ -1,5 +1,6 @@
 """The language model, the classifier and what they share."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,7 @@ def test_backbone_of_a_language_model(tmp_path: Path) -> None:
     save_weights(language.state_dict(), tmp_path / "model.safetensors")
     torch.save({"state_dict": {f"net.{k}": v for k, v in language.state_dict().items()}}, tmp_path / "best.ckpt")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    torch.save(torch.load(tmp_path / "best.ckpt"), tmp_path / "run" / "checkpoints" / "last.ckpt")
+    shutil.copy(tmp_path / "best.ckpt", tmp_path / "run" / "checkpoints" / "last.ckpt")
     for name in ("model.safetensors", "best.ckpt", "run"):
         model = classifier()
         load_backbone(model, tmp_path / name)
