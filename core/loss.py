@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.checks import autocast_dtype
-from kernels.softmax_slope import softmax_slope
 
 CHUNK = 2048  # tokens whose logits exist at once; twice as many where their gradient takes no memory of its own
 
@@ -32,6 +31,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for place in range(0, len(hidden), chunk):
             part, wanted = hidden[place : place + chunk], targets[place : place + chunk]
             if fused:
+                from kernels.softmax_slope import softmax_slope
+
                 losses, slope = softmax_slope(_logits(part, low, wide), wanted, low.dtype, ignore_index)
                 total += losses.sum()
                 if dhidden is not None:

@@ -1,6 +1,8 @@
 """The rules of the house that a test can hold."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +67,14 @@ def test_the_packages_are_ours(name: str) -> None:
 def test_no_init_under_tests() -> None:
     assert list((ROOT / "tests").rglob("__init__.py")) == []
     assert list((ROOT / "configs").rglob("__init__.py")) == []
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import audio.generate, audio.train, core.parallel.strategies, core.pretrain, genomics.pretrain, vision.train
+"""
+
+
+def test_commands_do_without_triton() -> None:
+    subprocess.run([sys.executable, "-c", WITHOUT_TRITON], check=True, cwd=ROOT)

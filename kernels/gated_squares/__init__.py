@@ -6,8 +6,6 @@ Between the parts ranks that share a row's channels add its squares up, while th
 T rows, E channels.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false
-# (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
 from __future__ import annotations
 
 import math
@@ -15,63 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
-def _gate_kernel(y, z, out, squares, E, y_row, z_row, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """A row of y * silu(z) and the sum of its squares; widths are in units, so that neighbours are loaded at once."""
-    E, y_row, z_row = E * UNIT, y_row * UNIT, z_row * UNIT
-    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside = lane < E
-    a = tl.load(y + row * y_row + lane, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(z + row * z_row + lane, mask=inside, other=0.0).to(tl.float32)
-    gated = a * b * tl.sigmoid(b)
-    tl.store(out + row * E + lane, gated, mask=inside)
-    tl.store(squares + row, tl.sum(gated * gated, 0))
+def _launch(name: str, rows: int, width: int, *arguments: Any) -> None:
+    from kernels.gated_squares.triton import launch
 
-
-@triton.jit
-def _gate_backward_kernel(dout, dsquares, y, z, dy, dz, E, y_row, z_row, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """A row of the gradients of y and z, of those of the gated row and of its sum of squares."""
-    E, y_row, z_row = E * UNIT, y_row * UNIT, z_row * UNIT
-    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside = lane < E
-    a = tl.load(y + row * y_row + lane, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(z + row * z_row + lane, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(b)
-    silu = b * sigmoid
-    grad = tl.load(dout + row * E + lane, mask=inside, other=0.0).to(tl.float32)
-    grad += 2 * tl.load(dsquares + row) * a * silu
-    tl.store(dy + row * E + lane, grad * silu, mask=inside)
-    tl.store(dz + row * E + lane, grad * a * (sigmoid + silu * (1 - sigmoid)), mask=inside)
-
-
-@triton.jit
-def _divide_kernel(x, squares, out, E, share, eps, BLOCK: tl.constexpr):
-    """A row of x over the root of its mean square, squares * share."""
-    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    rstd = 1 / tl.sqrt(tl.load(squares + row) * share + eps)
-    found = tl.load(x + row * E + lane, mask=lane < E, other=0.0).to(tl.float32) * rstd
-    tl.store(out + row * E + lane, found, mask=lane < E)
-
-
-@triton.jit
-def _divide_backward_kernel(dout, x, squares, dx, dsquares, E, share, eps, BLOCK: tl.constexpr):
-    """A row of the gradient of x, and that of its sum of squares."""
-    row, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    rstd = 1 / tl.sqrt(tl.load(squares + row) * share + eps)
-    grad = tl.load(dout + row * E + lane, mask=lane < E, other=0.0).to(tl.float32)
-    a = tl.load(x + row * E + lane, mask=lane < E, other=0.0).to(tl.float32)
-    tl.store(dx + row * E + lane, grad * rstd, mask=lane < E)
-    tl.store(dsquares + row, tl.sum(grad * a, 0) * rstd * rstd * rstd * share * -0.5)
-
-
-def _launch(kernel: Any, rows: int, width: int, *arguments: Any) -> None:
-    if rows:
-        kernel[(rows,)](*arguments, BLOCK=triton.next_power_of_2(width), num_warps=4 if width <= 2048 else 8)
+    launch(name, rows, width, *arguments)
 
 
 def _units(y: Tensor, z: Tensor) -> tuple[int, int, int, int]:
@@ -95,7 +43,7 @@ class _Gate(torch.autograd.Function):
             gated = y.to(wide) * F.silu(z.to(wide))
             return gated.to(y.dtype), gated.square().sum(1)
         out, squares = torch.empty(y.shape, dtype=y.dtype, device=y.device), y.new_empty(len(y), dtype=wide)
-        _launch(_gate_kernel, *y.shape, y, z, out, squares, *_units(y, z))
+        _launch("gate", *y.shape, y, z, out, squares, *_units(y, z))
         return out, squares
 
     @staticmethod
@@ -107,7 +55,7 @@ class _Gate(torch.autograd.Function):
         slope = y.new_zeros(len(y), dtype=wide) if dsquares is None else dsquares.contiguous()
         dy, dz = (torch.empty(y.shape, dtype=t.dtype, device=y.device) for t in (y, z))
         if _by_kernel(y):
-            _launch(_gate_backward_kernel, *y.shape, given, slope, y, z, dy, dz, *_units(y, z))
+            _launch("gate_backward", *y.shape, given, slope, y, z, dy, dz, *_units(y, z))
             return dy, dz
         a, b = y.to(wide), z.to(wide)
         sigmoid, silu = b.sigmoid(), F.silu(b)
@@ -139,7 +87,7 @@ def divide_by_root(x: Tensor, squares: Tensor, count: int, eps: float) -> Tensor
     if not _by_kernel(x):
         return (x * (squares / count + eps).rsqrt()[:, None]).to(x.dtype)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _launch(_divide_kernel, *x.shape, x.contiguous(), squares.contiguous(), out, x.shape[1], 1 / count, eps)
+    _launch("divide", *x.shape, x.contiguous(), squares.contiguous(), out, x.shape[1], 1 / count, eps)
     return out
 
 
@@ -151,5 +99,5 @@ def divide_by_root_backward(dout: Tensor, x: Tensor, squares: Tensor, count: int
         return (dout * rstd[:, None]).to(x.dtype), inner * rstd**3 / (-2 * count)
     dx, dsquares = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(squares)
     arguments = (dout.contiguous(), x.contiguous(), squares.contiguous(), dx, dsquares)
-    _launch(_divide_backward_kernel, *x.shape, *arguments, x.shape[1], 1 / count, eps)
+    _launch("divide_backward", *x.shape, *arguments, x.shape[1], 1 / count, eps)
     return dx, dsquares
