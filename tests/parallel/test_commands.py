@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from test_training import history, launch, place  # noqa: F401  place: every test is in a folder of its own
+from test_processes import history, launch, place  # noqa: F401  place: every test is in a folder of its own
 
 from audio.train import LINKS
 from core.cli import main
