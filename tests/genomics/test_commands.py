@@ -23,11 +23,6 @@ SMALL_LM = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def classify(*argv: str) -> None:
     main(
         "genomics", "genomics.classifier.SpeciesClassifier", "genomics.species.SpeciesData",

@@ -13,11 +13,6 @@ from genomics.intervals import Interval, tile, whole_records
 from genomics.vocabulary import decode, encode, reverse_complement
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def genome(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     rng = np.random.default_rng(0)

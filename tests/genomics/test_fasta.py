@@ -16,11 +16,6 @@ from genomics.fasta import Fasta, Genomes, open_genome
 from genomics.vocabulary import decode, encode
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def random_records(count: int = 7, longest: int = 5000) -> dict[str, str]:
     rng = np.random.default_rng(0)
     return {f"chr{i}": "".join(rng.choice(list("ACGTacgtN"), int(rng.integers(1, longest)))) for i in range(count)}

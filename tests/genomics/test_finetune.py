@@ -16,11 +16,6 @@ from genomics.pretrained import PretrainedClassifier
 from genomics.vocabulary import BOS, PAD, decode, encode, reverse_complement
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def sequences(count: int, seed: int = 0, length: int = 50) -> list[str]:
     rng = np.random.default_rng(seed)
     return ["".join(rng.choice(list("ACGT"), length)) for _ in range(count)]

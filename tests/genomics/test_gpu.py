@@ -27,10 +27,7 @@ from genomics.pretrained import PretrainedClassifier
 from genomics.score import score
 from genomics.vocabulary import BOS, COMPLEMENT, PAD
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on an NVIDIA GPU"),
-]
+pytestmark = pytest.mark.gpu
 MODELS = {
     "mamba": {},
     "mamba2": {"mixer": "mamba2"},
@@ -40,18 +37,6 @@ MODELS = {
     "caduceus_ph": {"objective": "masked"},
     "caduceus_ps": {"objective": "masked", "rcps": True},
 }
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def genome(tmp_path: Path) -> str:
-    path = tmp_path / "g.fa"
-    path.write_text(">a\n" + "".join(np.random.default_rng(0).choice(list("ACGT"), 4096)) + "\n")
-    return str(path)
 
 
 def model(name: str, width: int = 64, layers: int = 2) -> nn.Module:

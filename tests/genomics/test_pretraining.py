@@ -4,7 +4,6 @@ import json
 import runpy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,18 +21,6 @@ TINY = [
     "--model.n_layer", "1", "--data.window", "64", "--data.batch_size", "4", "--trainer.limit_val_batches", "2",
     "--trainer.limit_test_batches", "2", "--data.test_windows", "8", "--trainer.accelerator", "cpu",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def genome(tmp_path: Path) -> str:
-    path = tmp_path / "g.fa"
-    path.write_text(">a\n" + "".join(np.random.default_rng(0).choice(list("ACGT"), 4096)) + "\n")
-    return str(path)
 
 
 def pretrain(*argv: str) -> None:

@@ -15,11 +15,6 @@ from genomics.species import SpeciesData
 from genomics.vocabulary import A, T, decode, encode, reverse_complement
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture(scope="module")
 def excerpt() -> SpeciesData:
     return SpeciesData(

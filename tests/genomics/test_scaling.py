@@ -12,7 +12,6 @@ from genomics.scaling import COLUMNS, scaling
 def test_rows_are_added_once_and_long_contexts_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     genome, table = tmp_path / "g.fa", tmp_path / "t.csv"
     genome.write_text(">a\n" + "".join(np.random.default_rng(0).choice(list("ACGT"), 4000)) + "\n")
     options = {"contexts": (32, 64, 4096), "tokens": 256, "tokens_per_step": 32, "d_model": 8, "n_layer": 1,

@@ -16,11 +16,6 @@ from genomics.vocabulary import reverse_complement
 SPECIES = ("human", "chimpanzee", "bonobo", "gorilla", "orangutan")
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def genome(path: Path, seed: int, chances: list[float] | None = None, names: str = "123X", length: int = 3000) -> str:
     rng = np.random.default_rng(seed)
     records = {f"chr{name}": "".join(rng.choice(list("ACGT"), length, p=chances)) for name in names}

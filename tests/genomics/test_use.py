@@ -31,11 +31,6 @@ from genomics.vocabulary import BOS, COMPLEMENT, MASK, decode, encode
 SIZES = {"d_model": 8, "n_layer": 2, "d_state": 4}
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def genome(tmp_path: Path) -> str:
     rng = np.random.default_rng(0)
