@@ -9,7 +9,7 @@ from audio.sashimi import SashimiConfig
 from audio.stepping_cuda import CudaStepper
 from core.generate import Sampling
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = pytest.mark.gpu
 
 NETS = {
     "small": SashimiConfig(6, 2, (2, 3), mixer_cfg={"d_state": 3, "d_conv": 3, "bias": True}),

@@ -10,7 +10,7 @@ from audio.steppers import Guidance
 from audio.stepping_cuda import CudaStepper, has_cuda_step
 from core.generate import Sampling
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = pytest.mark.gpu
 
 NETS = {
     "small": SashimiConfig(6, 2, (2, 3), mixer_cfg={"d_state": 3, "d_conv": 3, "bias": True}, mlp=2),

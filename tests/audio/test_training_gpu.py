@@ -16,7 +16,7 @@ from core.errors import UserError
 from core.training.graphs import capture
 from core.training.module import OptimizerOptions, ScheduleOptions
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = pytest.mark.gpu
 
 NETS = {
     "mamba": SashimiConfig(16, 1, (4, 4), mixer_cfg={"d_state": 4}),

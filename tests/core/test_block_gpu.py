@@ -11,10 +11,7 @@ from torch import Tensor, nn
 
 from core.lm import MambaConfig, MambaLM
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on an NVIDIA GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def model() -> MambaLM:

@@ -100,7 +100,6 @@ def trained(graph: bool, layer: str, **options: Any) -> TextModel:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
 @pytest.mark.parametrize("layer", ["Mamba1", "Mamba2"])
 def test_a_training_by_graphs_is_a_plain_one(layer: str) -> None:
     plain, graphed = trained(False, layer), trained(True, layer)
@@ -111,14 +110,12 @@ def test_a_training_by_graphs_is_a_plain_one(layer: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
 def test_a_training_that_cannot_be_graphs_is_refused_at_its_start() -> None:
     with pytest.raises(UserError, match="accumulate_grad_batches 2, wanted 1"):
         trained(True, "Mamba1", accumulate_grad_batches=2)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="graphs are CUDA's")
 @pytest.mark.parametrize("ssm_cfg", [dict(layer="Mamba1", d_state=8), dict(layer="Mamba2", d_state=16, headdim=16)])
 def test_a_language_model_by_graphs(ssm_cfg: dict[str, Any]) -> None:
     torch.manual_seed(0)

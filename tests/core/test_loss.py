@@ -55,7 +55,6 @@ def test_low_precision_sums_in_float32() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_on_a_gpu(dtype: torch.dtype) -> None:
     ours, wanted = both(dtype, 5, device="cuda")

@@ -26,7 +26,7 @@ from core.mixers import (
     UngatedBlock,
 )
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on a GPU")]
+pytestmark = pytest.mark.gpu
 
 D = 64
 MIXERS: dict[str, Callable[[], nn.Module]] = {

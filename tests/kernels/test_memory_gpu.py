@@ -11,10 +11,7 @@ from torch import Tensor
 
 import kernels
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on an NVIDIA GPU"),
-]
+pytestmark = pytest.mark.gpu
 ROUTES = 2
 
 

@@ -41,7 +41,6 @@ def test_compiles_without_a_gpu(name: str, pairs: int, architecture: str) -> Non
 
 
 gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on an NVIDIA GPU")
 
 
 @pytest.fixture
@@ -51,7 +50,6 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @gpu
-@needs_gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES)
@@ -62,7 +60,6 @@ def test_option_is_as_accurate_as_the_reference(case: str, dtype: torch.dtype) -
 
 
 @gpu
-@needs_gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("state", [1, 2, 3, 4, 5, 8, 11, 16, 20, 33, 48, 64])
@@ -71,7 +68,6 @@ def test_any_number_of_states(state: int, dtype: torch.dtype) -> None:
 
 
 @gpu
-@needs_gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [FULL, "constB constC"])
@@ -81,7 +77,6 @@ def test_many_states(state: int, options: str, dtype: torch.dtype) -> None:
 
 
 @gpu
-@needs_gpu
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("state", [1, 2, 3, 5, 8, 16, 32, 40])
@@ -91,20 +86,17 @@ def test_complex_states(state: int, dtype: torch.dtype) -> None:
 
 
 @gpu
-@needs_gpu
 def test_one_complex_state_of_many_channels() -> None:
     check(inputs(B=8, L=20, D=600, N=1, options=FULL, complex_=True), "cuda", "cuda", torch.float32)
 
 
 @gpu
-@needs_gpu
 def test_routes_of_many_complex_states() -> None:
     tensors = inputs(B=2, L=40, D=6, N=70, K=2, G=2, P=CHUNK + 2, options=FULL, complex_=True)
     check(tensors, "cuda", "cuda", torch.float32)
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("bounds", [[0, 5, 5, 20], [0, 0, CHUNK + 6, CHUNK + 9, 5 * CHUNK]])
@@ -115,7 +107,6 @@ def test_packed_sequences(bounds: list[int], reverse: bool, dtype: torch.dtype) 
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("batch", "length", "channels"), [(2, 1500, 96), (1, 5000, 34)])
 def test_realistic_sizes(batch: int, length: int, channels: int, dtype: torch.dtype) -> None:
@@ -123,7 +114,6 @@ def test_realistic_sizes(batch: int, length: int, channels: int, dtype: torch.dt
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("batch", "length"), [(2, 2048), (1, 8000)])
 @pytest.mark.parametrize("spread", [0.0, 0.5])
@@ -143,7 +133,6 @@ def test_final_state_of_a_long_memory(spread: float, batch: int, length: int, dt
 
 
 @gpu
-@needs_gpu
 def test_equals_the_triton_twin() -> None:
     tensors = inputs(B=2, L=3 * CHUNK + 5, D=48, N=16, K=2, options=FULL)
     ours, twin = (run(tensors, backend, torch.float32, "cuda") for backend in ("cuda", "triton"))
@@ -152,7 +141,6 @@ def test_equals_the_triton_twin() -> None:
 
 
 @gpu
-@needs_gpu
 def test_strided_and_shifted_inputs() -> None:
     g = torch.Generator().manual_seed(0)
     wide = torch.randn(2, 100, 97, generator=g).to("cuda", torch.bfloat16)
@@ -169,7 +157,6 @@ def test_strided_and_shifted_inputs() -> None:
 
 
 @gpu
-@needs_gpu
 def test_bits_repeat() -> None:
     tensors = inputs(B=1, L=CHUNK + 3, D=33, N=16, K=2, options=FULL)
     first, second = (run(tensors, "cuda", torch.bfloat16, "cuda") for _ in range(2))
@@ -177,7 +164,6 @@ def test_bits_repeat() -> None:
 
 
 @gpu
-@needs_gpu
 def test_nan_goes_on() -> None:
     tensors = inputs(B=1, L=100, D=32, N=16)
     tensors["x"][0, 40, 3] = float("nan")
@@ -188,7 +174,6 @@ def test_nan_goes_on() -> None:
 
 
 @gpu
-@needs_gpu
 def test_offsets_beyond_int32() -> None:
     length, wide = 70_000, 40_000  # 2.8e9 elements, 5.6 GB
     x = torch.zeros(1, length, wide, device="cuda", dtype=torch.bfloat16)
@@ -201,7 +186,6 @@ def test_offsets_beyond_int32() -> None:
 
 
 @gpu
-@needs_gpu
 def test_other_problems_go_to_triton() -> None:
     tensors = {n: t.cuda() for n, t in inputs(B=1, L=9, D=3, N=2).items()}
     with pytest.raises(ValueError, match="no CUDA kernel"):

@@ -48,7 +48,6 @@ def test_runs_fit_chunks_and_tiles_start_from_saved_states(kernel: str, little: 
 
 
 gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on an NVIDIA GPU")
 REAL = {name: case for name, case in CASES.items() if not case[0].get("complex_")}
 Check = Callable[..., dict[str, torch.Tensor]]
 
@@ -78,7 +77,6 @@ def check_few(monkeypatch: pytest.MonkeyPatch) -> Check:
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", REAL)
 def test_option_is_as_accurate_as_the_reference(case: str, dtype: torch.dtype, check_few: Check) -> None:
@@ -88,7 +86,6 @@ def test_option_is_as_accurate_as_the_reference(case: str, dtype: torch.dtype, c
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("channels", [1, 6, 36, 96])
 @pytest.mark.parametrize("length", [CHUNK, 5 * CHUNK + 9])
@@ -97,7 +94,6 @@ def test_any_size(length: int, channels: int, dtype: torch.dtype, check_few: Che
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", ["D bias", FULL])
 def test_many_chunks_along_routes(options: str, dtype: torch.dtype, check_few: Check) -> None:
@@ -105,14 +101,12 @@ def test_many_chunks_along_routes(options: str, dtype: torch.dtype, check_few: C
 
 
 @gpu
-@needs_gpu
 def test_routes_that_leave_out_tokens(check_few: Check) -> None:
     found = check_few(inputs(B=2, L=400, P=150, D=32, K=4, options=FULL), torch.bfloat16)
     assert (found["dt"] == 0).all(-1).float().mean() > 0.6
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("bounds", [[0, 5, 5, 20], [0, 0, CHUNK + 6, CHUNK + 9, 5 * CHUNK]])
@@ -123,7 +117,6 @@ def test_packed_sequences(bounds: list[int], reverse: bool, dtype: torch.dtype, 
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("routes", [0, 2])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_restarts_and_skipped_tokens(reverse: bool, routes: int, check_few: Check) -> None:
@@ -135,7 +128,6 @@ def test_restarts_and_skipped_tokens(reverse: bool, routes: int, check_few: Chec
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_memory(dtype: torch.dtype, check_few: Check) -> None:
     tensors = inputs(B=1, L=3000, D=36, options=FULL)
@@ -144,7 +136,6 @@ def test_long_memory(dtype: torch.dtype, check_few: Check) -> None:
 
 
 @gpu
-@needs_gpu
 def test_bits_repeat(check_few: Check) -> None:
     tensors = inputs(B=2, L=CHUNK + 3, D=36, K=2, options=FULL)
     first = check_few(tensors, torch.bfloat16)
@@ -153,7 +144,6 @@ def test_bits_repeat(check_few: Check) -> None:
 
 
 @gpu
-@needs_gpu
 def test_nan_goes_on(check_few: Check) -> None:
     tensors = inputs(B=1, L=100, D=32)
     check_few(tensors, torch.float32)

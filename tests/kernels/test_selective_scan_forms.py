@@ -15,7 +15,6 @@ from kernels.selective_scan import cuda_launch, cuda_shape, cuda_sums, op
 from kernels.selective_scan.problem import CHUNK
 
 gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on an NVIDIA GPU")
 
 
 @pytest.mark.parametrize("state", range(1, 65))
@@ -93,7 +92,6 @@ def cut_in(segments: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("reverse", [False, True])
 def test_complex_segments_at_once(reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_in(5, monkeypatch)
@@ -103,7 +101,6 @@ def test_complex_segments_at_once(reverse: bool, monkeypatch: pytest.MonkeyPatch
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("reverse", [False, True])
 def test_restarts_and_skipped_tokens_in_segments(reverse: bool) -> None:
     tensors = inputs(B=1, L=20 * CHUNK + 3, D=33, N=16, options=FULL)
@@ -113,7 +110,6 @@ def test_restarts_and_skipped_tokens_in_segments(reverse: bool) -> None:
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("segments", [1, 2, 7])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_segments_at_once_equal_one(segments: int, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +119,6 @@ def test_segments_at_once_equal_one(segments: int, reverse: bool, monkeypatch: p
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize(("dtype", "state"), [(torch.bfloat16, 16), (torch.float32, 16), (torch.bfloat16, 40)])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_rounds_equal_blocks(dtype: torch.dtype, state: int, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +130,6 @@ def test_rounds_equal_blocks(dtype: torch.dtype, state: int, reverse: bool, monk
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_segments_forget_no_more_than_they_may(slow: bool, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +141,6 @@ def test_segments_forget_no_more_than_they_may(slow: bool, reverse: bool, monkey
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("batch", "state"), [(40, 16), (70, 11), (20, 40)])
 def test_two_channels_a_thread(batch: int, state: int, reverse: bool) -> None:
@@ -156,14 +149,12 @@ def test_two_channels_a_thread(batch: int, state: int, reverse: bool) -> None:
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("reverse", [False, True])
 def test_one_walk_where_channels_just_fill_the_gpu(reverse: bool) -> None:
     check(inputs(B=1, L=17 * CHUNK + 5, D=1700, N=16, options=FULL), "cuda", "cuda", torch.bfloat16, reverse=reverse)
 
 
 @gpu
-@needs_gpu
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_twelve_warps_that_walk(segments: int, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +166,6 @@ def test_twelve_warps_that_walk(segments: int, reverse: bool, monkeypatch: pytes
 
 
 @gpu
-@needs_gpu
 def test_kernels_that_start_early_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments, slices and sums follow each other, each started before the one before has ended."""
     cut_in(2, monkeypatch)

@@ -248,7 +248,6 @@ def test_states_between_pieces_need_no_exact_exponentials() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the CUDA kernels")
 def test_states_between_pieces_on_a_gpu() -> None:
     """Close to the exact ones, not the same bits: the kernel is another one; both give the same y."""
     torch.manual_seed(0)

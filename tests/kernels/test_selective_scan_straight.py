@@ -16,7 +16,6 @@ from kernels.plans import Plans
 from kernels.selective_scan import cuda, cuda_few, cuda_launch, cuda_shape, cuda_straight, op
 from kernels.selective_scan.problem import CHUNK
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="runs on an NVIDIA GPU")
 Launched = list[tuple[Any, ...]]
 
 
@@ -114,7 +113,6 @@ def test_lazy_and_watched_tensors_take_the_long_way(launched: Launched, monkeypa
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -133,7 +131,6 @@ def test_equals_the_long_way_bit_by_bit(
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_memory_that_others_use_again_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     fresh(monkeypatch, 3)
     tensors = inputs(B=1, L=40 * CHUNK, D=64, N=16, options=FULL)

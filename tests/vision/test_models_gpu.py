@@ -14,7 +14,7 @@ from vision.tables import Kept
 
 MODULES = ["efficient_vmamba", "local_vim", "local_vmamba", "mamba_nd", "plain_mamba", "vmamba", "vim"]
 every_model = pytest.mark.parametrize("name", timm.list_models("test_*", module=MODULES))
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
