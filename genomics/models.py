@@ -17,7 +17,8 @@ from core.lm import MambaConfig, MambaLM
 from genomics.caduceus import Caduceus, CaduceusConfig
 from genomics.hyenadna import HyenaDNA, HyenaDNAConfig
 from genomics.kmers import KmerBackbone
-from genomics.vocabulary import COMPLEMENT, PAD, TOKENS, A, T
+from genomics.strands import StrandClassifier
+from genomics.vocabulary import PAD, TOKENS, A, T
 
 Pooling = Literal["max", "mean", "last"]
 MixerName = Literal["mamba", "mamba2", "mamba3", "hyena", "attention"]
@@ -143,16 +144,14 @@ def build_lm(
     return GenomeLM(d_model, n_layer, layer=layer_names[mixer], attention_layers=attention_layers, **mamba)
 
 
-class GenomeClassifier(nn.Module):
+class GenomeClassifier(StrandClassifier):
     """A backbone of ``GenomeLM``, pooled over the positions, and a linear head: (B, L) -> (B, K).
 
     Args:
         num_classes: K.
         pooling: What stands for the sequence: each channel's maximum, its mean, or the last position. Padding is
             left out.
-        average_strands: Score both strands of each sequence and average the logits, so that a sequence and its
-            reverse complement get the same scores (Schiff et al. 2024, Caduceus, section 4.2, post-hoc conjoining).
-            In training a strand is scored as it comes.
+        average_strands: See ``StrandClassifier``.
         language: Weight of a second loss, nats of the next base, which trains the backbone on every position; 0 leaves
             it and its head out.
         kmer: Bases of the k-mers that the backbone reads beside single bases (``genomics.kmers``); 0 is none.
@@ -173,35 +172,15 @@ class GenomeClassifier(nn.Module):
         kmer_width: int = 64,
         **sizes: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(average_strands)
         self.num_classes = num_classes
         self.pooling: Pooling = pooling
-        self.average_strands = average_strands
         plain = GenomeLM(**sizes).backbone
         self.backbone = KmerBackbone(plain, kmer, kmer_width) if kmer else plain
         self.head = nn.Linear(sizes["d_model"], num_classes)
         self.language = language
         if language:
             self.next_base = nn.Linear(sizes["d_model"], T - A + 1)
-        self.register_buffer("complement", torch.from_numpy(COMPLEMENT).long(), persistent=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Score sequences.
-
-        Args:
-            ids: (B, L) int64, right-padded with [PAD].
-
-        Returns:
-            Logits (B, K).
-        """
-        logits = self._score(ids)
-        if self.average_strands and not self.training:
-            logits = (logits + self._score(self.other_strand(ids))) / 2
-        return logits
-
-    def other_strand(self, ids: Tensor) -> Tensor:
-        """Return reverse complements (B, L); padding stays at the right."""
-        return other_strand(ids, self.complement)  # type: ignore[arg-type]
 
     def loss(self, ids: Tensor, classes: Tensor) -> Tensor:
         """Mean cross-entropy of sequences (B, L) with their classes (B,), and what ``language`` adds."""
@@ -230,18 +209,6 @@ class GenomeClassifier(nn.Module):
 
     def _score(self, ids: Tensor) -> Tensor:
         return self.score_states(self.backbone(ids), ids)
-
-
-def other_strand(ids: Tensor, complement: Tensor) -> Tensor:
-    """Return reverse complements (B, L) of right-padded ids; padding stays at the right.
-
-    Args:
-        ids: (B, L).
-        complement: (12,) id of each id's complement.
-    """
-    real = (ids != PAD).sum(1, keepdim=True)
-    index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return complement[ids.gather(1, torch.where(index < real, real - 1 - index, index))]
 
 
 def pool(hidden: Tensor, real: Tensor, pooling: Pooling) -> Tensor:

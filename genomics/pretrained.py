@@ -10,14 +10,15 @@ from torch import Tensor, nn
 from core.errors import UserError
 from genomics.caduceus import Caduceus
 from genomics.inference import Loaded
-from genomics.models import Pooling, other_strand, pool
-from genomics.vocabulary import COMPLEMENT, PAD
+from genomics.models import Pooling, pool
+from genomics.strands import StrandClassifier
+from genomics.vocabulary import PAD
 
 
-class PretrainedClassifier(nn.Module):
+class PretrainedClassifier(StrandClassifier):
     """A pretrained model whose hidden states are pooled, and a linear head: (B, L) -> (B, K).
 
-    Scores are averaged over both strands in evaluation, as in ``GenomeClassifier``. Caduceus-PS has both strands'
+    Scores are averaged over both strands in evaluation. Caduceus-PS has both strands'
     hidden states; each strand is pooled in its own direction and goes through the one head, so that a sequence and its
     reverse complement have the same scores in training too (Schiff et al. 2024, section 4.3).
 
@@ -29,31 +30,13 @@ class PretrainedClassifier(nn.Module):
     """
 
     def __init__(self, model: Loaded, num_classes: int, pooling: Pooling = "max") -> None:
-        super().__init__()
+        two_strands = isinstance(model.net, Caduceus) and model.net.config.rcps
+        super().__init__(average_strands=not two_strands)
         self.net, self.start = model.net, model.start
         self._hidden = model.hidden
         self.pooling: Pooling = pooling
-        self.two_strands = isinstance(model.net, Caduceus) and model.net.config.rcps
+        self.two_strands = two_strands
         self.head = nn.Linear(model.backbone().embedding.embedding_dim, num_classes)
-        self.register_buffer("complement", torch.from_numpy(COMPLEMENT).long(), persistent=False)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        """Score sequences.
-
-        Args:
-            ids: (B, L) int64, right-padded with [PAD].
-
-        Returns:
-            Logits (B, K).
-        """
-        logits = self._score(ids)
-        if not self.training and not self.two_strands:
-            logits = (logits + self._score(self.other_strand(ids))) / 2
-        return logits
-
-    def other_strand(self, ids: Tensor) -> Tensor:
-        """Return reverse complements (B, L); padding stays at the right."""
-        return other_strand(ids, self.complement)  # type: ignore[arg-type]
 
     def loss(self, ids: Tensor, classes: Tensor) -> Tensor:
         """Mean cross-entropy of sequences (B, L) with their classes (B,)."""
