@@ -280,11 +280,10 @@ def log_likelihood(
 
 def _before(model: MambaLM, batch: int, room: int, padded: bool) -> tuple[Any, ...]:
     """The layers' states before the prompts: None where a layer reads on from nothing without zeros in memory."""
-    late = not padded and model.backbone.norm_f.kind == "rms" and not torch.is_grad_enabled()
-    layers = model.backbone.layers
+    late = not padded and model.backbone.takes_late()
     return tuple(
         None if late and type(layer.mixer) is Mamba2 else layer.mixer.init_state(batch, max_length=room)
-        for layer in layers
+        for layer in model.backbone.layers
     )
 
 

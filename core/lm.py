@@ -92,11 +92,11 @@ class Backbone(nn.Module):
     def forward_last(self, input_ids: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
         """``forward_state`` whose output is wanted at the last token only: (B, D).
 
-        Without gradients, and with RMSNorm, Mamba-2 layers' states may be None: before the first token.
+        Where it ``takes_late`` branches Mamba-2 layers' states may be None: before the first token.
         """
         x: Any = self.embedding(input_ids)
         residual, states = None, []
-        late = self.norm_f.kind == "rms" and not torch.is_grad_enabled()
+        late = self.takes_late()
         for layer, before in zip(self.layers, state, strict=True):
             step = layer.forward_late if late else layer.forward_state
             if layer is self.layers[-1]:
@@ -104,6 +104,10 @@ class Backbone(nn.Module):
             x, residual, after = step(x, residual, before)
             states.append(after)
         return self.norm_f(x[:, -1:], None if residual is None else residual[:, -1:])[0].squeeze(1), tuple(states)
+
+    def takes_late(self) -> bool:
+        """Whether ``forward_last`` lets branches wait for their norm: with RMSNorm, without gradients."""
+        return self.norm_f.kind == "rms" and not torch.is_grad_enabled()
 
 
 class MambaLM(nn.Module):
