@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import choose
+
 
 def _launch(name: str, rows: int, width: int, *arguments: Any) -> None:
     from kernels.gated_squares.triton import launch
@@ -30,7 +32,7 @@ def _units(y: Tensor, z: Tensor) -> tuple[int, int, int, int]:
 
 def _by_kernel(t: Tensor) -> bool:
     """Whether the kernels take rows like these; others are left to PyTorch's operators."""
-    return t.is_cuda and t.dtype != torch.float64
+    return choose("auto", t.device)[0] == "triton" and t.dtype != torch.float64
 
 
 class _Gate(torch.autograd.Function):
