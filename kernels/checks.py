@@ -59,16 +59,17 @@ def check_route(route: Tensor, length: int) -> None:
         raise ValueError("route: a token is visited twice by one route, wanted at most once; split it in two routes")
 
 
-def check_packing(
-    batch: int, length: int, route: Tensor | None, cu_seqlens: Tensor | None, seq_idx: Tensor | None
-) -> None:
-    """Raises unless at most one of the two descriptions of packed sequences is given, and it fits ``(B, L)``."""
+def check_packing(x: Tensor, route: Tensor | None, cu_seqlens: Tensor | None, seq_idx: Tensor | None) -> None:
+    """Raises unless at most one of the two descriptions of packed sequences is given, and it fits ``x (B, L, ...)``."""
+    batch, length = x.shape[:2]
     if seq_idx is not None:
+        check_index("seq_idx", seq_idx, x.device)
         check_shape("seq_idx", seq_idx, (batch, length), "(B, L)")
         if cu_seqlens is not None:
             raise ValueError("seq_idx and cu_seqlens: got both, wanted one; both say where packed sequences start")
     if cu_seqlens is None:
         return
+    check_index("cu_seqlens", cu_seqlens, x.device)
     if route is not None:
         raise ValueError("cu_seqlens: got it together with a route, wanted seq_idx; routes index the tokens of a row")
     if batch != 1 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
@@ -90,7 +91,7 @@ def check_values(x: Tensor, route: Tensor | None, cu_seqlens: Tensor | None, seq
     if route is not None:
         check_route(route, x.shape[1])
     if cu_seqlens is not None:
-        check_packing(x.shape[0], x.shape[1], route, cu_seqlens, seq_idx)
+        check_packing(x, route, cu_seqlens, seq_idx)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -63,8 +63,9 @@ def causal_conv1d(
         initial_state: The W - 1 inputs before the first one, oldest first: ``(B, W - 1, D)``, with a route
             ``(B, K, W - 1, D)``, with ``cu_seqlens`` ``(S, W - 1, D)``.
         return_final_state: Whether to return the last W - 1 inputs, in x's dtype, shaped as ``initial_state``.
-        cu_seqlens: ``(S + 1,)`` bounds of S sequences that lie end to end in a batch of one. Empty ones are allowed.
-        seq_idx: ``(B, L)`` integers. Tokens see only their own sequence, which ends where the value changes; the
+        cu_seqlens: ``(S + 1,)`` int32 or int64 bounds of S sequences that lie end to end in a batch of one; some may be
+            empty.
+        seq_idx: ``(B, L)`` int32 or int64. Tokens see only their own sequence, which ends where the value changes; the
             initial state enters the first sequence of a row, the final state is that of its last. -1 marks padding:
             such tokens count for nothing, their output is zero.
         backend: ``auto``, ``triton``, ``cpu``, ``torch`` or ``reference``; see ``kernels.backend``.

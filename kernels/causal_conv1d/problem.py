@@ -149,9 +149,8 @@ def _check(
 ) -> None:
     """Raises unless shapes, dtypes and devices fit each other."""
     check_float(x, weight=weight, bias=bias, initial_state=initial_state)
-    for name, t in (("route", route), ("cu_seqlens", cu_seqlens), ("seq_idx", seq_idx)):
-        if t is not None:
-            check_index(name, t, x.device)
+    if route is not None:
+        check_index("route", route, x.device)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, wanted None or 'silu'; apply another one to the output")
     routed = route is not None
@@ -169,7 +168,7 @@ def _check(
         check_shape("x", x, (batch, length, *lead, channels), "(B, L, K, D)")
     check_shape("weight", weight, (*lead, channels, width), f"({letters}D, W)")
     check_shape("bias", bias, (*lead, channels), f"({letters}D)")
-    check_packing(batch, length, route, cu_seqlens, seq_idx)
+    check_packing(x, route, cu_seqlens, seq_idx)
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     rows = "B" if cu_seqlens is None else "S"
     check_shape("initial_state", initial_state, (sequences, *lead, width - 1, channels), f"({rows}, {letters}W - 1, D)")

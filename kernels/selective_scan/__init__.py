@@ -65,9 +65,11 @@ def selective_scan(
         reverse: Scans from the last position to the first: the flip of the scan of the flipped inputs.
         initial_state: ``(B, D, N)``, with a route ``(B, K, D, N)``, with ``cu_seqlens`` ``(S, D, N)``.
         return_final_state: Whether to return the state after the last position, shaped as ``initial_state``.
-        cu_seqlens: ``(S + 1,)`` bounds of S sequences that lie end to end in a batch of one. Empty ones are allowed.
-        seq_idx: ``(B, L)`` integers. The state restarts from zero where the value changes; the initial state enters
-            the first sequence of a row, the final state is that of its last. -1 marks padding: skipped, output zero.
+        cu_seqlens: ``(S + 1,)`` int32 or int64 bounds of S sequences that lie end to end in a batch of one; some may be
+            empty.
+        seq_idx: ``(B, L)`` int32 or int64. The state restarts from zero where the value changes; the initial state
+            enters the first sequence of a row, the final state is that of its last. -1 marks padding: skipped, whatever
+            it holds, output zero.
         backend: ``auto``, ``cuda``, ``triton``, ``cpu``, ``torch`` or ``reference``; see ``kernels.backend``.
 
     Returns:

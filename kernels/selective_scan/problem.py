@@ -44,6 +44,7 @@ class Problem:
         route_params: dt, B and C are read at the token, not at the scan position.
         merge: Routes are summed, else kept.
         reverse: Positions are visited from the last to the first.
+        seq_idx: ``(B, L)`` or None: negative at tokens that are skipped.
         plan: What implementations keep for the next problem of the same sizes.
     """
 
@@ -63,6 +64,7 @@ class Problem:
     route_params: bool
     merge: bool
     reverse: bool
+    seq_idx: Tensor | None = None
     plan: Plan = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -179,6 +181,7 @@ def make_problem(
         initial_state=None if initial_state is None else routes(initial_state, 1),
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(torch.int32),
         code=None if seq_idx is None else restarts(seq_idx, route, reverse),
+        seq_idx=seq_idx,
         dt_softplus=dt_softplus,
         route_params=route_params,
         merge=merge == "sum",
@@ -211,7 +214,7 @@ def _check(
     check_float(x, **real)
     _check_state_kinds(x.device, A, B=B, C=C, initial_state=initial_state)
     _check_ranks(x, A, route, route_params)
-    check_packing(x.shape[0], x.shape[1], route, cu_seqlens, seq_idx)
+    check_packing(x, route, cu_seqlens, seq_idx)
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_shapes(x, A, B, C, route, sequences, initial_state, **real)
 
@@ -282,7 +285,7 @@ def _check_shapes(
         groups = t.shape[-2] if t.ndim > 1 else 1
         letters = f"(B, L, {k}G, N) or constant ({k}D, N)"
         check_shape(name, t, (batch, length, *lead, groups, state), letters)
-        if channels % max(groups, 1):
+        if groups < 1 or channels % groups:
             raise ValueError(f"{name}: got {groups} groups for {channels} channels, wanted a divisor of {channels}")
     if B.ndim == C.ndim and B.shape[-2] != C.shape[-2]:
         raise ValueError(f"C: got {C.shape[-2]} groups, wanted {B.shape[-2]} as in B")

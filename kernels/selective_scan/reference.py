@@ -56,6 +56,9 @@ def inputs_at_positions(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = along(p.x.expand(-1, -1, p.routes, -1), p.route).to(p.dtype)
     place = p.route if p.route is None or p.route_params else _places(p.route)
     dt = along(p.dt, place).to(p.dtype)
+    keep = None if p.code is None else (p.code != 2).transpose(1, 2)[..., None]
+    if keep is not None:  # before softplus, whose derivative there would be whatever dt is
+        dt = torch.where(keep, dt, 0)
     if p.dt_bias is not None:
         dt = dt + p.dt_bias.to(p.dtype)
     if p.dt_softplus:
@@ -67,8 +70,7 @@ def inputs_at_positions(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return along(t, place).to(p.state_dtype).repeat_interleave(p.channels // t.shape[3], 3)
 
     B, C = spread(p.B), spread(p.C)
-    if p.code is not None:  # a skipped position: no decay (dt = 0), no input, no output
-        keep = (p.code != 2).transpose(1, 2)[..., None]
+    if keep is not None:  # a skipped position: no decay (dt = 0), no input, no output
         x, dt = torch.where(keep, x, 0), torch.where(keep, dt, 0)
         B, C = torch.where(keep[..., None], B, 0), torch.where(keep[..., None], C, 0)
     return x, dt, B, C
@@ -84,7 +86,8 @@ def finish(p: Problem, y: Tensor) -> Tensor:
     if p.merge or p.route is None:
         y = y.sum(2)
     if p.z is not None:
-        gate = F.silu(p.z.to(p.dtype))
+        z = p.z.to(p.dtype)
+        gate = F.silu(z if p.seq_idx is None else torch.where((p.seq_idx < 0)[..., None], 0, z))
         y = y * (gate if y.ndim == 3 else gate[:, :, None])
     return y.to(p.x.dtype)
 

@@ -94,9 +94,11 @@ def ssd(
         reverse: Scans from the last position to the first: the flip of the scan of the flipped inputs.
         initial_state: ``(B, H, P, N)``, with a route ``(B, K, H, P, N)``, with ``cu_seqlens`` ``(S, H, P, N)``.
         return_final_state: Whether to return the state after the last position, shaped as ``initial_state``.
-        cu_seqlens: ``(S + 1,)`` bounds of S sequences that lie end to end in a batch of one. Empty ones are allowed.
-        seq_idx: ``(B, L)`` integers. The state restarts from zero where the value changes; the initial state enters
-            the first sequence of a row, the final state is that of its last. -1 marks padding: skipped, output zero.
+        cu_seqlens: ``(S + 1,)`` int32 or int64 bounds of S sequences that lie end to end in a batch of one; some may be
+            empty.
+        seq_idx: ``(B, L)`` int32 or int64. The state restarts from zero where the value changes; the initial state
+            enters the first sequence of a row, the final state is that of its last. -1 marks padding: skipped, whatever
+            it holds, output zero.
         mode: ``chunked``, the algorithm to use; ``recurrent``, the loop over positions; ``quadratic``, one product
             with ``semiseparable_matrix``, L^2 in time and memory. All compute the same; the last two are plain
             operators, for study and tests.

@@ -189,7 +189,7 @@ def _check(
         raise ValueError(f"dt_limit: got ({dt_min}, {dt_max}), wanted (low, high) with low <= high; swap them")
     check_float(x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, initial_state=initial_state)
     _check_ranks(x, A, route)
-    check_packing(x.shape[0], x.shape[1], route, cu_seqlens, seq_idx)
+    check_packing(x, route, cu_seqlens, seq_idx)
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     _check_shapes(x, dt, A, B, C, D, z, dt_bias, route, sequences, initial_state)
 
@@ -233,7 +233,7 @@ def _check_shapes(
     groups, state = B.shape[-2:] if B.ndim > 1 else (1, 1)
     check_shape("B", B, (batch, length, *lead, groups, state), f"(B, L, {k}G, N)")
     check_shape("C", C, (batch, length, *lead, groups, state), f"(B, L, {k}G, N) as B")
-    if heads % max(groups, 1):
+    if groups < 1 or heads % groups:
         raise ValueError(f"B: got {groups} groups for {heads} heads, wanted a divisor of {heads}")
     if D is not None and D.ndim == len(lead) + 2:
         check_shape("D", D, (*lead, heads, width), f"({k}H, P) or ({k}H)")

@@ -25,7 +25,7 @@ def scan(p: Problem) -> tuple[Tensor, Tensor]:
     if p.cu_seqlens is not None:
         return packed(p, p.cu_seqlens, scan)
     x, dt, B, C = prepare(p, *gather(p))
-    B, C = (t.repeat_interleave(p.heads // max(p.groups, 1), 3) for t in (B, C))  # (B, T, K, H, N)
+    B, C = (t.repeat_interleave(p.heads // p.groups, 3) for t in (B, C))  # (B, T, K, H, N)
     A, h = p.A.to(p.dtype), start_state(p)
     order = range(p.positions - 1, -1, -1) if p.reverse else range(p.positions)
     y = [torch.empty(0)] * p.positions

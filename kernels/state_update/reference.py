@@ -50,7 +50,7 @@ def finish(p: Problem, t: int, y: Tensor, x: Tensor) -> Tensor:
 def read_rows(p: Problem) -> Tensor:
     """The states ``(B, H, P, N)`` of the batch, a copy in the wide dtype; those of padding rows are anything."""
     rows = p.state if p.indices is None else p.state[p.indices.clamp(min=0).long()]
-    return rows.to(p.dtype, copy=True)
+    return rows.to(p.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def write_rows(p: Problem, rows: Tensor) -> None:

@@ -203,7 +203,8 @@ def test_packed_sequences_equal_separate_ones(backend: str, reverse: bool) -> No
         torch.testing.assert_close(by_number[:, start:stop], fresh)
 
 
-def test_padding_tokens_count_for_nothing_even_when_they_are_nan() -> None:
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_padding_tokens_count_for_nothing_even_when_they_are_nan(backend: str) -> None:
     case = Case(B=1, L=70, D=20)
     inputs = {n: t.detach() for n, t in case.inputs(torch.float32).items()}
     keep = torch.tensor([t for t in range(100) if t % 10 not in (3, 4, 9)])
@@ -214,8 +215,8 @@ def test_padding_tokens_count_for_nothing_even_when_they_are_nan() -> None:
         leaves[name] = t.clone().requires_grad_()
         padded[name] = t.new_full((1, 100, *t.shape[2:]), math.nan).index_copy(1, keep, t) if wide else t.clone()
         padded[name].requires_grad_()
-    wanted, end = selective_scan(**leaves, return_final_state=True, backend="cpu")
-    y, padded_end = selective_scan(**padded, seq_idx=seq_idx, return_final_state=True, backend="cpu")
+    wanted, end = selective_scan(**leaves, return_final_state=True, backend=backend)
+    y, padded_end = selective_scan(**padded, seq_idx=seq_idx, return_final_state=True, backend=backend)
     torch.testing.assert_close((y[:, keep], padded_end), (wanted, end))
     rest = torch.tensor([t for t in range(100) if t not in keep])
     assert (y[:, rest] == 0).all()

@@ -231,6 +231,12 @@ BAD = {
     "merge": ({"merge": "mean"}, "merge: got 'mean', wanted 'sum'"),
     "limits": ({"dt_limit": (1.0, 0.5)}, r"dt_limit: got \(1.0, 0.5\), wanted \(low, high\)"),
     "both packings": ({"seq_idx": torch.zeros(2, 9).long(), "cu_seqlens": torch.tensor([0, 9])}, "got both"),
+    "no groups": ({"B": B[:, :, :0], "C": B[:, :, :0]}, "B: got 0 groups for 4 heads, wanted a divisor"),
+    "bounds elsewhere": (
+        {"cu_seqlens": torch.tensor([0, 9], device="meta")},
+        "cu_seqlens: got device meta, wanted cpu",
+    ),
+    "numbers of floats": ({"seq_idx": torch.zeros(2, 9)}, "seq_idx: got dtype torch.float32, wanted int32"),
     "packed batch": ({"cu_seqlens": torch.tensor([0, 9])}, "B = 2, wanted"),
     "route with bounds": (ROUTED | {"cu_seqlens": torch.tensor([0, 9])}, "route"),
     "route value": (ROUTED | {"route": torch.tensor([[0, 9]])}, r"route: got values in \[0, 9\]"),

@@ -87,6 +87,16 @@ def test_padding_rows_leave_every_state() -> None:
     torch.testing.assert_close(alone["state"][0], inputs["state"][2])
 
 
+@pytest.mark.parametrize("name", ["s6", "ssd"])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_state_may_lie_anyhow_in_memory(name: str, backend: str) -> None:
+    inputs = CASES[name].inputs(torch.float64)
+    turned = {**inputs, "state": inputs["state"].mT.contiguous().mT}
+    assert not turned["state"].is_contiguous()
+    torch.testing.assert_close(*(state_update(**given, backend=backend) for given in (turned, inputs)))
+    torch.testing.assert_close(turned["state"], inputs["state"])
+
+
 def test_state_may_be_a_view() -> None:
     inputs = CASES["ssd"].inputs(torch.float64)
     wanted = {n: t.clone() for n, t in inputs.items()}
