@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, _autograd, _functorch  # type: ignore[attr-defined]
+from torch.autograd import forward_ad
 
 _library = torch.library.Library("triscan", "FRAGMENT")
 _below = torch._C._after_ADInplaceOrView_keyset
@@ -42,6 +43,7 @@ def unwatched() -> bool:
         or _functorch.peek_interpreter_stack() is not None
         or _autograd._profiler_enabled()
         or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0  # type: ignore[attr-defined]  it has no public name
     )
 
 
@@ -63,6 +65,7 @@ class Op:
         self.overload = getattr(torch.ops.triscan, self.name).default
         self._function = function
         self._autograd = _not_differentiable(self.name)
+        self._transformed = _for_transforms(self.overload, lambda *_: None, self._autograd.backward)
         _library.impl(self.name, function, "CompositeExplicitAutograd")
         kernel = self._kernel()
         _library.impl(self.name, kernel, "Autograd", with_keyset=True)
@@ -72,7 +75,11 @@ class Op:
 
     def __call__(self, *arguments: Any) -> Any:
         """Calls the op: through PyTorch's dispatcher where anything but the implementation and autograd has a part."""
-        if torch.compiler.is_compiling() or not plain(arguments):
+        if torch.compiler.is_compiling():
+            return self.overload(*arguments)
+        if not plain(arguments):
+            if _functorch.peek_interpreter_stack() is not None:
+                return self._transformed.apply(*arguments)
             return self.overload(*arguments)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             return self._autograd.apply(None, *arguments)
@@ -102,10 +109,18 @@ class Op:
 
         _leave_to_python(backward_)
         self._autograd = _function(self.name, forward, backward_)
+        self._transformed = _for_transforms(self.overload, setup_context, backward)
 
     def _kernel(self) -> Callable[..., Any]:
         def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+            if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):  # type: ignore[attr-defined]
+                _no_forward_mode(self.name)
             if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+                if _functorch.peek_interpreter_stack() is not None:
+                    raise RuntimeError(
+                        f"torch.ops.triscan.{self.name}: got called inside grad, vjp or jacrev of torch.func, wanted "
+                        f"the function kernels.{self.name}, which they can go through; or use torch.autograd.grad"
+                    )
                 return self._autograd.apply(keyset, *arguments)
             return self._run(keyset, arguments)
 
@@ -140,6 +155,28 @@ def _not_differentiable(name: str) -> Any:
         raise RuntimeError(f"triscan::{name} has no derivative; use backend='torch', whose operators have")
 
     return _function(name, forward, backward)
+
+
+def _for_transforms(op: torch._ops.OpOverload, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """The same for ``torch.func``'s grad, vjp, jacrev and vmap, which run a batch one by one."""
+    methods = {
+        "forward": staticmethod(lambda *arguments: op(*arguments)),
+        "setup_context": staticmethod(lambda ctx, inputs, output: setup_context(ctx, inputs, output)),
+        "backward": staticmethod(lambda ctx, *grads: backward(ctx, *grads)),
+        "jvp": staticmethod(lambda ctx, *tangents: _no_forward_mode(op._opname)),
+        "generate_vmap_rule": True,
+    }
+    return type(f"Triscan_{op._opname}_in_transforms", (torch.autograd.Function,), methods)
+
+
+def _has_tangent(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+
+
+def _no_forward_mode(name: str) -> None:
+    raise RuntimeError(
+        f"triscan::{name} has no derivative in forward mode; use backend='reference', whose operators have"
+    )
 
 
 def _function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:

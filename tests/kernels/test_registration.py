@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import causal_conv1d, norm, selective_scan
+from kernels import causal_conv1d, norm, selective_scan, ssd
 from kernels.plans import Plans
 from kernels.registration import op
 
@@ -48,6 +51,48 @@ def test_an_op_without_a_derivative_says_so() -> None:
     y = torch.ops.triscan.twice_for_tests(torch.randn(3, requires_grad=True), 2)
     with pytest.raises(RuntimeError, match="twice_for_tests has no derivative"):
         y.sum().backward()
+
+
+def _in_one_argument() -> dict[str, tuple[Any, Tensor]]:
+    """Functions of one tensor, and a tensor for each."""
+    steps, keys = torch.randn(2, 5, 3), torch.randn(2, 5, 1, 2)
+    return {
+        "norm": (lambda x, **o: norm(x, torch.ones(3), **o), torch.randn(2, 3)),
+        "causal_conv1d": (lambda x, **o: causal_conv1d(x, torch.ones(3, 2), **o), steps),
+        "selective_scan": (lambda x, **o: selective_scan(x, steps, -torch.ones(3, 2), keys, keys, **o), steps),
+        "ssd": (lambda x, **o: ssd(x, steps, -torch.ones(3), keys, keys, **o), torch.randn(2, 5, 3, 4)),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of one call for each of a batch
+@pytest.mark.parametrize("name", ["norm", "causal_conv1d", "selective_scan", "ssd"])
+def test_transforms_go_through_the_functions(name: str) -> None:
+    function, x = _in_one_argument()[name]
+    x = torch.stack([x, 2 * x]).requires_grad_()
+    (wanted,) = torch.autograd.grad(torch.stack([function(part) for part in x]).square().sum(), x)
+    got = torch.func.vmap(torch.func.grad(lambda part: function(part).square().sum()))(x.detach())
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["norm", "causal_conv1d", "selective_scan", "ssd"])
+def test_forward_mode_is_refused_and_never_zero(name: str) -> None:
+    function, x = _in_one_argument()[name]
+    with pytest.raises(RuntimeError, match=f"{name} has no derivative in forward mode; use backend='reference'"):
+        torch.func.jvp(function, (x,), (x,))
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match=f"{name} has no derivative in forward mode; use backend='reference'"):
+            function(forward_ad.make_dual(x, x))
+        torch.testing.assert_close(function(x), function(x, backend="reference"))
+    y, tangent = torch.func.jvp(lambda x: function(x, backend="reference"), (x.double(),), (x.double(),))[:2]
+    torch.testing.assert_close((function(x.double() * (1 + 1e-6)) - y) / 1e-6, tangent, rtol=1e-3, atol=1e-4)
+
+
+def test_an_op_called_by_its_name_inside_a_transform_says_what_to_call() -> None:
+    def loss(x: Tensor) -> Tensor:
+        return torch.ops.triscan.norm(x, torch.ones(3), None, None, None, "rms", 1e-5, 0, True, True, "auto")[0].sum()
+
+    with pytest.raises(RuntimeError, match=r"torch.ops.triscan.norm: got called inside grad, .* kernels.norm"):
+        torch.func.grad(loss)(torch.randn(2, 3))
 
 
 def test_a_second_derivative_is_refused() -> None:
