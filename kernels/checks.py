@@ -41,6 +41,23 @@ def check_index(name: str, t: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: got device {t.device}, wanted {device} as x; move it with .to(x.device)")
 
 
+def check_rows(name: str, rows: Tensor, x: Tensor, count: int) -> None:
+    """Raises unless ``rows (B,)`` chooses a row of ``count``, or -1, for each of ``x (B, ...)``, none of them twice.
+
+    The values are looked at on the CPU only: elsewhere that would wait for the device at each call.
+    """
+    check_index(name, rows, x.device)
+    check_shape(name, rows, (x.shape[0],), "(B,)")
+    if not is_concrete(rows) or not rows.numel():
+        return
+    low, high = int(rows.min()), int(rows.max())
+    if low < -1 or high >= count:
+        raise ValueError(f"{name}: got values in [{low}, {high}], wanted rows in [0, {count}) or -1 for padding")
+    real = rows[rows >= 0]
+    if real.unique().numel() < real.numel():
+        raise ValueError(f"{name}: got {rows.tolist()[:8]}, wanted each row at most once; which of two states is left?")
+
+
 def check_route(route: Tensor, length: int) -> None:
     """Raises unless ``route (K, P)`` holds tokens below ``length`` or -1, each at most once a route.
 

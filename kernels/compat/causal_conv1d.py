@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.causal_conv1d import causal_conv1d
+from kernels.checks import check_index, check_rows, check_shape, is_concrete
 
 
 def causal_conv1d_fn(
@@ -37,7 +38,18 @@ def causal_conv1d_fn(
 
     Returns:
         ``(B, D, L)``, and the final states ``(B, D, W - 1)`` if asked for.
+
+    Raises:
+        ValueError: If a shape, dtype, device or value doesn't fit; the message names the tensor and the fix.
     """
+    if x.ndim != 3 or weight.ndim != 2:
+        got = f"x {tuple(x.shape)} and weight {tuple(weight.shape)}"
+        raise ValueError(
+            f"x, weight: got shapes {got}, wanted (B, D, L) and (D, W); a Conv1d's weight takes squeeze(1)"
+        )
+    state_shape = (x.shape[0], x.shape[1], weight.shape[1] - 1)
+    check_shape("initial_states", initial_states, state_shape, "(B, D, W - 1)")
+    check_shape("final_states_out", final_states_out, state_shape, "(B, D, W - 1)")
     found = causal_conv1d(
         x.mT, weight, bias, activation=_activation(activation), seq_idx=seq_idx,
         initial_state=None if initial_states is None else initial_states.mT,
@@ -80,11 +92,14 @@ def causal_conv1d_update(
 
     Returns:
         The output in the shape of x.
+
+    Raises:
+        ValueError: If a shape, dtype, device or value doesn't fit; the message names the tensor and the fix. Values of
+            indices are checked on the CPU only.
     """
     step = x.unsqueeze(-1) if x.ndim == 2 else x
+    _check_update(step, conv_state, weight, cache_seqlens, conv_state_indices)
     past, size = weight.shape[-1] - 1, conv_state.shape[-1]
-    if size < past:
-        raise ValueError(f"conv_state: got {size} columns, wanted at least W - 1 = {past}; allocate it (B, D, W - 1)")
     old = conv_state if conv_state_indices is None else conv_state[conv_state_indices.long().clamp(min=0)]
     if cache_seqlens is None:
         history = old[..., size - past :]
@@ -101,6 +116,30 @@ def causal_conv1d_update(
         _write_rows(conv_state, conv_state_indices, old, new)
         y = torch.where((conv_state_indices >= 0)[:, None, None], y, 0)
     return y.squeeze(-1) if x.ndim == 2 else y
+
+
+def _check_update(
+    step: Tensor, conv_state: Tensor, weight: Tensor, cache_seqlens: Tensor | None, indices: Tensor | None
+) -> None:
+    """Raises unless the arguments of ``causal_conv1d_update`` fit each other."""
+    if step.ndim != 3:
+        raise ValueError(f"x: got shape {tuple(step.shape)}, wanted (B, D) or (B, D, S)")
+    batch, channels = step.shape[:2]
+    if weight.ndim != 2 or conv_state.ndim != 3:
+        got = f"weight {tuple(weight.shape)} and conv_state {tuple(conv_state.shape)}"
+        raise ValueError(f"weight, conv_state: got shapes {got}, wanted (D, W) and (B, D, T)")
+    check_shape("weight", weight, (channels, weight.shape[1]), "(D, W) as x")
+    rows, past = conv_state.shape[0] if indices is not None else batch, weight.shape[1] - 1
+    check_shape("conv_state", conv_state, (rows, channels, conv_state.shape[2]), "(B, D, T) as x")
+    if conv_state.shape[2] < past:
+        raise ValueError(
+            f"conv_state: got {conv_state.shape[2]} columns, wanted at least W - 1 = {past}; allocate it (B, D, W - 1)"
+        )
+    if cache_seqlens is not None:
+        check_index("cache_seqlens", cache_seqlens, step.device)
+        check_shape("cache_seqlens", cache_seqlens, (batch,), "(B,)")
+    if indices is not None:
+        check_rows("conv_state_indices", indices, step, rows)
 
 
 def _circular(old: Tensor, step: Tensor, seen: Tensor, past: int) -> tuple[Tensor, Tensor]:
@@ -138,7 +177,20 @@ def causal_conv1d_varlen_states(x: Tensor, cu_seqlens: Tensor, state_len: int) -
 
     Returns:
         ``(sequences, D, state_len)``, channels next to each other in memory.
+
+    Raises:
+        ValueError: If a shape, dtype, device or value doesn't fit; the message names the tensor and the fix.
     """
+    if x.ndim != 2 or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or state_len < 0:
+        raise ValueError(
+            f"x, cu_seqlens, state_len: got shapes {tuple(x.shape)}, {tuple(cu_seqlens.shape)} and {state_len}, wanted "
+            "(T, D), (sequences + 1,) and at least 0; x[0] takes the batch of one away"
+        )
+    check_index("cu_seqlens", cu_seqlens, x.device)
+    if is_concrete(cu_seqlens):
+        bounds = [0, *cu_seqlens.tolist(), x.shape[0]]
+        if bounds != sorted(bounds):
+            raise ValueError(f"cu_seqlens: got {bounds[1:-1][:8]}, wanted ascending bounds from 0 to T = {x.shape[0]}")
     place = cu_seqlens[1:, None].long() + torch.arange(-state_len, 0, device=x.device)
     inside = place >= cu_seqlens[:-1, None]
     if not x.shape[0]:

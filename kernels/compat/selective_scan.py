@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.causal_conv1d import causal_conv1d
+from kernels.checks import check_shape
 from kernels.norm import norm
 from kernels.selective_scan import selective_scan
 
@@ -46,23 +47,37 @@ def selective_scan_fn(
 
     Returns:
         ``(B, D, L)`` in u's dtype, and the last state ``(B, D, N)`` if asked for.
+
+    Raises:
+        ValueError: If a shape, dtype, device or value doesn't fit; the message names the tensor and the fix.
     """
+    if u.ndim != 3:
+        raise ValueError(f"u: got shape {tuple(u.shape)}, wanted (B, D, L)")
+    check_shape("A", A, (u.shape[1], A.shape[-1]), "(D, N) as u (B, D, L)")
+    check_shape("delta", delta, tuple(u.shape), "the shape of u")
+    check_shape("z", z, tuple(u.shape), "the shape of u")
     found = selective_scan(
-        u.mT, delta.mT, A, _over_time(B, A), _over_time(C, A), D, None if z is None else z.mT, delta_bias,
-        dt_softplus=delta_softplus, return_final_state=return_last_state,
+        u.mT, delta.mT, A, _over_time("B", B, A, u), _over_time("C", C, A, u), D, None if z is None else z.mT,
+        delta_bias, dt_softplus=delta_softplus, return_final_state=return_last_state,
     )  # fmt: skip
     if isinstance(found, tuple):
         return found[0].mT, found[1]
     return found.mT
 
 
-def _over_time(t: Tensor, A: Tensor) -> Tensor:
-    """B or C ``(B, N, L)`` or ``(B, G, N, L)`` as ``(B, L, G, N)``; constants as they are."""
+def _over_time(name: str, t: Tensor, A: Tensor, u: Tensor) -> Tensor:
+    """B or C ``(B, N, L)`` or ``(B, G, N, L)`` beside u ``(B, _, L)`` as ``(B, L, G, N)``; constants as they are."""
     if t.ndim == 2:
         return t
+    pairs = A.is_complex() and not t.is_complex()
+    if t.ndim not in (3, 4) or (t.shape[0], *t.shape[-2:]) != (u.shape[0], A.shape[1], u.shape[2] * (1 + pairs)):
+        sizes = f"B = {u.shape[0]}, N = {A.shape[1]}, L = {u.shape[2]}"
+        length = "2 L" if pairs else "L"
+        wanted = f"(B, N, {length}), (B, G, N, {length}) or constant (D, N) with {sizes}"
+        raise ValueError(f"{name}: got shape {tuple(t.shape)}, wanted {wanted}")
     if t.ndim == 3:
         t = t.unsqueeze(1)
-    if A.is_complex() and not t.is_complex():
+    if pairs:
         t = _complex_pairs(t)
     return t.permute(0, 3, 1, 2)
 
@@ -121,14 +136,21 @@ def mamba_inner_fn(
 
     Returns:
         ``(B, L, M)``.
+
+    Raises:
+        ValueError: If a shape, dtype or device doesn't fit, or for complex A together with norms of B or C.
     """
     if A.is_complex() and not (b_rms_weight is None and c_rms_weight is None):
         raise ValueError("b_rms_weight, c_rms_weight: got complex A, wanted real; leave the norms of B and C out")
     rank, width = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
 
-    def b_or_c(given: Tensor | None, columns: Tensor, bias: Tensor | None, rms_weight: Tensor | None) -> Tensor:
+    _check_inner(xz, conv1d_weight, x_proj_weight, A.shape[0], rank + width * ((B is None) + (C is None)))
+
+    def b_or_c(
+        name: str, given: Tensor | None, columns: Tensor, bias: Tensor | None, rms_weight: Tensor | None
+    ) -> Tensor:
         if given is not None:
-            return _over_time(given, A)
+            return _over_time(name, given, A, xz)
         if bias is not None:
             columns = columns + bias.to(columns.dtype)
         if rms_weight is not None:
@@ -144,8 +166,8 @@ def mamba_inner_fn(
             dt, dt_weight = norm(F.linear(dt, dt_weight), dt_rms_weight, eps=b_c_dt_rms_eps), None
         y = selective_scan(
             x, cast(Tensor, dt), A,
-            b_or_c(B, projected[..., rank : rank + width], B_proj_bias, b_rms_weight),
-            b_or_c(C, projected[..., -width:], C_proj_bias, c_rms_weight),
+            b_or_c("B", B, projected[..., rank : rank + width], B_proj_bias, b_rms_weight),
+            b_or_c("C", C, projected[..., -width:], C_proj_bias, c_rms_weight),
             D, z, delta_bias, dt_weight=dt_weight, dt_softplus=delta_softplus,
         )  # fmt: skip
         return F.linear(cast(Tensor, y), out_proj_weight, out_proj_bias)
@@ -153,3 +175,13 @@ def mamba_inner_fn(
     if checkpoint_lvl >= 1 and torch.is_grad_enabled():
         return cast(Tensor, checkpoint(inner, xz, use_reentrant=False, preserve_rng_state=False))
     return inner(xz)
+
+
+def _check_inner(xz: Tensor, conv1d_weight: Tensor, x_proj_weight: Tensor, channels: int, rows: int) -> None:
+    """Raises unless the input and the first two weights of ``mamba_inner_fn`` fit A and what x_proj is to give."""
+    if xz.ndim != 3 or conv1d_weight.ndim != 3:
+        got = f"xz {tuple(xz.shape)} and conv1d_weight {tuple(conv1d_weight.shape)}"
+        raise ValueError(f"xz, conv1d_weight: got shapes {got}, wanted (B, 2 D, L) and (D, 1, W)")
+    check_shape("xz", xz, (xz.shape[0], 2 * channels, xz.shape[2]), "(B, 2 D, L) with A (D, N)")
+    check_shape("conv1d_weight", conv1d_weight, (channels, 1, conv1d_weight.shape[2]), "(D, 1, W) with A (D, N)")
+    check_shape("x_proj_weight", x_proj_weight, (rows, channels), "(R + the columns of B and C not given, D)")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.checks import check_float, check_index, check_shape, is_concrete
+from kernels.checks import check_float, check_rows, check_shape
 
 
 @dataclass(frozen=True)
@@ -159,11 +159,4 @@ def _check_rows(state: Tensor, x: Tensor, indices: Tensor | None) -> None:
                 "state_indices chooses rows of a larger pool"
             )
         return
-    check_index("state_indices", indices, x.device)
-    check_shape("state_indices", indices, (x.shape[0],), "(B,)")
-    if is_concrete(indices) and indices.numel():
-        low, high = int(indices.min()), int(indices.max())
-        if low < -1 or high >= state.shape[0]:
-            raise ValueError(
-                f"state_indices: got values in [{low}, {high}], wanted rows in [0, {state.shape[0]}) or -1 for padding"
-            )
+    check_rows("state_indices", indices, x, state.shape[0])

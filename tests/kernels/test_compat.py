@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import golden_cases, golden_inputs
+from contract import assert_refuses
 from fill import check, fill_input
 from torch import Tensor
 
@@ -216,19 +218,93 @@ def test_norms() -> None:
     assert not torch.equal(gated, compat.layernorm_fn(x, weight, bias, z, group_size=3, norm_before_gate=False))
 
 
-@pytest.mark.parametrize("argument", ["x1", "weight1", "bias1", "rowscale", "dropout_p", "return_dropout_mask"])
-def test_norms_refuse_what_they_do_not_do(argument: str) -> None:
-    value = {"dropout_p": 0.1, "return_dropout_mask": True}.get(argument, torch.ones(3, 6))
-    with pytest.raises(ValueError, match=f"{argument}: got a value"):
-        compat.layer_norm_fn(torch.ones(3, 6), torch.ones(6), None, **{argument: value})
+@pytest.mark.parametrize("function", [compat.layer_norm_fn, compat.rms_norm_fn])
+@pytest.mark.parametrize("rest", ["x1", "rowscale"])
+def test_norm_of_a_sum(function: Any, rest: str) -> None:
+    draw = functools.partial(torch.randn, dtype=torch.float64, requires_grad=True)
+    x, residual, weight, bias, weight1, bias1 = draw(3, 6), draw(3, 6), draw(6), draw(6), draw(6), draw(6)
+    other = draw(3, 6) if rest == "x1" else draw(3)
+    total = residual + (x + other if rest == "x1" else x * other[:, None])
+    free = total - total.mean(-1, keepdim=True) if function is compat.layer_norm_fn else total
+    unit = free / (free.square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    wanted = (unit * weight + bias, unit * weight1 + bias1, total)
+    found = function(x, weight, bias, residual, weight1=weight1, bias1=bias1, eps=1e-3, prenorm=True, **{rest: other})
+    leaves = [x, residual, weight, bias, weight1, bias1, other]
+    weights = [torch.randn_like(t) for t in wanted]
+    for got, truth in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, truth)
+    torch.testing.assert_close(*(torch.autograd.grad(t, leaves, weights) for t in (found, wanted)))
 
 
-def test_bad_input_says_what_is_wanted() -> None:
-    x, weight = torch.zeros(2, 5, 9), torch.zeros(5, 4)
-    with pytest.raises(ValueError, match="activation: got 'gelu'"):
-        compat.causal_conv1d_fn(x, weight, activation="gelu")
-    with pytest.raises(ValueError, match="conv_state: got 2 columns, wanted at least W - 1 = 3"):
-        compat.causal_conv1d_update(x, torch.zeros(2, 5, 2), weight)
+def test_norm_of_dropouts() -> None:
+    x, x1, weight = torch.randn(50, 40).bfloat16(), torch.randn(50, 40).bfloat16(), torch.rand(40)
+    y, total, mask, mask1 = compat.rms_norm_fn(
+        x, weight, None, x1=x1, dropout_p=0.25, prenorm=True, residual_in_fp32=True, return_dropout_mask=True
+    )
+    assert (y.dtype, total.dtype, mask.dtype) == (torch.bfloat16, torch.float32, torch.bool)
+    assert 0.7 < mask.float().mean() < 0.8
+    assert not torch.equal(mask, mask1)
+    torch.testing.assert_close(total, (x * mask + x1 * mask1).float() / 0.75, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(y, F.rms_norm(total, (40,), weight, 1e-6).bfloat16())
+    y, mask, mask1 = compat.rms_norm_fn(x, weight, None, return_dropout_mask=True)
+    assert mask is None
+    assert mask1 is None
+    assert torch.equal(y, compat.rms_norm_fn(x, weight, None))
+
+
+X, WEIGHT, STATE = torch.zeros(2, 5, 9), torch.zeros(5, 4), torch.zeros(2, 5, 3)
+INNER = {n: t.detach() for n, t in _inner_arguments().items()}
+BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "activation": (compat.causal_conv1d_fn, {"activation": "gelu"}, "activation: got 'gelu'"),
+    "weight of a Conv1d": (compat.causal_conv1d_fn, {"weight": WEIGHT[:, None]}, "a Conv1d's weight takes squeeze"),
+    "states": (
+        compat.causal_conv1d_fn,
+        {"initial_states": STATE.mT},
+        r"initial_states: .*\(B, D, W - 1\) = \(2, 5, 3\)",
+    ),
+    "out": (compat.causal_conv1d_fn, {"final_states_out": STATE[:1]}, "final_states_out: got shape"),
+    "columns": (
+        compat.causal_conv1d_update,
+        {"conv_state": STATE[..., :2]},
+        "got 2 columns, wanted at least W - 1 = 3",
+    ),
+    "batch": (compat.causal_conv1d_update, {"conv_state": STATE[:1]}, r"conv_state: got shape \(1, 5, 3\), wanted"),
+    "token": (compat.causal_conv1d_update, {"x": X[0, 0]}, r"x: got shape .*, wanted \(B, D\) or \(B, D, S\)"),
+    "channels": (compat.causal_conv1d_update, {"x": X[:, :4]}, r"weight: got shape \(5, 4\), wanted \(D, W\) as x"),
+    "seen": (compat.causal_conv1d_update, {"cache_seqlens": torch.tensor([1])}, r"cache_seqlens: got shape \(1,\)"),
+    "rows": (compat.causal_conv1d_update, {"conv_state_indices": torch.tensor([0, 2])}, r"wanted rows in \[0, 2\)"),
+    "row twice": (compat.causal_conv1d_update, {"conv_state_indices": torch.tensor([1, 1])}, "each row at most once"),
+    "float rows": (compat.causal_conv1d_update, {"conv_state_indices": torch.zeros(2)}, "got dtype torch.float32"),
+    "batch of one": (compat.causal_conv1d_varlen_states, {}, r"x\[0\] takes the batch of one away"),
+    "bounds": (compat.causal_conv1d_varlen_states, {"x": X[0]}, "wanted ascending bounds from 0 to T = 5"),
+    "B": (compat.selective_scan_fn, {"B": torch.zeros(2, 9, 3)}, r"B: got shape \(2, 9, 3\), wanted \(B, N, L\), "),
+    "C": (compat.selective_scan_fn, {"C": torch.zeros(3)}, r"C: got shape \(3,\), wanted \(B, N, L\), "),
+    "delta": (compat.selective_scan_fn, {"delta": X.mT}, "delta: got shape .* the shape of u"),
+    "tokens first": (compat.selective_scan_fn, {"u": X.mT, "delta": X.mT}, r"\(D, N\) as u \(B, D, L\)"),
+    "pairs": (compat.selective_scan_fn, {"A": torch.zeros(5, 3) + 0j}, r"wanted \(B, N, 2 L\), \(B, G, N, 2 L\) or"),
+    "inner x": (compat.mamba_inner_fn, {"xz": torch.zeros(2, 13, 9)}, r"xz: got shape \(2, 13, 9\), wanted"),
+    "inner rows": (compat.mamba_inner_fn, {"B": torch.zeros(6, 3)}, r"x_proj_weight: got shape \(8, 6\), wanted"),
+    "inner filter": (compat.mamba_inner_fn, {"conv1d_weight": torch.zeros(6, 4)}, r"and \(D, 1, W\)"),
+    "dropout": (compat.layer_norm_fn, {"dropout_p": 1.0}, "dropout_p: got 1.0"),
+    "scale and x1": (compat.layer_norm_fn, {"x1": X, "rowscale": X[..., 0]}, "rowscale: got it together with x1"),
+    "scale": (compat.layer_norm_fn, {"rowscale": X}, "rowscale: got shape"),
+}
+GOOD: dict[Any, dict[str, Any]] = {
+    compat.causal_conv1d_fn: {"x": X, "weight": WEIGHT, "return_final_states": True},
+    compat.causal_conv1d_update: {"x": X, "conv_state": STATE, "weight": WEIGHT},
+    compat.causal_conv1d_varlen_states: {"x": X, "cu_seqlens": torch.tensor([0, 6]), "state_len": 3},
+    compat.selective_scan_fn: {
+        "u": X, "delta": X, "A": -torch.ones(5, 3), "B": torch.zeros(2, 3, 9), "C": torch.zeros(2, 3, 9)
+    },
+    compat.mamba_inner_fn: INNER,
+    compat.layer_norm_fn: {"x": X, "weight": torch.ones(9), "bias": None},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_says_what_is_wanted(name: str) -> None:
+    function, changes, message = BAD[name]
+    assert_refuses(function, GOOD[function] | changes, message)
 
 
 def test_outputs_may_be_changed_in_place() -> None:
