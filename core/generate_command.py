@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -56,17 +57,20 @@ def main(
         repetition_penalty: Above 1 makes tokens less likely that were there before.
         stop: Token ids that end a text; by default what the checkpoint or its tokenizer say.
         seed: Makes the draws repeatable.
-        score: Print the log-likelihood of each prompt instead of continuing it.
+        score: Print the log-likelihood of each prompt's tokens after the first, instead of continuing it.
         device: Such as cuda or cpu; by default a GPU where there is one.
         dtype: float32, bfloat16 or float16; by default bfloat16 on a GPU and float32 on the CPU.
-        output: A JSON file for prompts, continuations and token ids.
+        output: A JSON file for prompts, token ids, and continuations or scores.
     """
-    given = [name for name, value in (("prompt", prompt), ("prompts", prompts), ("token_ids", token_ids)) if value]
+    sources = (("prompt", prompt), ("prompts", prompts), ("token_ids", token_ids))
+    given = [name for name, value in sources if value is not None]
     if len(given) != 1:
         got = " and ".join(f"--{name}" for name in given) or "none"
         raise UserError(f"wanted one of --prompt TEXT, --prompts FILE and --token_ids '[1, 2]', got {got}")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
+    if output is not None:
+        _prepare(Path(output))
     folder = find_folder(checkpoint)
     texts = _lines(prompts) if prompts is not None else None if prompt is None else [prompt]
     text = _tokenizer(folder, tokenizer, needed=texts is not None)
@@ -77,9 +81,10 @@ def main(
         model = load_lm(folder, device=device, dtype=kind).eval()
         ids, lengths = pad_prompts(rows, device)
         if score:
-            found = log_likelihood(model, ids, lengths)
-            for row, length in zip(found.log_probs.double().sum(1).tolist(), lengths.tolist(), strict=True):
-                print(f"{row:.4f} nats, {length - 1} tokens scored")
+            scores = log_likelihood(model, ids, lengths).log_probs.double().sum(1).tolist()
+            for value, row in zip(scores, rows, strict=True):
+                print(f"{value:.4f} nats, {len(row) - 1} tokens scored")
+            _save(output, texts, rows, log_likelihood=scores)
             return
         ends = _ends(folder, text, model.config.vocab_size) if stop is None else stop
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -95,7 +100,11 @@ def main(
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise UserError(str(error).splitlines()[0]) from error
-    _report(text, texts, rows, drawn, writer is None, output)
+    found = [None if text is None else text.decode(ids) for ids in drawn]
+    if writer is None:
+        for number, (ids, continuation) in enumerate(zip(drawn, found, strict=True), 1):
+            print(f"[{number}] {' '.join(map(str, ids)) if continuation is None else continuation}")
+    _save(output, texts, rows, text=found, ids=drawn)
 
 
 def _lines(file: str) -> list[str]:
@@ -158,22 +167,23 @@ class _Writer:
         print()
 
 
-def _report(
-    tokenizer: Tokenizer | None,
-    prompts: list[str] | None,
-    rows: list[list[int]],
-    drawn: list[list[int]],
-    print_all: bool,
-    output: str | None,
-) -> None:
-    texts = [None if tokenizer is None else tokenizer.decode(ids) for ids in drawn]
-    if print_all:
-        for number, (ids, text) in enumerate(zip(drawn, texts, strict=True), 1):
-            print(f"[{number}] {' '.join(map(str, ids)) if text is None else text}")
-    if output is not None:
-        found = [
-            {"prompt": prompt, "prompt_ids": ids, "text": text, "ids": new}
-            for prompt, ids, text, new in zip(prompts or [None] * len(rows), rows, texts, drawn, strict=True)
-        ]
-        Path(output).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        print(output)
+def _prepare(file: Path) -> None:
+    """Makes the folder of a file that is to be written in the end, and raises where that cannot be."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: cannot write {file}: {error.strerror}") from error
+    if file.is_dir():
+        raise UserError(f"--output: {file} is a folder; wanted the name of a file")
+
+
+def _save(file: str | None, prompts: list[str] | None, rows: list[list[int]], **columns: Sequence[object]) -> None:
+    """Writes an object a prompt, with an entry of each column, and prints the file's name."""
+    if file is None:
+        return
+    found = [
+        {"prompt": prompt, "prompt_ids": ids, **dict(zip(columns, values, strict=True))}
+        for prompt, ids, *values in zip(prompts or [None] * len(rows), rows, *columns.values(), strict=True)
+    ]
+    Path(file).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(file)

@@ -45,8 +45,8 @@ class Windows(Dataset):
 class TextData(LightningDataModule):
     """Text files for next-token training, laid end to end with an end token after each and cut into windows.
 
-    A folder with subfolders train, val (or valid) and test is taken as it is split. Otherwise each file gives its last
-    parts to validation and test, so that small corpora of few files work too.
+    A folder with subfolders train, val (or valid, validation) and test is taken as it is split. Otherwise each file
+    gives its last parts to validation and test, so that small corpora of few files work too.
 
     Args:
         root: A text file, or a folder of them (read with its subfolders, in the order of their names).
@@ -98,9 +98,10 @@ class TextData(LightningDataModule):
                 raise UserError(f"{root}: got no text for the {part} part, wanted some; enlarge --data.{part}_share")
 
     def _tokens(self, texts: list[str]) -> np.ndarray:
-        end = [] if self.tokenizer.end is None else [self.tokenizer.end]
-        pieces = [np.array(self.tokenizer.encode(text) + end, dtype=np.int32) for text in texts]
-        return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+        end = np.array([] if self.tokenizer.end is None else [self.tokenizer.end], np.int32)
+        dtype = np.uint16 if self.vocab_size <= 2**16 else np.int32  # a large corpus should fit in memory
+        arrays = [array for text in texts for array in (self.tokenizer.encode_array(text), end)]
+        return np.concatenate(arrays, dtype=dtype, casting="unsafe") if arrays else np.zeros(0, dtype)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled; the last, smaller batch is left out."""
@@ -132,6 +133,12 @@ def _read(root: Path, suffixes: tuple[str, ...], val_share: float, test_share: f
     folders = {part: next((root / name for name in names if (root / name).is_dir()), None) for part, names in FOLDERS}
     if all(folder is not None for folder in folders.values()):
         return {part: [_text(file) for file in _files(folder, suffixes)] for part, folder in folders.items() if folder}
+    if folders["train"] is not None and (folders["val"] or folders["test"]) is not None:  # it would be trained on
+        missing = "val" if folders["val"] is None else "test"
+        raise UserError(
+            f"--data.root: {root} has a folder {folders['train'].name} and one to hold out, but no folder {missing}; "
+            f"add {missing}, or give --data.root {folders['train']}"
+        )
     parts: dict[str, list[str]] = {part: [] for part in PARTS}
     for text in map(_text, [root] if root.is_file() else _files(root, suffixes)):
         test = len(text) - int(len(text) * test_share)
@@ -153,6 +160,6 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # without the mark that some editors begin files with
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}); convert it, or leave it out") from error

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from core.errors import UserError
 
 TOKENIZER = "tokenizer.json"
@@ -23,6 +25,10 @@ class Tokenizer(Protocol):
         """Token ids of a text, without special tokens."""
         ...
 
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same as an array of integers, which takes less memory than a list."""
+        ...
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids."""
         ...
@@ -37,6 +43,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """The bytes of a text."""
         return list(text.encode())
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same as uint8."""
+        return np.frombuffer(text.encode(), np.uint8)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; what is no whole character becomes U+FFFD, the end token nothing."""
@@ -71,6 +81,10 @@ class FileTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same as int32."""
+        return np.array(self.encode(text), np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""

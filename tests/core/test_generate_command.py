@@ -58,9 +58,14 @@ def test_token_ids_need_no_tokenizer(folder: Path, tmp_path: Path, capsys: pytes
     assert [int(word) for word in capsys.readouterr().out.split()] == expected(folder, "Hi", temperature=0)
 
 
-def test_score(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command(folder, "--prompt", "Hello", "--score", "true")
-    assert "nats, 4 tokens scored" in capsys.readouterr().out
+def test_score(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "new" / "scores.json"
+    command(folder, "--prompt", "Hello", "--score", "true", "--output", str(output))
+    (found,) = json.loads(output.read_text())
+    assert f"{found['log_likelihood']:.4f} nats, 4 tokens scored" in capsys.readouterr().out
+    ids = torch.tensor([found["prompt_ids"]])
+    log_probs = MambaLM.from_pretrained(folder)(ids)[0, :4, :257].log_softmax(-1)
+    assert found["log_likelihood"] == pytest.approx(log_probs.gather(1, ids[0, 1:, None]).sum().item(), rel=1e-5)
 
 
 def test_stop(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +84,13 @@ def test_stop(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["--token_ids", "[300]"], "got tokens from 300 to 300, wanted 0 to 256"),
         (["--prompt", "x", "--checkpoint", "/nowhere"], "model: no folder /nowhere"),
         (["--prompts", "/nowhere"], "--prompts: cannot read /nowhere"),
+        (["--prompt", ""], "prompts: got an empty one, wanted at least one token each"),
+        (["--token_ids", "[]"], "prompts: got an empty one, wanted at least one token each"),
+        (
+            ["--prompt", "x", "--output", "/dev/null/out.json"],
+            "--output: cannot write /dev/null/out.json: ",
+        ),
+        (["--prompt", "x", "--output", "/"], "--output: / is a folder"),
         (["--prompt", "x", "--dtype", "int8"], "--dtype is 'int8'; wanted one of float32"),
         (["--prompt", "x", "--device", "abacus"], "abacus"),
         (["--prompt", "x", "--temprature", "1"], "did you mean --temperature"),

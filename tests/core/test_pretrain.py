@@ -66,9 +66,23 @@ def test_folders_are_the_split(tmp_path: Path) -> None:
     }
 
 
+def test_the_mark_at_the_start_of_a_file_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The end. " * 9, encoding="utf-8-sig")
+    data = TextData(str(tmp_path), window=8, batch_size=2)
+    assert data.texts["train"][0].startswith("The")
+    assert bytes(data.windows["train"][0].tolist()) == b"The end. "
+
+
+def two_folders(root: Path) -> None:
+    for name in ("train", "val"):
+        (root / name).mkdir(parents=True)
+        (root / name / "a.txt").write_text("word " * 99)
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
+        (two_folders, {}, "has a folder train and one to hold out, but no folder test; add test, or give --data.root"),
         (lambda p: None, {}, "no .*/missing; wanted a text file or a folder"),
         (lambda p: p.mkdir(), {}, "no text files, wanted some that end in .txt"),
         (lambda p: p.write_bytes(b"\xff\xfe\xfa"), {}, "not UTF-8 text"),
