@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from test_processes import history, launch, place  # noqa: F401  place: every test is in a folder of its own
+from launched import history, launch
 
 from audio.train import LINKS
 from core.cli import main
@@ -48,7 +48,7 @@ def audio(batch: int, *options: str) -> None:
 def test_two_processes_have_the_losses_of_one(
     command: Callable[..., None],
     strategy: str,
-    place: Path,  # noqa: F811
+    place: Path,
 ) -> None:
     (place / "sounds").mkdir()
     for i in range(8):
