@@ -1,11 +1,15 @@
-"""Times the selective scan on the CPU beside the two ways in which it is usually written in PyTorch, in float32.
+"""Times the selective scan on the CPU beside the ways in which it is usually written in PyTorch, in float32.
 
-    python -m benchmarks.selective_scan_cpu [--write] [--threads N] [--case NAME ...]
+    python -m benchmarks.selective_scan_cpu [--peers] [--write] [--threads N] [--case NAME ...]
 
 ``torch_loop`` is the algorithm that mamba_ssm falls back to: the decays and inputs of all positions first, then one
 Python step a position. ``torch_parallel`` scans these in log2 L rounds, as mamba.py does (Blelloch 1990), with a
-backward that scans the gradients in reverse. Both are written here anew. ``floor_ms`` is the time to read the inputs
-and write the outputs once (forward_backward: and the same for the gradients) at the copy bandwidth of the same run.
+backward that scans the gradients in reverse. Both are written here anew. With ``--peers`` the published ones run too:
+``mamba_ssm``, whose ``selective_scan_ref`` is taken out of its sources (they need not be compiled: a folder with them
+on ``PYTHONPATH`` is enough; its tensors lie as it wants them), and ``mambapy``. All compute the same: softplus of
+dt + bias, the scan, D x, the gate. They take turns, so that a busy machine slows all. ``floor_ms`` is the time to read
+the inputs and write the outputs once (forward_backward: and the same for the gradients) at the copy bandwidth of the
+same run.
 
 B batch, L tokens, D channels, N state.
 """
@@ -13,16 +17,24 @@ B batch, L tokens, D channels, N state.
 from __future__ import annotations
 
 import argparse
+import ast
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.common import Row, floor, time_passes, write
+from benchmarks import processor
+from benchmarks.common import Row, Timing, floor, installed, row, write
 from kernels import selective_scan
 
+Function = Callable[..., Tensor]
+PEERS = {"mamba_ssm": ("mamba_ssm", "einops"), "mambapy": ("mambapy",)}  # and what each needs
 CASES = {  # B, D, L, N
     "target/B2_D384_L1024_N16": (2, 384, 1024, 16),
     "vim_tiny/B8_D384_L197_N16": (8, 384, 197, 16),
@@ -92,7 +104,50 @@ def ours(**tensors: Tensor) -> Tensor:
     return selective_scan(**tensors, backend="cpu")  # type: ignore[return-value, arg-type]
 
 
-PROVIDERS: dict[str, Callable[..., Tensor]] = {"triscan": ours, "torch_loop": loop, "torch_parallel": parallel}
+def mamba_ssm() -> Function:
+    """mamba-ssm's ``selective_scan_ref``, executed alone: importing its module takes its CUDA extension."""
+    spec = importlib.util.find_spec("mamba_ssm")
+    assert spec is not None
+    assert spec.origin is not None
+    source = ast.parse((Path(spec.origin).parent / "ops/selective_scan_interface.py").read_text())
+    source.body = [s for s in source.body if isinstance(s, ast.FunctionDef) and s.name == "selective_scan_ref"]
+    einops = importlib.import_module("einops")
+    names: dict[str, Any] = {"torch": torch, "F": F, "rearrange": einops.rearrange, "repeat": einops.repeat}
+    exec(compile(source, "selective_scan_ref", "exec"), names)
+    scan = names["selective_scan_ref"]
+
+    def function(**t: Tensor) -> Tensor:
+        return scan(*t.values(), delta_softplus=True)
+
+    return function
+
+
+def mambapy() -> Function:
+    """mamba.py's parallel scan with what its block computes before and behind it."""
+    block = importlib.import_module("mambapy.mamba").MambaBlock
+
+    def function(**t: Tensor) -> Tensor:
+        dt, B, C = F.softplus(t["dt"] + t["dt_bias"]), t["B"][:, :, 0], t["C"][:, :, 0]
+        return block.selective_scan(None, t["x"], dt, t["A"], B, C, t["D"]) * F.silu(t["z"])
+
+    return function
+
+
+def channels_first(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs as mamba-ssm wants them: tokens last, one group as none."""
+    return {n: (t.detach() if t.ndim < 3 else t.detach().flatten(2).mT.contiguous()).requires_grad_()
+            for n, t in inputs.items()}  # fmt: skip
+
+
+def providers(peers: bool) -> dict[str, tuple[Function, bool]]:
+    """Scans by name, and whether each wants ``channels_first``; peers that are not installed are named and left out."""
+    found = {"triscan": (ours, False), "torch_loop": (loop, False), "torch_parallel": (parallel, False)}
+    for name, make in (("mamba_ssm", mamba_ssm), ("mambapy", mambapy)) if peers else ():
+        if all(installed(m) for m in PEERS[name]):
+            found[name] = make(), name == "mamba_ssm"
+        else:
+            print(f"{name} is left out: needs {' and '.join(PEERS[name])}", file=sys.stderr)
+    return found
 
 
 def draw(B: int, D: int, L: int, N: int) -> dict[str, Tensor]:
@@ -111,41 +166,61 @@ def draw(B: int, D: int, L: int, N: int) -> dict[str, Tensor]:
     return {n: t.requires_grad_() for n, t in inputs.items()}
 
 
-def check(function: Callable[..., Tensor]) -> None:
-    """Holds a provider to the reference in float64: values and gradients, of an odd length."""
-    inputs = {n: t.detach().double().requires_grad_() for n, t in draw(2, 3, 13, 4).items()}
-    outputs = [function(**inputs), selective_scan(**inputs, backend="reference")]  # type: ignore[arg-type]
-    torch.testing.assert_close(*outputs)
-    got, wanted = (torch.autograd.grad(y.square().sum(), list(inputs.values())) for y in outputs)  # type: ignore
-    torch.testing.assert_close(got, wanted)
+def check(function: Function, first: bool) -> None:
+    """Holds a provider to the reference in float64, values and gradients, of an odd length; ``first``: as there."""
+    inputs = draw(2, 3, 13, 4)
+    exact = {n: t.detach().double().requires_grad_() for n, t in inputs.items()}
+    wanted = selective_scan(**exact, backend="reference")  # type: ignore[arg-type]
+    given = channels_first(inputs) if first else inputs
+    got = function(**given)
+    grads = torch.autograd.grad((got.mT if first else got).square().sum(), list(given.values()))
+    grads = [g.mT.reshape_as(t) if g.ndim > 2 and first else g for g, t in zip(grads, inputs.values(), strict=True)]
+    close = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}
+    torch.testing.assert_close(got.mT if first else got, wanted, **close)
+    torch.testing.assert_close(grads, list(torch.autograd.grad(wanted.square().sum(), list(exact.values()))), **close)  # type: ignore
 
 
-def measurements(case: str) -> list[Row]:
+def measurements(case: str, peers: bool) -> list[Row]:
     """The rows of one case: each provider, forward and both passes."""
     inputs, rows = draw(*CASES[case]), []
     moved = sum(t.nbytes for t in inputs.values()) + inputs["x"].nbytes
     floors = {"forward": floor(moved, device="cpu"), "forward_backward": floor(3 * moved, device="cpu")}
-    for provider, function in PROVIDERS.items():
-        leaves = list(inputs.values())
-        rows += time_passes("selective_scan", case, provider, lambda f=function: f(**inputs), leaves, floors, "cpu")
-    for mode in floors:
-        times = {r.provider: float(r.ms_p50) for r in rows if r.mode == mode}
-        print(*(f"{case} {mode}: {ms / times['triscan']:.1f} times as fast as {n}" for n, ms in times.items()
-                if n != "triscan"), sep="\n")  # fmt: skip
+    for mode, floor_ms in floors.items():
+        calls = {n: call(f, channels_first(inputs) if first else inputs, mode) for n, (f, first) in
+                 providers(peers).items()}  # fmt: skip
+        peaks = {name: processor.peak_mib(c) for name, c in calls.items()}
+        times = processor.in_turns(calls)
+        for name, found in times.items():
+            low, middle, high = (float(np.percentile(found, p)) for p in (20, 50, 80))
+            timing = Timing(low, middle, high, peaks[name])
+            rows.append(row("selective_scan", case, name, mode, torch.float32, timing, floor_ms, "cpu"))
+        for name, found in times.items():
+            middle, least = (f(found) / f(times["triscan"]) for f in (np.median, min))
+            print(f"{case} {mode}: {name} takes {middle:.1f} times as long as triscan (medians; minima {least:.1f}: "
+                  f"{min(found):.2f} ms)", flush=True)  # fmt: skip
     return rows
+
+
+def call(function: Function, inputs: dict[str, Tensor], mode: str) -> Callable[[], object]:
+    """What is timed in a mode."""
+    if mode == "forward":
+        return lambda: torch.no_grad()(function)(**inputs)
+    dy = torch.randn_like(inputs["x"])
+    return lambda: torch.autograd.grad(function(**inputs), list(inputs.values()), dy)
 
 
 def main() -> None:
     """Runs the cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", action="store_true", help=f"also time {' and '.join(PEERS)} where installed")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/selective_scan_cpu.csv")
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch and of the kernels (default: 2)")
     parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), help="only these shapes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for function in PROVIDERS.values():
-        check(function)
-    found = [row for case in options.case for row in measurements(case)]
+    for function, first in providers(options.peers).values():
+        check(function, first)
+    found = [row for case in options.case for row in measurements(case, options.peers)]
     if options.write:
         print(write("selective_scan_cpu", found))
 
