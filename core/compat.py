@@ -116,9 +116,9 @@ class MambaLMHeadModel(lm.MambaLM):
         return self.backbone.norm_f(x, residual)[0]
 
     def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> dict[int, Any]:
-        """One cache a layer; see ``Mamba.allocate_inference_cache``."""
+        """One cache a layer; see ``Mamba.allocate_inference_cache``. ``kwargs`` are accepted, as in the original."""
         return {
             index: cast(Any, layer.mixer).allocate_inference_cache(batch_size, max_seqlen, dtype=dtype)
             for index, layer in enumerate(self.backbone.layers)
@@ -156,32 +156,36 @@ class MambaLMHeadModel(lm.MambaLM):
             min_p: 0 keeps all.
             temperature: Divides the logits.
             return_dict_in_generate: Return a ``GenerateOutput`` instead of the sequences.
-            output_scores: Whether it holds the logits, (B, vocab_size) each, or (B, padded V) with teacher_outputs.
+            output_scores: Whether it holds the logits, (B, vocab_size) each; of teacher_outputs (B, padded V) unless
+                vocab_size is given.
             repetition_penalty: 1 changes nothing.
             eos_token_id: Ends a row.
             teacher_outputs: (B, L') tokens to take instead of drawing any, prompt included.
-            vocab_size: Accepted if it is the configuration's; padding tokens are never drawn.
+            vocab_size: Draw only from so many first tokens; by default all but the padding.
             cg: Accepted: on GPUs steps are CUDA graphs anyway.
             enable_timing: Accepted; warns once that nothing is timed.
             streamer: An object with ``put(tokens)`` and ``end()``, as transformers' streamers.
         """
         if enable_timing:
             warn_once("MambaLMHeadModel.generate: enable_timing has no effect here; nothing is timed")
-        if vocab_size not in (None, self.config.vocab_size):
-            raise ValueError(f"vocab_size: got {vocab_size}, wanted {self.config.vocab_size}, the configuration's")
+        if not 1 <= (vocab_size or self.config.vocab_size) <= self.config.vocab_size:
+            raise ValueError(f"vocab_size: got {vocab_size}, wanted 1 to {self.config.vocab_size}, the configuration's")
         if teacher_outputs is not None:
             sequences, logits = self._follow(input_ids, teacher_outputs[:, :max_length])
-            scores = logits.unbind(1) if output_scores else None
+            scores = logits[..., :vocab_size].unbind(1) if output_scores else None
             return GenerateOutput(sequences, scores) if return_dict_in_generate else sequences
         sampling = generate.Sampling(temperature, top_k, top_p or 1.0, min_p, repetition_penalty)
         pieces, scores = [input_ids], []
         if streamer is not None:
             streamer.put(input_ids.cpu())
         new_tokens = max_length - input_ids.shape[1]
-        for step in generate.stream(self, input_ids, new_tokens, sampling, eos_token_id=eos_token_id):
+        allowed = None if vocab_size in (None, self.config.vocab_size) else range(vocab_size)
+        for step in generate.stream(
+            self, input_ids, new_tokens, sampling, eos_token_id=eos_token_id, allowed_tokens=allowed
+        ):
             pieces.append(step.tokens[:, None])
             if output_scores:
-                scores.append(step.logits)
+                scores.append(step.logits[:, :vocab_size])
             if streamer is not None:
                 streamer.put(step.tokens.cpu())
         if streamer is not None:

@@ -119,7 +119,7 @@ class Mamba(mamba.Mamba):
         return self._continue(hidden_states, conv_state, ssm_state), conv_state, ssm_state
 
     def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None
+        self, batch_size: int, max_seqlen: int, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """A cache of zeros: conv_state (B, E, W) and ssm_state (B, E, N).
 
@@ -127,6 +127,7 @@ class Mamba(mamba.Mamba):
             batch_size: B.
             max_seqlen: Accepted; the size of the state does not depend on it.
             dtype: Of both. By default that of the parameters, and for the scan float32, in which it is computed.
+            kwargs: Accepted, as in the original.
         """
         weight, ssm_state = self.conv1d.weight, self.init_state(batch_size).ssm
         conv_state = weight.new_zeros(batch_size, self.d_inner, self.d_conv, dtype=dtype or weight.dtype)

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from core.cli import run
 from core.errors import UserError
-from core.table import append_row
+from core.table import append_row, read_rows
 from core.training.module import OptimizerOptions, create_optimizer
 from genomics.datasets import IGNORED, GenomeData, targets
 from genomics.models import MixerName, build_lm
@@ -207,20 +207,18 @@ def read_table(path: Path) -> set[tuple[str, ...]]:
     if not path.is_file():
         return set()
     with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        if tuple(next(csv.reader(file), ())) != COLUMNS:
             raise UserError(f"{path} is no table of this command; wanted the columns {', '.join(COLUMNS)}")
-        return {tuple(row[key] for key in KEY) for row in reader}
+    return {tuple(row[key] for key in KEY) for row in read_rows(path)}
 
 
 def draw(path: Path) -> Figure:
     """Draw perplexity against context, a panel a data set and a line a mixer (the best of its learning rates)."""
     found: dict[str, dict[str, dict[int, float]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            points = found.setdefault(row["data"], {}).setdefault(row["mixer"], {})
-            context, value = int(row["context"]), float(row["perplexity"])
-            points[context] = min(points.get(context, value), value)
+    for row in read_rows(path):
+        points = found.setdefault(row["data"], {}).setdefault(row["mixer"], {})
+        context, value = int(row["context"]), float(row["perplexity"])
+        points[context] = min(points.get(context, value), value)
     figure = Figure(figsize=(5 * len(found), 4), layout="constrained")
     for axis, (data, lines) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
         for value in lines.pop(MARKOV, {}).values():

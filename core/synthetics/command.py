@@ -138,6 +138,8 @@ def parse(program: str, arguments: Sequence[str], options: type[RunOptions] | ty
     values = cli.parse(parser, arguments[1:]).as_dict()
     changed = {name: values[name] for name in defaults if values[name] != defaults[name]}
     given = options(**{entry.name: values[entry.name] for entry in fields(options)})
+    if given.minutes is not None and given.minutes <= 0:
+        raise UserError(f"--minutes is {given.minutes:g}; wanted more than 0, or null for no bound")
     return Parsed(found, changed, given, shlex.join(["python", "-m", program, *arguments]))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
+from core import table
 from core.errors import UserError
 from core.synthetics.recipe import Recipe, Settings
 from core.synthetics.training import Result
@@ -47,10 +47,7 @@ def row(recipe: Recipe, settings: Settings, result: Result, facts: Mapping[str, 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows of a table's file, of each run the last one; none if there is no file yet."""
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list({row["id"]: row for row in csv.DictReader(file)}.values())
+    return list({row["id"]: row for row in table.read_rows(path)}.values())
 
 
 def check_columns(path: Path, wanted: Iterable[str]) -> None:

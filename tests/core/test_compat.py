@@ -169,6 +169,17 @@ def test_generate():
     assert model.generate(ids, 6, return_dict_in_generate=True).scores is None
 
 
+def test_generate_from_the_first_tokens_only():
+    model = language_model()
+    ids = fill_input("ids", (2, 4), 21)
+    found = model.generate(ids, 9, vocab_size=5, return_dict_in_generate=True, output_scores=True)
+    assert found.sequences[:, 4:].max() < 5
+    assert torch.equal(found.sequences[:, 4:], model(found.sequences).logits[:, 3:-1, :5].argmax(-1))
+    assert {score.shape for score in found.scores} == {(2, 5)}
+    with pytest.raises(ValueError, match="vocab_size: got 22, wanted 1 to 21"):
+        model.generate(ids, 9, vocab_size=22)
+
+
 def test_generate_streams():
     class Streamer:
         def __init__(self) -> None:

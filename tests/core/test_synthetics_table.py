@@ -48,6 +48,17 @@ def test_table_is_filled_once(tmp_path: Path) -> None:
     assert lines[0]["seeds"] == "0, 1"
 
 
+def test_what_a_crash_left_of_a_row_spoils_no_other(tmp_path: Path) -> None:
+    file, runs_of = tmp_path / "table.csv", study()
+    wanted, options = runs_of.rows({}, [], [0]), command.TableOptions(device="cpu")
+    assert table.fill(runs_of, wanted[:1], file, options) == []
+    with file.open("a") as lines:
+        lines.write(f"{runs_of.identity(wanted[1])},mamba,8")
+    assert table.fill(runs_of, wanted, file, options) == []
+    assert {row["id"] for row in rows.read_rows(file)} == {runs_of.identity(settings) for settings in wanted}
+    assert len(file.read_text().splitlines()) == 1 + len(wanted) + 1
+
+
 def test_time_and_failure_leave_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, runs_of = tmp_path / "table.csv", study()
     wanted = runs_of.rows({}, [], [0])
@@ -104,6 +115,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["induction_head"], "unknown recipe 'induction_head' (did you mean induction_heads?)"),
         (["--model", "mamba"], "the first argument is the recipe"),
         (["mqar", "--model", "mamba3x"], "--model is 'mamba3x'"),
+        (["mqar", "--minutes", "-1"], "--minutes is -1; wanted more than 0, or null for no bound"),
         (["mqar", "--step", "3"], "did you mean --steps"),
         (["mqar", "--steps", "0"], "--steps is 0; wanted at least 1"),
         (["mqar", "--steps", "many"], "--steps"),
