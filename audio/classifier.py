@@ -198,6 +198,10 @@ class SpokenClassifier(TrainingModule):
         """Start counting afresh."""
         self.confusion.reset()
 
+    def on_test_epoch_end(self) -> None:
+        """Count what all processes have seen, for the report."""
+        self.confusion.compute()
+
     def add_to_report(self, report: Report) -> None:
         """Add what was read, and the confusion matrix."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]

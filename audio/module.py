@@ -112,10 +112,7 @@ class SoundModel(TrainingModule):
         """Log loss and bits per sample such that the epoch's value is the mean over all samples."""
         loss = self.loss(batch)
         for name, value in (("loss", loss), ("bits_per_sample", loss / math.log(2))):
-            self.log(
-                f"{stage}/{name}", value, on_epoch=True, on_step=False, prog_bar=True, sync_dist=True,
-                batch_size=self.batch_tokens(batch),
-            )  # fmt: skip
+            self.log_mean(f"{stage}/{name}", value, batch, self.batch_tokens(batch))
 
     def batch_tokens(self, batch: Batch) -> int:
         """Number of samples, padding left out."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from core.errors import UserError
+from core.parallel.data import shared_seed
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 HEADERS_CHECKED = 50_000  # folders up to this size have every file's header read first: some seconds
@@ -201,4 +202,5 @@ class RepeatedAugmentation(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(self.length).repeat_interleave(self.repeats)[: self.length].tolist())
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(shared_seed()))
+        return iter(order.repeat_interleave(self.repeats)[: self.length].tolist())

@@ -145,7 +145,8 @@ class Classifier(TrainingModule):
         self.samples = {"right": [], "wrong": []}
 
     def on_test_epoch_end(self) -> None:
-        """Log the accuracy of simple methods on the same data."""
+        """Log the accuracy of simple methods on the same data; count what all processes have seen, for the report."""
+        self.confusion.compute()
         for name, accuracy in self._data.baselines().items():
             self.log(f"baseline/{name}", accuracy)
 
@@ -153,7 +154,7 @@ class Classifier(TrainingModule):
         """Add confusion matrix, images with predictions, scan routes and files left out."""
         names = self._data.class_names
         if int(self.confusion.confmat.sum()):  # pyright: ignore
-            counts = self.confusion.confmat.cpu().numpy()  # pyright: ignore
+            counts = self.confusion.compute().cpu().numpy()
             report.figure("Confusion matrix", draw_confusion(counts, names), "Test images; rows are the true classes.")
             report.images("Mistakes", self.samples["wrong"], "The first ones of the test, with the true class.")
             report.images("Right", self.samples["right"], "The first ones of the test.")

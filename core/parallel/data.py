@@ -10,6 +10,16 @@ from torch.utils.data import DistributedSampler, Sampler
 from core.parallel.group import data_ranks, joined
 
 
+def shared_seed() -> int:
+    """A number that rank 0 draws from torch's generator, as torch's own random sampler does; every process must ask."""
+    seed = torch.empty((), dtype=torch.int64).random_()
+    if joined() and dist.get_world_size() > 1:
+        shared = seed.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.broadcast(shared, 0)
+        seed = shared
+    return int(seed)
+
+
 class ShardedSampler(DistributedSampler):
     """The samples of one process: each batch of all processes together is cut into theirs.
 
@@ -55,13 +65,7 @@ class ShardedSampler(DistributedSampler):
         """All samples in the order of an epoch."""
         if not self.shuffle:
             return torch.arange(len(self.data))
-        seed = torch.empty((), dtype=torch.int64).random_()  # as torch's own random sampler draws it
-        if joined() and dist.get_world_size() > 1:
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            shared = seed.to(device)
-            dist.broadcast(shared, 0)
-            seed = shared.cpu()
-        return torch.randperm(len(self.data), generator=torch.Generator().manual_seed(int(seed)))
+        return torch.randperm(len(self.data), generator=torch.Generator().manual_seed(shared_seed()))
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Yield the places of this process's samples in the order, a first and an end a step."""

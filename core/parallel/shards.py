@@ -40,12 +40,13 @@ def shard_module(module: nn.Module, net: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _blocks(net: nn.Module) -> Iterator[nn.Module]:
-    """The members of the outermost lists in a net that have weights."""
+    """The members of the outermost lists in a net that have weights; of stages, which have more, their blocks."""
     for child in net.children():
         if isinstance(child, nn.ModuleList):
             for member in child:
-                if isinstance(member, nn.ModuleList):
-                    yield from _blocks(nn.ModuleList([member]))
+                inner = getattr(member, "blocks", member)
+                if isinstance(inner, nn.ModuleList):
+                    yield from _blocks(nn.ModuleList([inner]))
                 elif any(True for _ in member.parameters()):
                     yield member
         else:

@@ -184,11 +184,18 @@ class TrainingModule(LightningModule):
 
     # What the trainer calls.
 
-    def log_mean(self, name: str, value: Tensor, batch: Any) -> None:
-        """Log a batch's mean so that the epoch's value is the mean over items, over all processes."""
-        self.log(
-            name, value, on_epoch=True, on_step=False, prog_bar=True, sync_dist=True, batch_size=self.batch_items(batch)
-        )
+    def log_mean(self, name: str, value: Tensor, batch: Any, weight: int | None = None) -> None:
+        """Log a batch's mean so that the epoch's value is the mean over items, over all processes.
+
+        Args:
+            name: Of the metric.
+            value: The mean.
+            batch: The batch.
+            weight: Number of its terms; None: the batch's items.
+        """
+        count: Any = float(self.batch_items(batch) if weight is None else weight)
+        # Of whole numbers Lightning would cut off the mean over the processes, by which it divides.
+        self.log(name, value, on_epoch=True, on_step=False, prog_bar=True, sync_dist=True, batch_size=count)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Compute, log and return the loss of one batch."""

@@ -1,7 +1,8 @@
 """Random number generators as plain data, and a data loader that can be resumed in the middle of an epoch."""
 
+import itertools
 import random
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from core.errors import UserError
-from core.parallel.data import ShardedBatches, ShardedSampler
+from core.parallel.data import ShardedBatches, ShardedSampler, shared_seed
 from core.parallel.group import data_ranks, joined
 
 
@@ -36,13 +37,23 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"][0].cpu())
 
 
+def seed_all(*key: int) -> None:
+    """Set all global generators to a state that follows from some numbers."""
+    first, second, third = np.random.SeedSequence(key).generate_state(3).tolist()
+    random.seed(first)
+    np.random.seed(second)  # noqa: NPY002  libraries draw from it
+    torch.manual_seed(third)
+
+
 class ResumableLoader(DataLoader):
     """A DataLoader that continues a broken-off epoch with the batch that would have come next.
 
     It takes the arguments of ``torch.utils.data.DataLoader``. The order of an epoch and the seeds of its workers follow
     from the generators' state at its start, so that state and the number of batches handed out are all there is to
     keep. On resume the batches already seen are read again and dropped. With several processes each reads its share of
-    every batch (``core.parallel.data``), unless a sampler is given. Workers that outlive an epoch
+    every batch (``core.parallel.data``), unless a sampler is given, and where the order is random, each draws other
+    random numbers: the first those of a single process, the others some that follow from its own at the epoch's start
+    and from the batch, so that they go on from a checkpoint as well. Workers that outlive an epoch
     (``persistent_workers``) carry random state over that is out of reach: with them only epoch boundaries are exact.
     """
 
@@ -60,6 +71,7 @@ class ResumableLoader(DataLoader):
         drop_last: bool = False,
         **options: Any,
     ) -> None:
+        self._varies = bool(shuffle) or sampler is not None
         cut = sampler is None and options.get("batch_sampler") is None and joined()
         if cut and batch_size is not None and isinstance(dataset, Sized):
             try:
@@ -82,15 +94,32 @@ class ResumableLoader(DataLoader):
         if resume is not None:
             set_rng_state(resume["start"])
         self._start, self._batches = rng_state(), 0
+        part_from_others = self._own_numbers()
+        part_from_others(0)  # workers begin with numbers that are drawn here
         batches = super().__iter__()
         if resume is not None:
-            for _ in range(resume["batches"]):
+            for number in range(resume["batches"]):
+                part_from_others(number)
                 next(batches)
             self._batches = resume["batches"]
             set_rng_state(resume["now"])
-        for batch in batches:
+        for number in itertools.count(self._batches):
+            part_from_others(number)
+            batch = next(batches, batches)
+            if batch is batches:  # the end
+                return
             self._batches += 1
             yield batch
+
+    def _own_numbers(self) -> Callable[[int], None]:
+        """What makes this process draw other numbers than the others do, in a batch and the step that follows."""
+        rank, size = data_ranks()
+        if not self._varies or size == 1:
+            return lambda number: None
+        state = torch.get_rng_state()
+        seed = shared_seed()
+        torch.set_rng_state(state)  # the order is drawn as in a single process
+        return (lambda number: seed_all(seed, rank, number)) if rank else lambda number: None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position within the epoch."""

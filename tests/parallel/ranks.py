@@ -109,7 +109,7 @@ class Ranks:
         context, port = mp.get_context("fork" if self.backend == "gloo" else "spawn"), free_port()
         for rank in range(self.size):
             own, calls = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, port, self.backend, calls), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.size, port, self.backend, calls))
             process.start()
             calls.close()  # so that the end of the process is the end of the pipe
             self._processes.append(process)
