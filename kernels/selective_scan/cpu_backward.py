@@ -28,20 +28,22 @@ from kernels.selective_scan.cpu_chunk import (
     fill,
     flush,
     gather,
-    gather_rows,
+    gather_steps,
+    hop,
     lanes,
+    load_rates,
     load_row,
     load_state,
     load_tile,
     make_scratch,
     move_row,
     sequence,
-    split_rates,
     store_state,
 )
 from kernels.selective_scan.cpu_complex import back_complex
-from kernels.selective_scan.cpu_math import sigmoid
+from kernels.selective_scan.cpu_math import in_base_two, sigmoid
 from kernels.selective_scan.cpu_simd import WIDTH, load, replace, store
+from kernels.selective_scan.cpu_simd_math import with_denormals, without_denormals
 from kernels.selective_scan.problem import CHUNK
 
 
@@ -70,7 +72,7 @@ def load_saved(saved: np.ndarray, s: Sizes, slot: int, k: int, d0: int, d1: int,
     for n in range(s.state):
         at = ((slot * s.routes + k) * s.state + n) * s.channels + d0
         if s.planes == 1:
-            move_row(saved, at, h, n * h.shape[2], d1 - d0, False)
+            move_row(saved, at, WIDTH, h, n * h.shape[2], WIDTH, d1 - d0, False)
         else:
             for plane in range(2):
                 for d in range(d1 - d0):
@@ -101,6 +103,8 @@ def add_row(row: np.ndarray, s: Sizes, r: int, k: int, d0: int, d1: int, target:
 @njit(**INNER)
 def add_rows(
     rows: np.ndarray,
+    row: int,
+    gap: int,
     place: np.ndarray,
     token: np.ndarray,
     steps: int,
@@ -110,48 +114,73 @@ def add_rows(
     once: int,
     target: np.ndarray,
 ) -> None:
-    """Adds rows to ``target`` at ``base + place[i] * stride``, those of real tokens; ``once``: writes them."""
+    """Adds rows to ``target`` at ``base + place[i] * stride``, those of real tokens; ``once``: writes them.
+
+    The rows start every ``row`` elements, their vectors are ``gap`` elements apart.
+    """
     for i in range(steps):
         if token[i] >= 0:
-            move_row(rows, i * rows.shape[1], target, base + place[i] * stride, width, once == 0)
+            move_row(rows, i * row, gap, target, base + place[i] * stride, WIDTH, width, once == 0)
+
+
+@njit(**INNER)
+def add_steps(
+    tile: np.ndarray,
+    place: np.ndarray,
+    token: np.ndarray,
+    steps: int,
+    base: int,
+    stride: int,
+    width: int,
+    once: int,
+    target: np.ndarray,
+) -> None:
+    """``add_rows`` of a tile of steps."""
+    add_rows(tile, tile.shape[2], hop(tile), place, token, steps, base, stride, width, once, target)
 
 
 @njit(**INNER)
 def open_chunk(s: Sizes, c: Scratch, steps: int, t: Tiles) -> None:
     """dt x, and what the sums over states start from: D x for y, zero for dx and ddt. Gates dy, begins dz."""
-    none = t.D.dtype.type(0)
-    for i in range(steps):
-        for d in range(0, t.D.size, WIDTH):
-            at = i * t.D.size + d
-            x = load(c.x, at, 0, 1)
-            store(t.u, at, 0, load(c.dt, at, 0, 1) * x)
-            store(t.y, at, 0, load(t.D, d, 0, 1) * x)
-            store(t.dx, at, 0, replace(x, none))
-            store(t.ddt, at, 0, replace(x, none))
-            if s.gated:
-                z, dy = load(c.z, at, 0, 1), load(t.dy, at, 0, 1)
-                sig = sigmoid(z)
-                store(t.dy, at, 0, dy * (z * sig))
-                store(t.dz, at, 0, dy * (z * (sig - sig * sig) + sig))
+    none, lanes = t.D.dtype.type(0), t.u.shape[2]
+    for j in range(t.u.shape[0]):
+        for d in range(0, lanes, WIDTH):
+            D = load(t.D, j * lanes + d, 0, 1)
+            for at in range(j * CHUNK * lanes + d, (j * CHUNK + steps) * lanes + d, lanes):
+                x, dt = load(c.x, at, 0, 1), load(c.dt, at, 0, 1)
+                store(t.u, at, 0, dt * x)
+                high, low = in_base_two(dt)
+                store(t.turns, at, 0, high)
+                store(t.low, at, 0, low)
+                store(t.y, at, 0, D * x)
+                store(t.dx, at, 0, replace(x, none))
+                store(t.ddt, at, 0, replace(x, none))
+                if s.gated:
+                    z, dy = load(c.z, at, 0, 1), load(t.dy, at, 0, 1)
+                    sig = sigmoid(z)
+                    store(t.dy, at, 0, dy * (z * sig))
+                    store(t.dz, at, 0, dy * (z * (sig - sig * sig) + sig))
 
 
 @njit(**INNER)
 def close_chunk(s: Sizes, c: Scratch, steps: int, t: Tiles) -> None:
     """Finishes dx, ddt and dz from <B, G>, <A a h, G> and y; adds to the sums for D and dt_bias."""
-    for d in range(0, t.D.size, WIDTH):
-        D, grad_d, grad_bias = load(t.D, d, 0, 1), load(t.grad_d, d, 0, 1), load(t.grad_bias, d, 0, 1)
-        for i in range(steps):
-            at = i * t.D.size + d
-            x, dy, dx = load(c.x, at, 0, 1), load(t.dy, at, 0, 1), load(t.dx, at, 0, 1)
-            ddt = (load(t.ddt, at, 0, 1) + x * dx) * load(c.slope, at, 0, 1)
-            store(t.ddt, at, 0, ddt)
-            store(t.dx, at, 0, load(c.dt, at, 0, 1) * dx + D * dy)
-            grad_d = grad_d + dy * x
-            grad_bias = grad_bias + ddt
-            if s.gated:
-                store(t.dz, at, 0, load(t.dz, at, 0, 1) * load(t.y, at, 0, 1))
-        store(t.grad_d, d, 0, grad_d)
-        store(t.grad_bias, d, 0, grad_bias)
+    lanes = t.u.shape[2]
+    for j in range(t.u.shape[0]):
+        for d in range(0, lanes, WIDTH):
+            to = j * lanes + d
+            D, grad_d, grad_bias = load(t.D, to, 0, 1), load(t.grad_d, to, 0, 1), load(t.grad_bias, to, 0, 1)
+            for at in range(j * CHUNK * lanes + d, (j * CHUNK + steps) * lanes + d, lanes):
+                x, dy, dx = load(c.x, at, 0, 1), load(t.dy, at, 0, 1), load(t.dx, at, 0, 1)
+                ddt = (load(t.ddt, at, 0, 1) + x * dx) * load(c.slope, at, 0, 1)
+                store(t.ddt, at, 0, ddt)
+                store(t.dx, at, 0, load(c.dt, at, 0, 1) * dx + D * dy)
+                grad_d = grad_d + dy * x
+                grad_bias = grad_bias + ddt
+                if s.gated:
+                    store(t.dz, at, 0, load(t.dz, at, 0, 1) * load(t.y, at, 0, 1))
+            store(t.grad_d, to, 0, grad_d)
+            store(t.grad_bias, to, 0, grad_bias)
 
 
 @njit(**PART)
@@ -164,7 +193,7 @@ def begin(
     gather(s, v, b, k, g, d0, d1, first, steps, t.bias, c, True)
     stride = routes * s.channels
     at = b * s.length * stride + (k if s.keep else 0) * s.channels + d0
-    gather_rows(o.y, at, stride, c.token, c.token, steps, d1 - d0, t.dy)
+    gather_steps(o.y, at, stride, c.token, c.token, steps, d1 - d0, t.dy)
     open_chunk(s, c, steps, t)
 
 
@@ -177,19 +206,19 @@ def finish(
     close_chunk(s, c, steps, t)
     if s.gated:
         at = b * s.length * s.channels + d0
-        add_rows(t.dz, c.token, c.token, steps, at, s.channels, width, s.once, o.z)
+        add_steps(t.dz, c.token, c.token, steps, at, s.channels, width, s.once, o.z)
     stride = s.x_routes * s.channels
     at = b * s.length * stride + (k if s.x_routes > 1 else 0) * s.channels + d0
-    add_rows(t.dx, c.token, c.token, steps, at, stride, width, s.once, o.x)
+    add_steps(t.dx, c.token, c.token, steps, at, stride, width, s.once, o.x)
     stride = s.routes * s.channels
     at = b * s.length * stride + k * s.channels + d0
-    add_rows(t.ddt, c.place, c.token, steps, at, stride, width, s.once, o.dt)
+    add_steps(t.ddt, c.place, c.token, steps, at, stride, width, s.once, o.dt)
     stride = s.routes * s.groups * entries
     at = (part * s.batch + b) * s.length * stride + (k * s.groups + g) * entries
     if s.varying_b:
-        add_rows(t.step_db, c.place, c.token, steps, at, stride, entries, 0, o.B)
+        add_rows(t.step_db, t.step_db.shape[1], WIDTH, c.place, c.token, steps, at, stride, entries, 0, o.B)
     if s.varying_c:
-        add_rows(t.step_dc, c.place, c.token, steps, at, stride, entries, 0, o.C)
+        add_rows(t.step_dc, t.step_dc.shape[1], WIDTH, c.place, c.token, steps, at, stride, entries, 0, o.C)
 
 
 def _make(sources: str, planes: int) -> Callable[..., None]:
@@ -199,14 +228,14 @@ def _make(sources: str, planes: int) -> Callable[..., None]:
     def backward(part: int, j0: int, j1: int, run: int, q0: int, q1: int, s: Sizes, v: Inputs, o: Adjoints) -> None:
         """Blocks ``j0:j1`` (part ``part``) of sequences ``q0:q1`` (run ``run``), all routes."""
         _ = sources
+        denormals = without_denormals()
         for j in range(j0, j1):
             d0, d1 = v.blocks[j, 0], v.blocks[j, 1]
             g = d0 * s.groups // s.channels
             width = lanes(d1 - d0)
             c, t = make_scratch(s, v, width), make_tiles(s, v, width)
             for k in range(s.routes):
-                load_tile(v.A, s, k, d0, d1, t.A)
-                split_rates(t.A, t.rate, t.low)
+                load_rates(s, v, k, d0, d1, t.A)
                 if not s.varying_b:
                     load_tile(v.B, s, k, d0, d1, t.B)
                 if not s.varying_c:
@@ -236,6 +265,7 @@ def _make(sources: str, planes: int) -> Callable[..., None]:
                         add_row(t.grad_bias, s, run, k, d0, d1, o.dt_bias)
                         flush(t.G)
                     store_state(t.G, s, q, k, d0, d1, o.initial)
+        with_denormals(denormals)
 
     return backward
 

@@ -2,14 +2,15 @@
 
 A kernel works on a block of W channels (padded to a multiple of 16 lanes) of one sequence and one route. Channels are
 the contiguous axis of every tile, so that vectors of lanes are loaded and stored whole; states are tiles ``(Q, N, W)``
-with Q = 2 planes (real, imaginary) where A is complex and Q = 1 where it is real.
+with Q = 2 planes (real, imaginary) where A is complex and Q = 1 where it is real. Tiles of steps are ``(J, T, V)``,
+J V = W: where A is real V is one vector of 16 lanes, so that the steps of a vector lie side by side and don't push each
+other out of the cache, else J is 1.
 
 B batch, L tokens, D channels, N state, K routes, P scan positions, G groups, S sequences, Q planes, T steps of a chunk.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -17,13 +18,11 @@ from numba import njit
 
 from kernels.cpu_rows import read, read_one, write, write_one
 from kernels.selective_scan.cpu_arguments import FUSED, INNER, PART, Inputs, Sizes
-from kernels.selective_scan.cpu_math import sigmoid, softplus
-from kernels.selective_scan.cpu_simd import WIDTH, load, pointer, prefetch, store
+from kernels.selective_scan.cpu_math import LIMIT, sigmoid, softplus
+from kernels.selective_scan.cpu_simd import WIDTH, load, pointer, prefetch, replace, store
 from kernels.selective_scan.problem import CHUNK
 
-LOG2E = math.log2(math.e)
 AHEAD = 4  # rows that are on their way from memory while one is copied
-STEEP = 1e6  # rates that need no low part
 LINE = 64  # bytes of a cache line
 SLOT, SKIP = -1, -2  # in place of a token: padding of a route; padding of a sequence
 
@@ -34,10 +33,10 @@ class Scratch(NamedTuple):
     token: np.ndarray  # (T,) token, SLOT or SKIP
     place: np.ndarray  # (T,) where dt, B and C were read, or SLOT
     restart: np.ndarray  # (T,) 1 where the state is zeroed first
-    x: np.ndarray  # (T, W)
-    dt: np.ndarray  # (T, W) after bias and softplus
-    slope: np.ndarray  # (T, W) derivative of that, ones without softplus
-    z: np.ndarray  # (T, W)
+    x: np.ndarray  # (J, T, V)
+    dt: np.ndarray  # (J, T, V) after bias and softplus
+    slope: np.ndarray  # (J, T, V) derivative of that, ones without softplus
+    z: np.ndarray  # (J, T, V)
     B: np.ndarray  # (T, N Q), where B varies over time
     C: np.ndarray
 
@@ -62,14 +61,27 @@ def new_rows(size: int, width: int, like: np.ndarray) -> np.ndarray:
     return new_tile(1, size, width, like)[0]
 
 
+@njit(**INNER)
+def new_steps(s: Sizes, width: int, like: np.ndarray) -> np.ndarray:
+    """Zeros ``(J, T, V)``."""
+    lanes = WIDTH if s.planes == 1 else width
+    return new_tile(width // lanes, CHUNK, lanes, like)
+
+
+@njit(**PART)
+def hop(tile: np.ndarray) -> int:
+    """How far apart the vectors of one step are in a tile ``(J, T, V)``."""
+    return CHUNK * WIDTH if tile.shape[2] == WIDTH else WIDTH
+
+
 @njit(**PART)
 def make_scratch(s: Sizes, v: Inputs, width: int) -> Scratch:
     """Scratch for a chunk; the padding lanes of x are zero and stay so."""
     entries = s.planes * s.padded
     return Scratch(
         np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64),
-        new_rows(CHUNK, width, v.D), new_rows(CHUNK, width, v.D), new_rows(CHUNK, width, v.D),
-        new_rows(CHUNK, width, v.D), new_rows(CHUNK, entries, v.D), new_rows(CHUNK, entries, v.D),
+        new_steps(s, width, v.D), new_steps(s, width, v.D), new_steps(s, width, v.D), new_steps(s, width, v.D),
+        new_rows(CHUNK, entries, v.D), new_rows(CHUNK, entries, v.D),
     )  # fmt: skip
 
 
@@ -92,16 +104,15 @@ def load_tile(source: np.ndarray, s: Sizes, k: int, d0: int, d1: int, tile: np.n
                 tile[q, n, d] = source[at + d]
 
 
-@njit(**INNER)
-def split_rates(A: np.ndarray, rate: np.ndarray, low: np.ndarray) -> None:
-    """What ``decay`` wants in place of A: ``A log2(e)`` in two float32 parts; in float64 A itself."""
-    for q in range(A.shape[0]):
-        for n in range(A.shape[1]):
-            for d in range(A.shape[2]):
-                exact = np.float64(A[q, n, d]) * (LOG2E if A.itemsize == 4 else 1.0)
-                rate[q, n, d] = exact
-                # Such a rate decays at once; its low part could grow until the polynomial overflows, and 0 inf is NaN.
-                low[q, n, d] = exact - rate[q, n, d] if abs(exact) < STEEP else 0
+@njit(**PART)
+def load_rates(s: Sizes, v: Inputs, k: int, d0: int, d1: int, tile: np.ndarray) -> None:
+    """A to a tile as ``decay`` wants it."""
+    load_tile(v.A, s, k, d0, d1, tile)
+    if s.planes == 1 and tile.itemsize == 4:
+        for n in range(tile.shape[1]):
+            for d in range(tile.shape[2]):
+                rate = tile[0, n, d]
+                tile[0, n, d] = LIMIT if rate > LIMIT else -LIMIT if rate < -LIMIT else rate
 
 
 @njit(**INNER)
@@ -167,17 +178,20 @@ def gather_tokens(s: Sizes, v: Inputs, b: int, k: int, first: int, steps: int, c
 
 
 @njit(**FUSED)
-def move_row(source: np.ndarray, start: int, target: np.ndarray, to: int, width: int, add: bool) -> None:
+def move_row(
+    source: np.ndarray, start: int, gap: int, target: np.ndarray, to: int, new_gap: int, width: int, add: bool
+) -> None:
     """Copies or adds ``width`` elements from ``start`` of one array, taken flat, to those from ``to`` of another.
 
-    Either may be bfloat16, as uint16.
+    Vectors of 16 elements are ``gap`` elements apart in the one, ``new_gap`` in the other. Either array may be
+    bfloat16, as uint16.
     """
     old, new = pointer(target), pointer(source)
-    whole = width // WIDTH * WIDTH
-    for d in range(0, whole, WIDTH):
-        row = read(new, start + d)
-        write(old, to + d, read(old, to + d) + row if add else row)
-    for d in range(whole, width):
+    for _ in range(width // WIDTH):
+        row = read(new, start)
+        write(old, to, read(old, to) + row if add else row)
+        start, to = start + gap, to + new_gap
+    for d in range(width % WIDTH):
         one = read_one(new, start + d)
         write_one(old, to + d, read_one(old, to + d) + one if add else one)
 
@@ -192,9 +206,14 @@ def gather_rows(
     steps: int,
     width: int,
     rows: np.ndarray,
+    row: int,
+    gap: int,
 ) -> None:
-    """Rows of ``source`` at ``base + place[i] * stride``, zeros where there is no token."""
-    memory = pointer(source)
+    """Rows of ``source`` at ``base + place[i] * stride``, zeros where there is no token.
+
+    In ``rows`` they start every ``row`` elements; their vectors are ``gap`` elements apart.
+    """
+    memory, zero = pointer(source), rows.dtype.type(0)
     for i in range(steps):
         if i + AHEAD < steps:
             at = base + place[i + AHEAD] * stride
@@ -202,9 +221,24 @@ def gather_rows(
                 prefetch(memory, at + d)
         if token[i] < 0:
             for d in range(width):
-                rows[i, d] = 0
+                write_one(pointer(rows), i * row + d // WIDTH * gap + d % WIDTH, zero)
         else:
-            move_row(source, base + place[i] * stride, rows, i * rows.shape[1], width, False)
+            move_row(source, base + place[i] * stride, WIDTH, rows, i * row, gap, width, False)
+
+
+@njit(**INNER)
+def gather_steps(
+    source: np.ndarray,
+    base: int,
+    stride: int,
+    place: np.ndarray,
+    token: np.ndarray,
+    steps: int,
+    width: int,
+    tile: np.ndarray,
+) -> None:
+    """``gather_rows`` to a tile of steps."""
+    gather_rows(source, base, stride, place, token, steps, width, tile, tile.shape[2], hop(tile))
 
 
 @njit(**INNER)
@@ -215,21 +249,30 @@ def activate(
 
     A step of dt = 0 changes no state: exp(0) = 1 and dt B x = 0.
     """
-    for i in range(steps):
-        if token[i] == SKIP:
-            for d in range(bias.size):
-                dt[i, d] = 0
-                slope[i, d] = 0
-            continue
-        for d in range(0, bias.size, WIDTH):
-            at = i * bias.size + d
-            raw = load(dt, at, 0, 1) + load(bias, d, 0, 1)
-            store(dt, at, 0, softplus(raw) if on else raw)
-            if slopes and on:
-                store(slope, at, 0, sigmoid(raw))
-        if not on:
-            for d in range(bias.size):
-                slope[i, d] = 1
+    lanes = dt.shape[2]
+    for j in range(dt.shape[0]):
+        for i in range(steps):
+            for d in range(0, lanes, WIDTH):
+                at = (j * CHUNK + i) * lanes + d
+                raw = load(dt, at, 0, 1) + load(bias, j * lanes + d, 0, 1)
+                if token[i] == SKIP:
+                    store(dt, at, 0, replace(raw, dt.dtype.type(0)))
+                    store(slope, at, 0, replace(raw, dt.dtype.type(0)))
+                    continue
+                store(dt, at, 0, softplus(raw) if on else raw)
+                if slopes:
+                    store(slope, at, 0, sigmoid(raw) if on else replace(raw, dt.dtype.type(1)))
+
+
+@njit(**PART)
+def gather_states(s: Sizes, v: Inputs, b: int, k: int, g: int, steps: int, c: Scratch) -> None:
+    """Reads B and C of the steps of ``gather_tokens``, where they vary."""
+    if s.varying_b:
+        at = b * v.B_strides[0] + k * v.B_strides[2] + g * v.B_strides[3]
+        gather_rows(v.B, at, v.B_strides[1], c.place, c.token, steps, s.state * s.planes, c.B, c.B.shape[1], WIDTH)
+    if s.varying_c:
+        at = b * v.C_strides[0] + k * v.C_strides[2] + g * v.C_strides[3]
+        gather_rows(v.C, at, v.C_strides[1], c.place, c.token, steps, s.state * s.planes, c.C, c.C.shape[1], WIDTH)
 
 
 @njit(**PART)
@@ -250,16 +293,11 @@ def gather(
     """Reads ``steps`` positions, the first at ``first``, in scan order; ``slopes`` wants the derivative of dt too."""
     gather_tokens(s, v, b, k, first, steps, c)
     at = b * v.x_strides[0] + k * v.x_strides[2] + d0
-    gather_rows(v.x, at, v.x_strides[1], c.token, c.token, steps, d1 - d0, c.x)
+    gather_steps(v.x, at, v.x_strides[1], c.token, c.token, steps, d1 - d0, c.x)
     at = b * v.dt_strides[0] + k * v.dt_strides[2] + d0
-    gather_rows(v.dt, at, v.dt_strides[1], c.place, c.token, steps, d1 - d0, c.dt)
+    gather_steps(v.dt, at, v.dt_strides[1], c.place, c.token, steps, d1 - d0, c.dt)
     activate(s.softplus, steps, c.token, bias, c.dt, c.slope, slopes)
     if s.gated:
         at = b * v.z_strides[0] + d0
-        gather_rows(v.z, at, v.z_strides[1], c.token, c.token, steps, d1 - d0, c.z)
-    if s.varying_b:
-        at = b * v.B_strides[0] + k * v.B_strides[2] + g * v.B_strides[3]
-        gather_rows(v.B, at, v.B_strides[1], c.place, c.token, steps, s.state * s.planes, c.B)
-    if s.varying_c:
-        at = b * v.C_strides[0] + k * v.C_strides[2] + g * v.C_strides[3]
-        gather_rows(v.C, at, v.C_strides[1], c.place, c.token, steps, s.state * s.planes, c.C)
+        gather_steps(v.z, at, v.z_strides[1], c.token, c.token, steps, d1 - d0, c.z)
+    gather_states(s, v, b, k, g, steps, c)

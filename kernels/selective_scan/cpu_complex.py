@@ -52,12 +52,12 @@ def advance_complex(
     a: np.ndarray,
     y: np.ndarray,
 ) -> None:
-    """Runs the steps: h ``(2, N, W)`` moves on, y ``(T, W)`` grows. B and C are overwritten where they vary."""
-    width = y.shape[1]
+    """Runs the steps: h ``(2, N, W)`` moves on, y ``(1, T, W)`` grows. B and C are overwritten where they vary."""
+    dt, x, rows, width = c.dt[0], c.x[0], y[0], y.shape[2]
     for i in range(steps):
         if c.restart[i]:
             fill(h)
-        decay(c.dt, i, A, a)
+        decay(dt, i, A, a)
         for n in range(s.state):
             for plane in range(2):
                 if s.varying_b:
@@ -67,23 +67,23 @@ def advance_complex(
                     for d in range(width):
                         C[plane, n, d] = c.C[i, 2 * n + plane]
             for d in range(width):
-                real = a[0, n, d] * h[0, n, d] - a[1, n, d] * h[1, n, d] + c.x[i, d] * B[0, n, d]
-                imag = a[0, n, d] * h[1, n, d] + a[1, n, d] * h[0, n, d] + c.x[i, d] * B[1, n, d]
+                real = a[0, n, d] * h[0, n, d] - a[1, n, d] * h[1, n, d] + x[i, d] * B[0, n, d]
+                imag = a[0, n, d] * h[1, n, d] + a[1, n, d] * h[0, n, d] + x[i, d] * B[1, n, d]
                 half = C[0, n, d] * real - C[1, n, d] * imag
                 h[0, n, d] = real
                 h[1, n, d] = imag
-                y[i, d] += half + half
+                rows[i, d] += half + half
 
 
 @njit(**INNER)
 def replay_complex(s: Sizes, c: Scratch, steps: int, t: Tiles, a: np.ndarray, ah: np.ndarray) -> None:
     """Runs the steps again from t.h and keeps ``a_t`` and ``a_t h_{t-1}``, both ``(T, 2, N, W)``."""
-    h, u, B = t.h, t.u, t.B
+    h, u, dt, B = t.h, t.u[0], c.dt[0], t.B
     varying_b, width = s.varying_b != 0, u.shape[1]
     for i in range(steps):
         if c.restart[i]:
             fill(h)
-        decay(c.dt, i, t.A, a[i])
+        decay(dt, i, t.A, a[i])
         for n in range(s.state):
             for d in range(width):
                 ah[i, 0, n, d] = a[i, 0, n, d] * h[0, n, d] - a[i, 1, n, d] * h[1, n, d]
@@ -98,7 +98,7 @@ def replay_complex(s: Sizes, c: Scratch, steps: int, t: Tiles, a: np.ndarray, ah
 def retreat_complex(s: Sizes, c: Scratch, i: int, t: Tiles, a: np.ndarray, ah: np.ndarray) -> None:
     """Step ``i`` back: adds Re<B, G> to dx and Re<A a h, G> to ddt, leaves ``conj(a) G`` in t.G."""
     A, B, C, G, dA, dB, dC = t.A, t.B, t.C, t.G, t.grad_a, t.grad_b, t.grad_c
-    u, dy, y, dx, ddt, row, dt = t.u, t.dy, t.y, t.dx, t.ddt, t.row, c.dt
+    u, dy, y, dx, ddt, row, dt = t.u[0], t.dy[0], t.y[0], t.dx[0], t.ddt[0], t.row, c.dt[0]
     varying_b, varying_c, width = s.varying_b != 0, s.varying_c != 0, u.shape[1]
     for n in range(s.state):
         for q in range(2):
@@ -138,7 +138,7 @@ def retreat_complex(s: Sizes, c: Scratch, i: int, t: Tiles, a: np.ndarray, ah: n
 @njit(**INNER)
 def back_complex(s: Sizes, c: Scratch, steps: int, t: Tiles) -> None:
     """The whole chunk: t.G, t.dx, t.ddt, t.y and the sums for A, B and C."""
-    shape = (t.a.shape[0], 2, s.state, t.u.shape[1])
+    shape = (t.a.shape[0], 2, s.state, t.u.shape[2])
     a, ah = t.a.reshape(shape), t.ah.reshape(shape)
     replay_complex(s, c, steps, t, a, ah)
     for i in range(steps - 1, -1, -1):

@@ -16,7 +16,18 @@ from numba import types
 from numba.extending import overload
 
 from kernels.selective_scan.cpu_simd import Lanes
-from kernels.selective_scan.cpu_simd_math import choose, clamp, each_exp, each_log, exponent, fma, magnitude
+from kernels.selective_scan.cpu_simd_math import (
+    choose,
+    clamp,
+    each_exp,
+    each_log,
+    exponent,
+    fma,
+    has_avx512,
+    magnitude,
+    scaled,
+    sixteenth,
+)
 
 # Fused multiply-adds and nothing more: reassociation would undo the rounding tricks below. Divisions don't raise.
 MATH: Any = {"fastmath": {"contract"}, "error_model": "numpy"}
@@ -26,6 +37,7 @@ ONE, HALF = F(1), F(0.5)
 LOG2E, LN2_HIGH, LN2_LOW = F(1.4426950408889634), F(0.693359375), F(-2.12194440e-4)  # ln 2 in two; n * high is exact
 # Adding 1.5 * 2^23 rounds to an integer n; with 127 more the low bits are the exponent field of 2^n.
 ROUND = F(12582912 + 127)
+LOG2E_LOW = F(math.log2(math.e) - float(LOG2E))
 LOWEST, HIGHEST = F(-88.1), F(88.8)  # the exponent field is 0 here (2^n = 0), 255 there (2^n = inf)
 E2, E3, E4, E5, E6 = F(0.5000000013), F(0.1666657698), F(0.0416664649), F(0.0083631801), F(0.001393365)  # e^r - 1 - r
 FIELD0, FIELD255 = F(12582912), F(12582912 + 255)  # what clamps such a number to the fields of 0 and of infinity
@@ -35,8 +47,9 @@ P4, P5, P6 = F(0.00961808256), F(0.00133908634), F(0.000154531629)
 L2, L3, L4 = F(-0.49999997), F(0.333328419), F(-0.249865262)
 L5, L6, L7 = F(0.198541062), F(-0.158475657), F(0.115618454)
 L8, L9, L10 = F(-0.066757725), F(0.0252240543), F(-0.00446621159)
-Q1, Q2, Q3 = F(0.693146978), F(0.240222421), F(0.0555073374)  # the same with a term less
-Q4, Q5 = F(0.00967151264), F(0.00132647272)
+LIMIT = F(2**32)  # of both factors of a decay's exponent: its polynomial stays finite beyond where exp is 0 or infinite
+SIXTEENTHS = F(786432)  # adding 1.5 * 2^19 rounds to a sixteenth, whose numerator are the lowest bits
+T1, T2, T3 = F(0.693147181), F(0.24023427), F(0.05550346)  # 2^r - 1, |r| <= 1/32; with ln 2 as it is for small r
 S3, S5, S7 = F(-0.1666666467), F(0.0083327486), F(-0.0001958795)  # sin(r) - r, |r| <= pi / 4
 C4, C6, C8 = F(4.1666664662e-2), F(-1.3888303340e-3), F(2.4547991314e-5)  # cos(r) - 1 + r^2 / 2
 LINEAR = 20  # softplus(v) is v beyond this, as in PyTorch
@@ -48,22 +61,18 @@ def exp(v: float) -> float:
     return math.exp(v)
 
 
-def decay(dt: float, rate: float, low: float) -> float:
-    """``exp(dt A)``, where ``rate + low`` is ``A log2(e)`` in float32 (rounded, and the rest) and A in float64.
+def in_base_two(dt: float) -> tuple[float, float]:
+    """``dt`` as ``decay`` wants it: in float32 times log2(e), at most ``LIMIT``, and the rounding error of that."""
+    return dt, 0.0
 
-    In float32 zero below dt A = -87.7 and infinite above 88.4. One rounded rate would be off by the same amount at
-    every step, which the gradient of A would add up.
+
+def decay(dt: float, low: float, rate: float) -> float:
+    """``exp(dt A)`` of ``in_base_two(dt)`` and A; in float32 zero below dt A = -87.7 and infinite above 88.8.
+
+    In float32 A must be within ``LIMIT``. An exponent of which only the leading part were kept would be off by the same
+    amount at every step of equal dt, which a long memory adds up.
     """
-    return math.exp(dt * rate + dt * low)
-
-
-def decay_of(like: Any, dt: float, rate: float, low: float) -> float:
-    """``decay`` where ``like``, a pointer, is to floats; where it is to bfloat16 (uint16), without the low part.
-
-    Then y is rounded to 8 bits and the rounded rate is within 2^-24 of A log2(e). The polynomial has one term less too:
-    both are good to 2 units in the last place of float32, as a GPU's exponential is.
-    """
-    return decay(dt, rate, low)
+    return math.exp(dt * rate + low * rate)
 
 
 def softplus(v: float) -> float:
@@ -108,34 +117,42 @@ def _exp(v):
     return _pick(v, polynomial, libm, lanes)
 
 
+@overload(in_base_two, jit_options=MATH)
+def _in_base_two(dt):
+    def parts(dt):
+        dt = clamp(dt, -LIMIT, LIMIT)
+        high = dt * LOG2E
+        return high, fma(dt, LOG2E_LOW, fma(dt, LOG2E, -high))
+
+    def same(dt):
+        return dt, dt - dt
+
+    return parts if dt.kind == types.float32 else same
+
+
 @overload(decay, jit_options=MATH)
-def _decay(dt, rate, low):
-    def polynomial(dt, rate, low):
+def _decay(dt, low, rate):
+    def looked_up(dt, low, rate):
+        biased = fma(dt, rate, SIXTEENTHS)  # rounded to sixteenths
+        n = biased - SIXTEENTHS
+        r = fma(low, rate, fma(dt, rate, -n))
+        power = sixteenth(biased)
+        return scaled(fma(power * r, (r * T3 + T2) * r + T1, power), n)
+
+    def polynomial(dt, low, rate):
         biased = fma(dt, rate, ROUND)
         n = biased - ROUND
-        r = fma(dt, low, fma(dt, rate, -n))
+        r = fma(low, rate, fma(dt, rate, -n))
         # One multiply-add a coefficient: other states' fill the time that each waits for the one before.
         p = (((((r * P6 + P5) * r + P4) * r + P3) * r + P2) * r + P1) * r + ONE
         return p * exponent(clamp(biased, FIELD0, FIELD255))
 
-    def lanes(dt, rate, low):
-        return exp(dt * rate + dt * low)
+    def lanes(dt, low, rate):
+        return exp(dt * rate)
 
-    return polynomial if rate.kind == types.float32 else lanes
-
-
-@overload(decay_of, jit_options=MATH)
-def _decay_of(like, dt, rate, low):
-    def narrow(like, dt, rate, low):
-        biased = fma(dt, rate, ROUND)
-        r = fma(dt, rate, ROUND - biased)
-        p = ((((r * Q5 + Q4) * r + Q3) * r + Q2) * r + Q1) * r + ONE
-        return p * exponent(clamp(biased, FIELD0, FIELD255))
-
-    def whole(like, dt, rate, low):
-        return decay(dt, rate, low)
-
-    return narrow if like.dtype == types.uint16 else whole
+    if rate.kind != types.float32:
+        return lanes
+    return looked_up if has_avx512() else polynomial
 
 
 @overload(softplus, jit_options=MATH)
