@@ -113,9 +113,11 @@ def main() -> None:
     parser.add_argument("--case", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME")
     arguments = parser.parse_args()
     require_gpu("generate")
-    rows = [made for name in arguments.case for made in time_case(name, arguments.peers)]
-    if arguments.write:
-        print(write("generate", rows))
+    rows: list[Row] = []
+    for name in arguments.case:
+        rows += time_case(name, arguments.peers)
+        if arguments.write:  # a run that is cut short keeps its rows
+            print(write("generate", rows))
 
 
 if __name__ == "__main__":

@@ -276,14 +276,17 @@ class Block(nn.Module):
         x, state = self.mixer.forward_state(x, state, lengths)
         return *self.apply_mlp(x, stream), state
 
-    def forward_late(self, x: Tensor | Late, residual: Tensor | None, state: Any) -> tuple[Tensor | Late, Tensor, Any]:
+    def forward_late(
+        self, x: Tensor | Late, residual: Tensor | None, state: Any, state_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor | Late, Tensor, Any]:
         """``forward_state``, whose branch may wait for a norm of its own where that saves time; so may the one given.
 
-        Only for a block in front of one with RMSNorm. A Mamba-2 layer's state may be None: before the first token.
+        Only for a block in front of one with RMSNorm. A Mamba-2 layer's state may be None: before the first token; and
+        the scan's state is handed on in ``state_dtype``.
         """
         y, stream = self.norm.forward_late(x, residual)
         if self.mlp is None and isinstance(self.mixer, Mamba2):
-            late, state = self.mixer.forward_late(y, state)
+            late, state = self.mixer.forward_late(y, state, state_dtype)
             return late, stream, state
         y, state = self.mixer.forward_state(y, self._begun(y, state))
         return *self.apply_mlp(y, stream), state

@@ -84,8 +84,9 @@ def pad_prompts(
 
 @torch.no_grad()
 def prefill(
-    model: MambaLM, input_ids: Tensor, lengths: Tensor | None = None, *, chunk: int | None = None, room: int = 0
-) -> tuple[Tensor, tuple[Any, ...]]:
+    model: MambaLM, input_ids: Tensor, lengths: Tensor | None = None, *, chunk: int | None = None, room: int = 0,
+    state_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, tuple[Any, ...]]:  # fmt: skip
     """Reads prompts of any length, a chunk at a time; the memory needed is that of a chunk.
 
     Args:
@@ -94,6 +95,7 @@ def prefill(
         lengths: (B,) number of tokens of each prompt, 1 to L; all L by default.
         chunk: Tokens of a row that go through the model at once; by default as many as 131,072 for all rows allow.
         room: Tokens that attention's caches must hold.
+        state_dtype: What scans' states will be rounded to anyhow, so that they may leave their kernels in it.
 
     Returns:
         The backbone's output (B, D) at each row's last token, and the state after it.
@@ -104,7 +106,8 @@ def prefill(
     for start in range(0, input_ids.shape[1], size):
         ids = input_ids[:, start : start + size]
         if lengths is None:
-            last, state = model.backbone.forward_last(ids, state)
+            ends = start + size >= input_ids.shape[1]  # between pieces states keep all their digits
+            last, state = model.backbone.forward_last(ids, state, state_dtype if ends else None)
             continue
         here = (lengths - start).clamp(0, ids.shape[1])
         hidden, state = model.backbone.forward_state(ids, state, here)
@@ -183,7 +186,7 @@ def stream(
     if reader is None:
         narrow = state_dtype is not None and state_dtype.itemsize < 4  # which is rounded more than it could be off by
         with _as_in_training(model.lm_head.weight) if narrow else contextlib.nullcontext():
-            hidden, state = prefill(model, input_ids, lengths, chunk=prefill_chunk, room=room)
+            hidden, state = prefill(model, input_ids, lengths, chunk=prefill_chunk, room=room, state_dtype=state_dtype)
     else:
         hidden, state = reader(input_ids)
     decoder = decoder_for(model, input_ids.shape[0], sampling, ends, padding, room, allowed, state_dtype, graph=graph)

@@ -89,19 +89,24 @@ class Backbone(nn.Module):
             states.append(after)
         return self.norm_f(x, residual)[0], tuple(states)
 
-    def forward_last(self, input_ids: Tensor, state: tuple[Any, ...]) -> tuple[Tensor, tuple[Any, ...]]:
+    def forward_last(
+        self, input_ids: Tensor, state: tuple[Any, ...], state_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, tuple[Any, ...]]:
         """``forward_state`` whose output is wanted at the last token only: (B, D).
 
-        Where it ``takes_late`` branches Mamba-2 layers' states may be None: before the first token.
+        Where it ``takes_late`` branches Mamba-2 layers' states may be None: before the first token; and those behind
+        the last token come in ``state_dtype`` where the scan can write them so at once.
         """
         x: Any = self.embedding(input_ids)
         residual, states = None, []
         late = self.takes_late()
         for layer, before in zip(self.layers, state, strict=True):
-            step = layer.forward_late if late else layer.forward_state
             if layer is self.layers[-1]:
-                step = layer.forward_last
-            x, residual, after = step(x, residual, before)
+                x, residual, after = layer.forward_last(x, residual, before)
+            elif late:
+                x, residual, after = layer.forward_late(x, residual, before, state_dtype)
+            else:
+                x, residual, after = layer.forward_state(x, residual, before)
             states.append(after)
         return self.norm_f(x[:, -1:], None if residual is None else residual[:, -1:])[0].squeeze(1), tuple(states)
 

@@ -205,13 +205,16 @@ class Mamba2(nn.Module):
         return self._output(mlp, y, z), after
 
     @torch.no_grad()
-    def forward_late(self, x: Tensor, state: Mamba2State | None) -> tuple[Tensor | Late, Mamba2State]:
+    def forward_late(
+        self, x: Tensor, state: Mamba2State | None, state_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor | Late, Mamba2State]:
         """``forward_state`` without gradients, whose norm is left to what follows where that saves time.
 
         Args:
             x: (B, L, D).
             state: From ``init_state`` or an earlier call, left as it is; None before the first token, which saves the
                 time to read zeros.
+            state_dtype: Of the scan's state behind the last token; as the one before by default, or the scan's own.
 
         Returns:
             (B, L, D), or what waits for its norm, and the state after the last token.
@@ -225,15 +228,15 @@ class Mamba2(nn.Module):
         xbc, conv_state = self._conv(xbc, conv, None, None, True)
         rows, B, C = self._split(xbc)
         given = (rows, dt, decay_rates(self.A_log), B, C, self._skip(), z.unflatten(-1, rows.shape[2:]), self.dt_bias)
-        limits = (self.dt_min, self.dt_max)
+        limits, wanted = (self.dt_min, self.dt_max), state_dtype or (None if ssm is None else ssm.dtype)
         if m is not None and fits and plain and not in_parts() and gated.saves_a_pass(*given, ssm, dt_limit=limits):
-            y, squares, ssm_state = gated.gated_scan(*given, m.weight, ssm, dt_limit=limits)
+            y, squares, ssm_state = gated.gated_scan(*given, m.weight, ssm, dt_limit=limits, state_dtype=wanted)
             out: Tensor | Late = Late(self.out_proj(y), squares, self.d_ssm, m.eps)
         else:
             y, ssm_state = self._scan(xbc, z, dt, ssm, None, None, True)
             out = self._output(mlp, y, z)
         kept = self.conv1d.weight.dtype if conv is None else conv.dtype
-        return out, Mamba2State(conv_state.to(kept), ssm_state if ssm is None else ssm_state.to(ssm.dtype))
+        return out, Mamba2State(conv_state.to(kept), ssm_state if wanted is None else ssm_state.to(wanted))
 
     @torch.no_grad()
     def decode(self, x: Tensor, state: Mamba2State) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,7 +28,8 @@ _plans = Plans()
 
 def gated_scan(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor, norm_weight: Tensor,
-    initial_state: Tensor | None = None, *, dt_limit: Limits = (0.0, math.inf), backend: str = "auto",
+    initial_state: Tensor | None = None, *, dt_limit: Limits = (0.0, math.inf),
+    state_dtype: torch.dtype | None = None, backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``u = ssd(...) silu(z)`` (Dao & Gu 2024, section 7.1), which waits for its RMSNorm over all channels.
 
@@ -43,11 +45,12 @@ def gated_scan(
         norm_weight: (H P,) of the norm.
         initial_state: (B, H, P, N).
         dt_limit: Bounds of dt.
+        state_dtype: Of the final state; that of the scan by default.
         backend: See ``kernels.ssd.ssd``.
 
     Returns:
         u times the norm's weight (B, L, H P) in x's dtype; u's squares summed over each head, (B, L, H) float32
-        (float64); and the final state (B, H, P, N).
+        (float64); and the final state (B, H, P, N) in state_dtype.
 
     Raises:
         ValueError: If a shape, dtype, device or value does not fit.
@@ -59,10 +62,11 @@ def gated_scan(
     if name == "triton" and _fits(p):
         from kernels.ssd.triton_gated import forward
 
-        return forward(p, norm_weight)
+        return forward(p, norm_weight, state_dtype)
     y, state = ssd(x, dt, A, B, C, D, None, dt_bias, dt_limit=dt_limit, initial_state=initial_state,
                    return_final_state=True, backend=backend)  # fmt: skip
     u = y.to(p.dtype) * F.silu(z.to(p.dtype))
+    state = state if state_dtype is None else state.to(state_dtype)
     return (u.flatten(2) * norm_weight.to(p.dtype)).to(x.dtype), u.square().sum(-1), state
 
 

@@ -68,20 +68,21 @@ def fits(p: Problem) -> bool:
     return whole and plan.folded and p.z.dtype == torch.bfloat16 and plan.boxed and as_lines(p.z.unsqueeze(2))
 
 
-def forward(p: Problem, norm_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forward(p: Problem, norm_weight: Tensor, state_dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     """``kernels.ssd.gated.gated_scan`` of a problem that ``fits``."""
     assert p.z is not None
     assert p.D is not None
     plan = Plan(p)
     y = torch.empty(p.batch, p.length, 1, p.heads, p.head_dim, dtype=p.x.dtype, device=p.x.device)
     squares = torch.empty(p.batch, p.length, p.heads, dtype=torch.float32, device=p.x.device)
-    final, initial = plan.states(p.batch), plan.initial
+    size, initial = (p.batch, p.heads, p.head_dim, p.state), plan.initial
+    final = torch.empty(size, dtype=p.dtype if state_dtype is None else state_dtype, device=p.x.device)
     boxes = {"x": p.x, "z": p.z.unsqueeze(2), "y": y, "B": p.B, "C": p.C}
     columns = {"B": p.state, "C": p.state}
     named = {f"{n}_box": rows_box(t, plan.chunk, columns.get(n, p.head_dim)) for n, t in boxes.items()}
     tensors = {
         **named, "D": plan.D, "norm_weight": norm_weight.contiguous(), "steps": plan.steps,
-        "initial": final if initial is None else initial, "final": final, "squares": squares,
+        "initial": plan.steps if initial is None else initial, "final": final, "squares": squares,
     }  # fmt: skip
     with device_of(p.x):
         plan.launch(
@@ -91,5 +92,6 @@ def forward(p: Problem, norm_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
                 "N": p.state, "Q": plan.chunk, "HAS_INITIAL": initial is not None, "DOT": tl.bfloat16, "STAGES": 2,
                 "num_warps": 4,
             },
+            final.dtype,
         )  # fmt: skip
-    return y.flatten(2), squares, final.squeeze(1)
+    return y.flatten(2), squares, final

@@ -227,3 +227,14 @@ def test_states_of_prompts_are_as_exact_as_they_are_kept(
     generate(lm(), torch.randint(VOCAB, (2, 7), device=DEVICE), 1, state_dtype=dtype, graph=False)
     assert found == [exact]
     assert exactness.exact(True)
+
+
+def test_states_of_prompts_come_in_the_dtype_asked_for() -> None:
+    """But between pieces of a prompt they keep all their digits."""
+    model = lm(**MODELS["mamba2"])
+    ids = torch.randint(VOCAB, (3, 13), device=DEVICE)
+    _, want = prefill(model, ids)
+    _, found = prefill(model, ids, chunk=5, state_dtype=torch.bfloat16)
+    for got, exact in zip(found[:-1], want[:-1], strict=True):  # the last layer's are left as they are
+        assert got.conv.dtype == exact.conv.dtype
+        torch.testing.assert_close(got.ssm, exact.ssm.bfloat16())

@@ -51,6 +51,7 @@ def cast(made: dict[str, Any], dtype: torch.dtype, device: str = "cpu") -> dict[
 def test_gated_is_scan_gate_and_norm() -> None:
     made = arguments(2, 7, 4, 3, 2, 5)
     y, squares, state = gated_scan(**made, dt_limit=(0.1, 0.5))
+    assert gated_scan(**made, state_dtype=torch.float32)[2].dtype == torch.float32
     weight, z = made.pop("norm_weight"), made.pop("z")
     scanned, want_state = ssd(**made, dt_limit=(0.1, 0.5), return_final_state=True)
     assert isinstance(scanned, Tensor)
@@ -83,7 +84,7 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.mark.skipif(not HOPPER, reason="tiles are copied in boxes on GPUs of compute capability 9.0")
 @pytest.mark.parametrize("initial", [True, False])
 @pytest.mark.parametrize(
-    "sizes", [(8, 128, 24, 64, 1, 128), (40, 64, 4, 64, 2, 64), (70, 192, 2, 32, 1, 32), (140, 64, 1, 64, 1, 64)]
+    "sizes", [(8, 128, 24, 64, 1, 128), (40, 64, 4, 64, 2, 64), (70, 192, 2, 32, 1, 32), (4, 640, 40, 64, 1, 128)]
 )
 def test_kernel(sizes: tuple[int, ...], initial: bool) -> None:
     made = arguments(*sizes)
@@ -91,7 +92,8 @@ def test_kernel(sizes: tuple[int, ...], initial: bool) -> None:
         del made["initial_state"]
     low = cast(made, torch.bfloat16, "cuda")
     assert saves_a_pass(**{n: t for n, t in low.items() if n != "norm_weight"})
-    found, want = gated_scan(**low), gated_scan(**low, backend="reference")
+    found, want = gated_scan(**low, state_dtype=torch.bfloat16), gated_scan(**low, backend="reference")
+    assert found[2].dtype == torch.bfloat16
     truth = gated_scan(**cast(low, torch.float64, "cuda"), backend="reference")
     for name, got, plain, exact in zip(("y", "squares", "state"), found, want, truth, strict=True):
         if name == "y":
