@@ -162,6 +162,17 @@ def test_every_recipe_can_be_built() -> None:
             assert work.result.parameters > 0
 
 
+def test_memory_of_induction_heads_begins_closed() -> None:
+    """Every channel's step without an input is so small that a million of them leave its state as it was."""
+    found = recipe.read("induction_heads")
+    work = training.Run(found, found.run({"model": "mamba"}), torch.device("cpu"))
+    biases = [bias for name, bias in work.model.named_parameters() if name.endswith("dt_proj.bias")]
+    steps = torch.nn.functional.softplus(torch.stack(biases).detach())
+    assert steps.shape == (2, 128)
+    assert steps.max() <= 1.001e-6
+    assert 0.999e-12 <= steps.min() < 1e-11
+
+
 def test_recipes_are_checked(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("# bad\ntask: chess\nsettings: {}\nmodels: {}\ntable: []\n")
     with pytest.raises(UserError, match=r"wanted .* a task of"):
