@@ -71,7 +71,7 @@ def launch(
         rank, file, seconds = kill
         while not file.exists() and processes[rank].is_alive():
             time.sleep(0.01)
-        time.sleep(seconds)
+        processes[rank].join(seconds)
         processes[rank].kill()
     connection.wait([process.sentinel for process in processes], 100)
     for process in processes:
