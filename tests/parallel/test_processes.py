@@ -53,6 +53,18 @@ def test_two_processes_make_the_steps_of_one(reference: str, options: tuple[str,
 
 
 @pytest.mark.slow
+def test_four_processes_share_batches_beside_sequences_and_layers(reference: str, place: Path) -> None:
+    shared = ("--data.batch_size", "2", "--trainer.devices", "4", "--run_dir")
+    assert launch(4, pretrain, "--sequence_parallel", "2", *shared, "four") == [0] * 4
+    assert_same_run(reference, "four")
+    (place / "text").mkdir()
+    (place / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 80)
+    pretrain_text("--run_dir", "text_one")
+    assert launch(4, pretrain_text, "--tensor_parallel", "2", *shared, "text_four") == [0] * 4
+    assert_same_run("text_one", "text_four")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWO)
 def test_runs_go_on_with_another_number_of_processes(place: Path, name: str) -> None:
     (place / "text").mkdir()
