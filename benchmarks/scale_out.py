@@ -7,9 +7,9 @@ data parallelism a batch, with sequence parallelism as many tokens, so that N GP
 with tensor parallelism they share the work of one. Efficiency is the speedup, in images or tokens a second, over N.
 Rank 0 is timed three times: alone (``NAME/1``), while every GPU takes the same step and nothing is exchanged
 (``NAME/apart``: what the machine costs), and together (``NAME/N``). Where the host's calls take longer than the GPU,
-all three replay forward and backward as CUDA graphs, as commands do with ``--model.graph true`` (which refuses tensor
-parallelism), unless ``--eager`` is given. The peak of memory is that of the fullest GPU and holds weights, moments and
-all, but what graphs hold. ``--profile`` prints the kernels that take most of rank 0's time in steps together.
+all three replay forward and backward as CUDA graphs, as commands do with ``--model.graph true``, unless ``--eager`` is
+given. The peak of memory is that of the fullest GPU and holds weights, moments and all, but what graphs hold.
+``--profile`` prints the kernels that take most of rank 0's time in steps together.
 ``--toy`` runs tiny models, on CPUs where there is no GPU; processes without a GPU of their own share one (by gloo).
 ``--write`` puts the rows in the place of those of the same cases.
 """

@@ -1,5 +1,6 @@
 """How a run ends: what it leaves and prints when it is done, stopped, or has lost another process."""
 
+import re
 import sys
 
 from lightning import Trainer
@@ -24,7 +25,9 @@ class Ending:
     """
 
     def __init__(self, command: str, folder: RunFolder | None, record: Record, interrupt: Interrupt) -> None:
-        self.go_on = f"go on from the last checkpoint, if there is one: {command} --ckpt_path last"
+        # Without where this run went on from, and without what it replaced.
+        plain = re.sub(r" --(ckpt_path|overwrite)[ =]('[^']*'|\S+)", "", command)
+        self.go_on = f"go on from the last checkpoint, if there is one: {plain} --ckpt_path last"
         self._command, self._folder = command, folder
         self._record, self._interrupt = record, interrupt
 

@@ -16,8 +16,9 @@ from core.parallel.group import active
 def capture(net: nn.Module, *inputs: Tensor) -> None:
     """Makes the training forward of ``net`` and its backward CUDA graphs, for inputs of these shapes.
 
-    Inputs of other shapes, and evaluation, run as before. Autocast is taken over as it is here. Gradients are written
-    to one place: they have to be used, or added up elsewhere, before the next backward.
+    Inputs of other shapes, arguments by name that are not None, and evaluation run as before. Autocast is taken over
+    as it is here. Gradients are written to one place: they have to be used, or added up elsewhere, before the next
+    backward.
 
     Args:
         net: The net, called with tensors by position.
@@ -38,10 +39,11 @@ def capture(net: nn.Module, *inputs: Tensor) -> None:
     with torch.autocast("cuda", dtype, enabled=on, cache_enabled=False):
         replay: Any = torch.cuda.make_graphed_callables(call, (*(x.detach().clone() for x in inputs), *aliases))
 
-    def forward(*given: Tensor) -> Any:
-        if net.training and torch.is_grad_enabled() and [x.shape for x in given] == shapes:
+    def forward(*given: Tensor, **named: Any) -> Any:
+        same = [x.shape for x in given] == shapes and all(value is None for value in named.values())
+        if same and net.training and torch.is_grad_enabled():
             return replay(*given, *parameters)
-        return plain(*given)
+        return plain(*given, **named)
 
     forward.replays = True  # type: ignore[attr-defined]
     net.forward = forward

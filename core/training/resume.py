@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -30,13 +30,16 @@ class History(CSVLogger):
             step = torch.load(resumed_from, map_location="cpu", weights_only=True, mmap=True)["global_step"]
             self._kept = [{**row, "step": int(row["step"])} for row in read_history(folder) if row["step"] < step]
 
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Log metrics, after those that were kept."""
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """What writes the file; it removes an earlier one, so that what is kept is written at once."""
+        writer = super().experiment
         if self._kept:
-            self.experiment.metrics.extend(self._kept)
+            writer.metrics.extend(self._kept)
             self._kept = []
-        super().log_metrics(metrics, step)
+            writer.save()
+        return writer
 
 
 class WholeFiles(TorchCheckpointIO):

@@ -70,7 +70,7 @@ class Ranks:
             process.join(20)
         self._end()
 
-    def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 120.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 240.0) -> list[Any]:
         """What ``function(rank, size, *arguments)`` returns in each process.
 
         Raises:

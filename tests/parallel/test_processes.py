@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import threading
 import time
@@ -49,6 +50,18 @@ def test_two_processes_make_the_steps_of_one(reference: str, options: tuple[str,
         p.name for p in Path(reference).iterdir() if p.is_file()
     )
     assert json.loads(Path("two/run.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_four_processes_share_batches_beside_sequences_and_layers(reference: str, place: Path) -> None:
+    shared = ("--data.batch_size", "2", "--trainer.devices", "4", "--run_dir")
+    assert launch(4, pretrain, "--sequence_parallel", "2", *shared, "four") == [0] * 4
+    assert_same_run(reference, "four")
+    (place / "text").mkdir()
+    (place / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 80)
+    pretrain_text("--run_dir", "text_one")
+    assert launch(4, pretrain_text, "--tensor_parallel", "2", *shared, "text_four") == [0] * 4
+    assert_same_run("text_one", "text_four")
 
 
 @pytest.mark.slow
@@ -121,6 +134,43 @@ def test_a_process_that_dies_with_its_layers_ends_the_job(
     (place / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 800)
     options = ("--trainer.devices", "2", "--tensor_parallel", "2", "--run_dir", "long", "--test_after_fit", "false")
     kill_and_resume(pretrain_text, options, victim, place, capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [
+    ("--trainer.strategy", "ddp", "--data.batch_size", "2"),
+    ("--trainer.strategy", "fsdp2", "--data.batch_size", "2"),
+    ("--sequence_parallel", "2", "--data.batch_size", "4"),
+], ids=["ddp", "fsdp2", "sequence"])  # fmt: skip
+def test_runs_that_are_killed_anywhere_end_as_if_they_had_not(
+    place: Path, options: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    common = (
+        *options, "--trainer.devices", "2", "--trainer.max_epochs", "-1", "--trainer.max_steps", "60",
+        "--trainer.val_check_interval", "5", "--trainer.check_val_every_n_epoch", "null", "--model.schedule.name",
+        "constant", "--data.reverse_complement", "true", "--run_dir",
+    )  # fmt: skip
+    begun = time.monotonic()
+    assert launch(2, pretrain, *common, "whole") == [0, 0]
+    whole = time.monotonic() - begun
+    done = 0
+    for _ in range(3):
+        seconds, victim = random.uniform(0, whole), random.randrange(2)
+        print("rank", victim, "killed after", seconds, "of", whole, "seconds")
+        last = place / "cut/checkpoints/last.ckpt"
+        resume = ("--ckpt_path", "last") if last.exists() else ("--overwrite", "true")
+        capfd.readouterr()
+        codes = launch(2, pretrain, *common, "cut", *resume, kill=(victim, place, seconds))
+        if codes == [0, 0]:
+            break
+        assert codes[victim] == -signal.SIGKILL
+        assert codes[1 - victim] != 0
+        step = checkpoint("cut")["global_step"] if last.exists() else 0
+        assert step >= done
+        done = step
+    resume = ("--ckpt_path", "last") if done else ("--overwrite", "true")
+    assert launch(2, pretrain, *common, "cut", *resume) == [0, 0]
+    assert_same_run("whole", "cut")
 
 
 def pretrain_interrupted(signum: int, *arguments: str) -> None:
