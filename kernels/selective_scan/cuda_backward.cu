@@ -6,8 +6,9 @@
 //     dB_t = dt_t x_t G_t, dC_t = dy_t h_t (summed over channels), d(dt_t x_t) = <B_t, G_t>, d(dt_t) = <A, q_t>, dA = sum dt_t q_t.
 // The sums over channels are matrix products with ones: a lane holds the products of a token and two states, and the
 // column of ones says which token's sum they go to. Sums over the warps follow in shared memory.
-// LOCAL: a warp loads and writes the rows of its own channels, so only the sums over warps need the others. They wait for
-// each other late: sums are added up once all have arrived with theirs, and stored once all have read those before.
+// LOCAL: a channel's lanes share out the steps of a part and their gradients, so only the sums over warps need other
+// warps. These wait for each other late: sums are added up once all have arrived with theirs, and stored once all have
+// read those before.
 // ENDS: only g at the segment's start, from zero, and the sum of dt.
 
 __device__ __forceinline__ unsigned bits(float v) { return __float_as_uint(v); }
@@ -48,17 +49,69 @@ __device__ __forceinline__ void leave(const Args& a, void* sums, i64 at, float s
 }
 
 constexpr bool SUMS = !(CONST_B && CONST_C);
-constexpr int HELD = 2;  // steps whose shares wait in registers: no load moves over a store
-constexpr bool LOCAL = EXTRA == 0 && 4 * GR * T / V >= 32;  // the rows of a part fill a warp
+constexpr int HELD = 2;      // steps whose shares wait in registers: no load moves over a store
+constexpr int KEPT = T / 2;  // steps whose dt, dt x and B stay in registers between the walks forth and back
+constexpr bool LOCAL = EXTRA == 0 && LN == 4 && T == 8;  // a warp's lanes share out the rows of a part among themselves
 // Floats of a row of shares, so that lanes that read two rows meet different banks.
 constexpr int Y_ROW = PADDED(BD * LN) + 4, UW_ROW = PADDED(2 * BD * LN) + 8;
-// Floats of a step's dB and dC and of a part's, so that lanes that write at once meet different banks.
-constexpr int SUM_ROW = 2 * NP + 4, SUM_ROWS = T * SUM_ROW + 16;
+// Floats of a step's dB and dC, which lie as add_up leaves them, and of a part's, so that lanes that write at once meet
+// different banks.
+constexpr int EVEN = (S + 1) / 2 * 2, SUMMED = 2 * EVEN * LN, SUM_ROW = SUMMED + 4, SUM_ROWS = T * SUM_ROW + 16;
+// RAW: x, dy and z of a slot stay in shared memory, and their gradients take their places.
+constexpr bool RAW = LOCAL && sizeof(TX) == 2 && sizeof(TDY) == 2 && sizeof(TDX) == 2 && sizeof(TDDT) == 2 &&
+                     (!HAS_Z || sizeof(TZ) == 2 && sizeof(TDZ) == 2);
+constexpr int RAW_ROW = BD + 4;                                               // elements
+constexpr int GV = RAW ? 1 : V, GT = BD / GV, ROWS_OF = (T * GT + NT - 1) / NT;  // of gradients: channels, threads, rows
 constexpr int TO_C = CHUNK * NP + 16;  // floats from B to C, likewise
+
+// W floats of shared memory, read where this stands: else the compiler holds on to what was read before, and to too much.
+template <int W> __device__ __forceinline__ void again(float (&to)[W], const float* p) {
+    constexpr int once = W % 4 == 0 ? 4 : W % 2 == 0 ? 2 : 1;
+#pragma unroll
+    for (int i = 0; i < W; i += once) {
+        const unsigned from = address(p + i);
+        if constexpr (once == 4)
+            asm volatile("ld.volatile.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                : "=f"(to[i]), "=f"(to[i + 1]), "=f"(to[i + 2]), "=f"(to[i + 3]) : "r"(from));
+        else if constexpr (once == 2)
+            asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[i]), "=f"(to[i + 1]) : "r"(from));
+        else
+            asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(to[i]) : "r"(from));
+    }
+}
+
+// The one of a and b that this lane keeps, its own and lane ^ other's.
+__device__ __forceinline__ float halved(float a, float b, bool second, int other) {
+    const float kept = second ? b : a, given = second ? a : b;
+    return kept + __shfl_xor_sync(0xffffffffu, given, other);
+}
+
+// Two-byte elements to shared memory as they are.
+template <class E, int W> __device__ __forceinline__ void put_raw(unsigned short* to, const Raw<E, W>& from) {
+    const float first = __uint_as_float(from.word[0]), last = __uint_as_float(from.word[from.WORDS - 1]);
+    if constexpr (W == 4) *reinterpret_cast<float2*>(to) = make_float2(first, last);
+    else if constexpr (W == 2) *reinterpret_cast<unsigned*>(to) = from.word[0];
+    else *to = from.word[0];
+}
+
+// Sums over a channel's four lanes of what each has for T steps; lane q keeps steps q and q + 4, or with GV = 2 one of the
+// two, for its channel and a neighbour's.
+__device__ __forceinline__ void share_out(float (&to)[2], const float (&from)[T], int q, int lane) {
+    float two[T / 2], one[2];
+#pragma unroll
+    for (int j = 0; j < T / 2; j++) two[j] = halved(from[j / 2 * 4 + j % 2], from[j / 2 * 4 + j % 2 + 2], q & 2, 16);
+#pragma unroll
+    for (int j = 0; j < 2; j++) one[j] = halved(two[2 * j], two[2 * j + 1], q & 1, 8);
+    if constexpr (GV == 2) {
+        const bool odd = lane & 1;
+        const float kept = odd ? one[1] : one[0], given = odd ? one[0] : one[1], got = __shfl_xor_sync(0xffffffffu, given, 1);
+        to[0] = odd ? got : kept, to[1] = odd ? kept : got;
+    } else to[0] = one[0], to[1] = one[1];
+}
 
 // One of the block's groups of channels, number round of them; turn counts the parts of all.
 __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, int& turn) {
-    constexpr int PARTS = CHUNK / T, TURNS = NT > T * RT ? NT / (T * RT) : 1;  // threads take turns at the gradients
+    constexpr int PARTS = CHUNK / T, TURNS = NT > T * GT ? NT / (T * GT) : 1;  // threads take turns at the gradients
     extern __shared__ float4 memory[];
     float(*s_chan)[PADDED(2 * BD)] = reinterpret_cast<float(*)[PADDED(2 * BD)]>(memory);      // dt, dt x
     float(*s_dy)[BD] = reinterpret_cast<float(*)[BD]>(s_chan + CHUNK);                        // before the gate
@@ -66,8 +119,10 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
     float(*s_C)[NP] = reinterpret_cast<float(*)[NP]>(&s_B[0][0] + TO_C);  // also the sums of dB and dC, in their places
     float(*s_h)[WALKERS][S] = reinterpret_cast<float(*)[WALKERS][S]>(s_C + CHUNK);                     // states before parts
     float(*s_y)[Y_ROW] = reinterpret_cast<float(*)[Y_ROW]>(s_h + (ENDS ? 0 : PARTS));
-    float(*s_uw)[UW_ROW] = reinterpret_cast<float(*)[UW_ROW]>(s_y + (ENDS ? 0 : T));
-    float(*s_sum)[SUM_ROWS] = reinterpret_cast<float(*)[SUM_ROWS]>(s_uw + (ENDS ? 0 : T));  // dB and dC, of four channels each
+    unsigned short(*s_raw)[CHUNK][RAW_ROW] = reinterpret_cast<unsigned short(*)[CHUNK][RAW_ROW]>(s_y);  // x, dy, z
+    float(*s_uw)[UW_ROW] = reinterpret_cast<float(*)[UW_ROW]>(s_y + (ENDS || LOCAL ? 0 : T));
+    float(*s_sum)[SUM_ROWS] = reinterpret_cast<float(*)[SUM_ROWS]>(  // dB and dC, of four channels each
+        RAW && !ENDS ? reinterpret_cast<float*>(s_raw + 3) : &s_uw[ENDS || LOCAL ? 0 : T][0]);
     i64* s_stored = reinterpret_cast<i64*>(s_sum + (ENDS || !SUMS ? 0 : NW * GR));  // all warps' sums of a part are there
     i64* s_read = s_stored + 1;                                                   // and added up
     float* s_keep = reinterpret_cast<float*>(s_read + 1);
@@ -76,22 +131,22 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
     const int tid = threadIdx.x, lane = tid & 31, d = p.d0 + p.ch;
     __builtin_assume(tid < NT);
     const int own_chan = slot_of(2 * p.ch), own_y = slot_of(p.ch * LN + p.q), own_uw = slot_of(2 * (p.ch * LN + p.q));
-    constexpr int WR = (LOCAL ? 4 * GR : BD) / V;  // threads that load one row, of a warp's channels or of the block's
-    const int row0 = (LOCAL ? lane : tid) / WR, col = (LOCAL ? tid / 32 * (4 * GR) : 0) + tid % WR * V, dc = p.d0 + col;
+    const int row0 = LOCAL ? p.q + (lane & GV - 1) * 4 : tid / RT, col = LOCAL ? p.ch & -GV : tid % RT * V, dc = p.d0 + col;
     const int row_chan = slot_of(2 * col), row_y = slot_of(col * LN), row_uw = slot_of(2 * col * LN);
     const bool channel = dc < p.dend, own = p.walks() && d < p.dend;
     // What this thread stages of a slot: whole rows of the block, side by side, so that a warp's reads touch few lines.
     constexpr int RS = BD / VS;
-    const int stage0 = tid / RS, stage_col = tid % RS * VS, shift = p.d0 + stage_col - dc;
+    const int stage0 = tid / RS, stage_col = tid % RS * VS;
+    const int rows_at = RAW ? p.d0 + stage_col : dc, shift = p.d0 + stage_col - rows_at;  // where the rows below begin
     const bool staged = p.d0 + stage_col < p.dend;
     const int begin = (int)(p.from(a, p.seg) + a.lo), end = (int)p.from(a, p.seg + 1);  // of this launch's slice
     const int first = min(begin, end);
     int last = min(begin + (int)(a.hi - a.lo), end);
     const int shares = PACKED ? 0 : (int)(p.s * a.segments + p.seg) * (int)(a.hi - a.lo) - begin;  // of a slot, in this launch
 
-    float skip[V], sum_D[V] = {}, sum_bias[V] = {};
+    float skip[GV], sum_D[GV] = {}, sum_bias[GV] = {};
 #pragma unroll
-    for (int i = 0; i < V; i++) skip[i] = HAS_D && channel ? reinterpret_cast<const float*>(a.D)[p.k * a.channels + dc + i] : 0.0f;
+    for (int i = 0; i < GV; i++) skip[i] = HAS_D && channel ? reinterpret_cast<const float*>(a.D)[p.k * a.channels + dc + i] : 0.0f;
     const Rates of_channels[CH] = {Rates(a, p, own)}, &rates = of_channels[0];  // CH is 1 here
     float g[S], B[S], C[S], sum_A[S] = {}, sum_B[S] = {}, sum_C[S] = {};
     Sum total = 0;
@@ -112,13 +167,13 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
 #pragma unroll
     for (int i = 0; i < 8; i++) one[i] = lane >> 2 == i ? 1.0f : 0.0f;
 
-    const Rows<const TX> x(a.x, p.b * a.x_b + p.k * a.x_k + dc, a.x_l, a);
-    const Rows<const TDT> dt(a.dt, p.b * a.dt_b + p.k * a.dt_k + dc, a.dt_l, a);
-    const Rows<const TZ> z(a.z, p.b * a.z_b + dc, a.z_l, a);
+    const Rows<const TX> x(a.x, p.b * a.x_b + p.k * a.x_k + rows_at, a.x_l, a);
+    const Rows<const TDT> dt(a.dt, p.b * a.dt_b + p.k * a.dt_k + rows_at, a.dt_l, a);
+    const Rows<const TZ> z(a.z, p.b * a.z_b + rows_at, a.z_l, a);
     const Rows<const TB> B_rows(a.B, p.b * a.B_b + p.k * a.B_k + p.g * a.B_g, a.B_l, a);
     const Rows<const TC> C_rows(a.C, p.b * a.C_b + p.k * a.C_k + p.g * a.C_g, a.C_l, a);
-    const Rows<const TDY> dy(a.dy, (p.b * a.L * a.dy_k + (a.dy_k > 1 ? p.k : 0)) * a.channels + dc, a.dy_k * a.channels, a);
-    const i64 out = (p.b * a.L * a.K + p.k) * a.channels + dc, out_l = a.K * a.channels;
+    const Rows<const TDY> dy(a.dy, (p.b * a.L * a.dy_k + (a.dy_k > 1 ? p.k : 0)) * a.channels + rows_at, a.dy_k * a.channels, a);
+    const i64 out = (p.b * a.L * a.K + p.k) * a.channels + rows_at, out_l = a.K * a.channels;
     const Rows<TDX> dx(a.dx, out, out_l, a);
     const Rows<TDDT> ddt(a.ddt, out, out_l, a);
     const Rows<TDZ> dz(a.dz, out, out_l, a);
@@ -195,6 +250,11 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
                 }
                 store<2 * VS>(&s_chan[r][slot_of(2 * stage_col)], steps);
                 store<VS>(&s_dy[r][stage_col], gated);
+                if constexpr (RAW && !ENDS) {
+                    put_raw(&s_raw[0][r][stage_col], vx[i]);
+                    put_raw(&s_raw[1][r][stage_col], vdy[i]);
+                    if constexpr (HAS_Z) put_raw(&s_raw[2][r][stage_col], vz[i]);
+                }
                 if (RESTARTS && stage_col == 0) s_keep[r] = entry[i] <= -3 ? 0.0f : 1.0f;
             }
         }
@@ -207,7 +267,7 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
         }
         if (slot > first && tid < CHUNK) {  // the next slot's rows on their way to the second-level cache
             int token = token_of(entry_of(a, p.b, p.k, place - CHUNK + tid));
-            int from = p.d0 - dc;
+            int from = p.d0 - rows_at;
             if (in_map(a, token)) {
                 asm volatile("prefetch.global.L2 [%0];" ::"l"(x[token] + from));
                 asm volatile("prefetch.global.L2 [%0];" ::"l"(dy[token] + from));
@@ -231,8 +291,7 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
         // 2. The state before each part of T steps.
         if (p.walks()) {
             store<S>(s_h[0][tid], h);
-#pragma unroll 1
-            for (int part = 0; part < parts - 1; part++) {
+            auto pass = [&](int part) {
 #pragma unroll
                 for (int j = 0; j < T; j++) {
                     const int t = part * T + j;
@@ -245,28 +304,36 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
                     step(h, e, u);
                 }
                 store<S>(s_h[part + 1][tid], h);
-            }
+            };
+            if (RAW && parts == PARTS)  // nearly all slots; addresses are constants then
+#pragma unroll
+                for (int part = 0; part < PARTS - 1; part++) pass(part);
+            else
+#pragma unroll 1
+                for (int part = 0; part < parts - 1; part++) pass(part);
         }
         // 3. Part by part from the last: the states again, and back over them.
 #pragma unroll 1
         for (int part = parts - 1; part >= 0; part--) {
             const int t0 = part * T;
             // What the gradients need from memory, ahead of the walks.
-            Raw<TX, V> vx[PASS];
-            Raw<TDY, V> vdy[PASS];
-            Raw<TZ, V> vz[PASS];
-            int entry[PASS];
+            Raw<TX, GV> vx[ROWS_OF];
+            Raw<TDY, GV> vdy[ROWS_OF];
+            Raw<TZ, GV> vz[ROWS_OF];
+            int entry[ROWS_OF];
 #pragma unroll
-            for (int m = 0; m < PASS; m++) {
-                int r = row0 + m * (NT / RT) - part % TURNS * T;
+            for (int m = 0; m < ROWS_OF; m++) {
+                int r = row0 + m * (NT / GT) - part % TURNS * T;
                 bool inside = channel && 0 <= r && r < T;
                 entry[m] = !TABLE || inside ? entry_of(a, p.b, p.k, place + t0 + r) : -2;
+                if (RAW) continue;
                 int token = token_of(entry[m]);
                 bool live = inside && in_map(a, token);
-                vx[m] = load<V>(x[token], live);
-                vdy[m] = load<V>(dy[token], live);
-                if (HAS_Z) vz[m] = load<V>(z[token], live);
+                vx[m] = load<GV>(x[token], live);
+                vdy[m] = load<GV>(dy[token], live);
+                if (HAS_Z) vz[m] = load<GV>(z[token], live);
             }
+            float sum_u[2], sum_w[2], sum_y[2];
             if (p.walks()) {
                 float hs[T + 1][S], es[T][S];
                 fetch<S>(hs[0], s_h[part][tid]);
@@ -281,13 +348,16 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
                     step(hs[j + 1], es[j], u);
                 }
                 float sums[T / 4][(S + 1) / 2][4] = {};
-                float2 uw[T];
-                float shares[T];  // of y. They are stored after the loads of four steps: no load moves over a store
+                float us[T], ws[T];
+                float shares[T];  // of y
 #pragma unroll
                 for (int j = T - 1; j >= 0; j--) {
-                    float2 c = *reinterpret_cast<const float2*>(&s_chan[t0 + j][own_chan]);
+                    float c[2];
+                    if (LOCAL && j < T - KEPT) again(c, &s_chan[t0 + j][own_chan]);
+                    else fetch<2>(c, &s_chan[t0 + j][own_chan]);
                     float gy = s_dy[t0 + j][p.ch], u = 0.0f, w = 0.0f, share = 0.0f;
-                    if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
+                    if (!CONST_B && LOCAL && j < T - KEPT) again(B, &s_B[t0 + j][p.q * S]);
+                    else if (!CONST_B) fetch<S>(B, &s_B[t0 + j][p.q * S]);
                     if (!CONST_C) fetch<S>(C, &s_C[t0 + j][p.q * S]);
                     float G[S];
 #pragma unroll
@@ -305,37 +375,39 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
 #endif
 #pragma unroll
                         for (int m = 0; m < 2 && i + m < S; m++) {
-                            dB[m] = c.y * G[i + m];
+                            dB[m] = c[1] * G[i + m];
                             dC[m] = gy * hs[j + 1][i + m];
                             u = fmaf(B[i + m], G[i + m], u);
                             w = fmaf(rates.rate[i + m], q[m], w);
-                            sum_A[i + m] = fmaf(c.x, q[m], sum_A[i + m]);
+                            sum_A[i + m] = fmaf(c[0], q[m], sum_A[i + m]);
                             if (HAS_Z) share = fmaf(hs[j + 1][i + m], C[i + m], share);
                             if (CONST_B) sum_B[i + m] += dB[m], dB[m] = 0.0f;
                             if (CONST_C) sum_C[i + m] += dC[m], dC[m] = 0.0f;
                         }
                         if (SUMS) add_up(sums[j / 4][i / 2], one, j, dB, dC);
                     }
-                    uw[j] = make_float2(u, w);
+                    us[j] = u, ws[j] = w;
                     shares[j] = share;
-                    if (j % HELD == 0) {
+                    if (!LOCAL && j % HELD == 0) {
 #pragma unroll
                         for (int m = j; m < j + HELD; m++) {
-                            *reinterpret_cast<float2*>(&s_uw[m][own_uw]) = uw[m];
+                            *reinterpret_cast<float2*>(&s_uw[m][own_uw]) = make_float2(us[m], ws[m]);
                             if (HAS_Z) s_y[m][own_y] = shares[m];
                         }
                     }
+                }
+                if constexpr (LOCAL) {
+                    share_out(sum_u, us, p.q, lane);
+                    share_out(sum_w, ws, p.q, lane);
+                    if (HAS_Z) share_out(sum_y, shares, p.q, lane);
                 }
                 if (SUMS) {
                     if (LOCAL && turn > 0) wait_for(s_read, turn - 1);
 #pragma unroll
                     for (int high = 0; high < T / 4; high++) {
-                        float db[S], dc[S];
+                        float* to = &s_sum[p.ch / 4][(4 * high + (lane & 3)) * SUM_ROW + p.q * 2 * EVEN];
 #pragma unroll
-                        for (int i = 0; i < S; i++) db[i] = sums[high][i / 2][i % 2], dc[i] = sums[high][i / 2][2 + i % 2];
-                        float* to = &s_sum[p.ch / 4][(4 * high + (lane & 3)) * SUM_ROW + p.q * S];
-                        store<S>(to, db);
-                        store<S>(to + NP, dc);
+                        for (int i = 0; i < EVEN / 2; i++) store<4>(to + 4 * i, sums[high][i]);
                     }
                 }
             }
@@ -344,22 +416,31 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
             else if (SUMS) arrive(s_stored);
             else __syncwarp();
 #pragma unroll
-            for (int m = 0; m < PASS; m++) {
-                int r = row0 + m * (NT / RT) - part % TURNS * T;
-                if (!(channel && 0 <= r && r < T)) continue;
+            for (int m = 0; m < ROWS_OF; m++) {
+                int r = row0 + m * (NT / GT) - part % TURNS * T;
+                if (!RAW && !(channel && 0 <= r && r < T)) continue;
                 int token = token_of(entry[m]), row = row_of(a, entry[m], place + t0 + r);
-                Pack<TDX, V> ox;
-                Pack<TDDT, V> odt;
-                Pack<TDZ, V> oz;
-                float steps[2 * V];
-                fetch<2 * V>(steps, &s_chan[t0 + r][row_chan]);
+                Pack<TDX, GV> ox;
+                Pack<TDDT, GV> odt;
+                Pack<TDZ, GV> oz;
+                float steps[2 * GV];
+                fetch<2 * GV>(steps, &s_chan[t0 + r][row_chan]);
+                unsigned short* raw = &s_raw[0][t0 + r][p.ch];
+                if constexpr (RAW) {
+                    vx[m].word[0] = raw[0], vdy[m].word[0] = raw[CHUNK * RAW_ROW];
+                    if constexpr (HAS_Z) vz[m].word[0] = raw[2 * CHUNK * RAW_ROW];
+                }
 #pragma unroll
-                for (int v = 0; v < V; v++) {
+                for (int v = 0; v < GV; v++) {
                     const float gate = HAS_Z ? vz[m][v] : 0.0f, sig = HAS_Z ? sigmoid(gate) : 0.0f;
-                    float step = steps[2 * v], gy = HAS_Z ? vdy[m][v] * (gate * sig) : vdy[m][v], u = 0.0f, w = 0.0f, part_uw[2 * LN];
-                    fetch<2 * LN>(part_uw, &s_uw[r][row_uw + slot_of(2 * v * LN)]);
+                    float step = steps[2 * v], gy = HAS_Z ? vdy[m][v] * (gate * sig) : vdy[m][v], u = 0.0f, w = 0.0f;
+                    if constexpr (LOCAL) u = sum_u[GV * m + v], w = sum_w[GV * m + v];
+                    else {
+                        float part_uw[2 * LN];
+                        fetch<2 * LN>(part_uw, &s_uw[r][row_uw + slot_of(2 * v * LN)]);
 #pragma unroll
-                    for (int i = 0; i < LN; i++) u += part_uw[2 * i], w += part_uw[2 * i + 1];
+                        for (int i = 0; i < LN; i++) u += part_uw[2 * i], w += part_uw[2 * i + 1];
+                    }
                     float slope = fmaf(vx[m][v], u, w * LN2);
                     if (SOFTPLUS) slope *= sigmoid_of_softplus(step);
                     if (TABLE || !SOFTPLUS) slope = is_step(a, entry[m]) ? slope : 0.0f;
@@ -368,12 +449,22 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
                     sum_D[v] = fmaf(gy, vx[m][v], sum_D[v]);
                     sum_bias[v] += slope;
                     if (HAS_Z) {
-                        float y = skip[v] * vx[m][v], shares[LN];
-                        fetch<LN>(shares, &s_y[r][row_y + slot_of(v * LN)]);
+                        float y = skip[v] * vx[m][v];
+                        if constexpr (LOCAL) y += sum_y[GV * m + v];
+                        else {
+                            float shares[LN];
+                            fetch<LN>(shares, &s_y[r][row_y + slot_of(v * LN)]);
 #pragma unroll
-                        for (int i = 0; i < LN; i++) y += shares[i];
+                            for (int i = 0; i < LN; i++) y += shares[i];
+                        }
                         put(oz.v[v], vdy[m][v] * y * sig * fmaf(gate, 1.0f - sig, 1.0f));
                     }
+                }
+                if constexpr (RAW) {
+                    *reinterpret_cast<TDX*>(raw) = ox.v[0];
+                    *reinterpret_cast<TDDT*>(raw + CHUNK * RAW_ROW) = odt.v[0];
+                    if constexpr (HAS_Z) *reinterpret_cast<TDZ*>(raw + 2 * CHUNK * RAW_ROW) = oz.v[0];
+                    continue;
                 }
                 save(ddt[row], odt, in_map(a, row));
                 save(dx[token], ox, in_map(a, token));
@@ -381,22 +472,24 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
             }
             if (SUMS) {  // over the warps; into the part's rows of B and C, which nobody needs any more
                 if (LOCAL) wait_for(s_stored, turn);
-                constexpr int W = LOCAL ? 2 - NP % 2 : VN;
+                constexpr int W = 2 - S % 2;
 #pragma unroll
-                for (int i0 = 0; i0 < T * 2 * NP; i0 += NT * W) {
+                for (int i0 = 0; i0 < T * SUMMED; i0 += NT * W) {
                     // by threads that have no gradients this time, if there are any
-                    const int place = TURNS > 1 ? (tid + NT - (part % TURNS + 1) * T * RT) % NT : tid;
-                    const int i = i0 + place * W, j = i / (2 * NP), which = i / NP & 1, n = i % NP;
-                    if (T * 2 * NP % (NT * W) && i >= T * 2 * NP) break;
+                    const int place = TURNS > 1 ? (tid + NT - (part % TURNS + 1) * T * GT) % NT : tid;
+                    const int i = i0 + place * W, j = i / SUMMED, at = i % SUMMED, in_lane = at % (2 * EVEN);
+                    const int state = in_lane / 4 * 2 + at % 2, which = at / 2 % 2;
+                    if (T * SUMMED % (NT * W) && i >= T * SUMMED) break;
+                    if (S % 2 && state >= S) continue;
                     float sum[W], one_warp[W];
-                    fetch<W>(sum, &s_sum[0][j * SUM_ROW + which * NP + n]);
+                    fetch<W>(sum, &s_sum[0][j * SUM_ROW + at]);
 #pragma unroll
                     for (int m = 1; m < NW * GR; m++) {
-                        fetch<W>(one_warp, &s_sum[m][j * SUM_ROW + which * NP + n]);
+                        fetch<W>(one_warp, &s_sum[m][j * SUM_ROW + at]);
 #pragma unroll
                         for (int v = 0; v < W; v++) sum[v] += one_warp[v];
                     }
-                    store<W>(&s_B[t0 + j][n] + which * TO_C, sum);
+                    store<W>(&s_B[t0 + j][at / (2 * EVEN) * S + state] + which * TO_C, sum);
                 }
                 if (LOCAL) arrive(s_read);
             }
@@ -405,6 +498,18 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
             turn++;
         }
         if (LOCAL) __syncthreads();
+        if constexpr (RAW) {
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) {
+                const int r = stage0 + i * (NT / RS);
+                if (CHUNK * RS % NT && r >= CHUNK) continue;
+                const int entry = entry_of(a, p.b, p.k, place + r), token = token_of(entry), row = row_of(a, entry, place + r);
+                auto rows = [&](int i) { return &s_raw[i][r][stage_col]; };
+                save(dx[token], *reinterpret_cast<const Pack<TDX, VS>*>(rows(0)), staged && in_map(a, token));
+                save(ddt[row], *reinterpret_cast<const Pack<TDDT, VS>*>(rows(1)), staged && in_map(a, row));
+                if constexpr (HAS_Z) save(dz[token], *reinterpret_cast<const Pack<TDZ, VS>*>(rows(2)), staged && in_map(a, token));
+            }
+        }
         // 5. The slot's dB and dC, on top of those of the rounds before: first all loads, for a thread waits once.
         if (SUMS) {
             Part* to = partial + (((slot + shares) * a.K + p.k) * a.G + p.g) * CHUNK * 2 * a.N;
@@ -433,6 +538,7 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
             }
             __syncthreads();
         }
+        if (RAW && !SUMS) __syncthreads();
 #endif
         if (ENDS) __syncthreads();
     }
@@ -452,7 +558,7 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
     // dD and d dt_bias: the rows of threads that hold the same channels, one after another
     float(*s_row)[2][BD] = reinterpret_cast<float(*)[2][BD]>(memory);
 #pragma unroll
-    for (int v = 0; v < V; v++) {
+    for (int v = 0; v < GV; v++) {
         s_row[row0][0][col + v] = sum_D[v];
         s_row[row0][1][col + v] = sum_bias[v];
     }
@@ -460,7 +566,7 @@ __device__ __forceinline__ void walk(const Args& a, const Place& p, int round, i
     for (int i = tid; i < BD; i += NT) {
         if (p.d0 + i >= p.dend) continue;
         float sD = 0.0f, sb = 0.0f;
-        for (int r = 0; r < NT / RT; r++) sD += s_row[r][0][i], sb += s_row[r][1][i];
+        for (int r = 0; r < NT / GT; r++) sD += s_row[r][0][i], sb += s_row[r][1][i];
         i64 to = ((p.s * a.segments + p.seg) * a.K + p.k) * a.channels + p.d0 + i;
         if (HAS_D) leave(a, a.dD, to, sD);
         if (HAS_BIAS) leave(a, a.dbias, to, sb);

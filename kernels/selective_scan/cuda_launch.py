@@ -181,7 +181,9 @@ def recipe_for(part: Part, dy: Tensor | None) -> Recipe:
         sums = Sums(part.p, shape)
         integers["part_blocks"] = sums.part_blocks
         base = array("q", [0] * len(POINTERS) + [integers.get(n, 0) for n in INTEGERS])
-        found = Recipe(shape, macros_of(part, dy, shape) | {"TOGETHER": sums.together}, base, sums)
+        found = Recipe(
+            shape, macros_of(part, dy, shape) | {"TOGETHER": sums.together, "ADDERS": sums.adders}, base, sums
+        )
         if len(_recipes) >= KEPT:
             _recipes.clear()
         _recipes[key] = found

@@ -70,8 +70,12 @@ class Shape(NamedTuple):
         if ends:
             return staged + 4
         starts = CHUNK // T * self.width * states
-        shares = T * (rows(self.width * self.lanes) + rows(2 * self.width * self.lanes) + 12) + 4
-        return staged + starts + shares + 8 // self.lanes * self.warps * (T * (2 * states + 4) + 16)
+        if self.lanes == 4 and T == 8 and self.extra == 0:  # x, dy and z in 16 bits
+            shares = 3 * CHUNK * (self.width + 4) // 2
+        else:
+            shares = T * (rows(self.width * self.lanes) + rows(2 * self.width * self.lanes) + 12)
+        sums = 2 * self.lanes * (self.states + self.states % 2)
+        return staged + starts + shares + 4 + 8 // self.lanes * self.warps * (T * (sums + 4) + 16)
 
 
 @functools.cache

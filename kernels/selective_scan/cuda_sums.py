@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 THREADS = 256  # of a block that adds up
 LEAST = 8  # chunks of a slice: the launches of shorter ones cost more than they save
 BRIEF = 3  # the same of short segments
+ADDERS = 4  # lanes that share the parts of a number, if these are many
 
 
 class Sums:
@@ -39,6 +40,7 @@ class Sums:
         slots: Saved states of a slice.
         shares: Float32 words of the parts of dB and dC, or 0. Those of bfloat16 are kept in bfloat16.
         together: States whose parts one thread adds up.
+        adders: Threads that share the parts of a state.
         kept: Numbers of the state's gradient, of all segments.
     """
 
@@ -57,7 +59,9 @@ class Sums:
         each = p.routes * p.groups * CHUNK * 2 * p.state  # numbers of a slot, for one block
         self.shares = -(-self.slots * each * (shape.blocks // shape.rounds) // (1 + self.halves)) if self.maps else 0
         self.together = math.gcd(p.state, 4)
-        self.part_blocks = -(-self.slots * each // (THREADS * self.together)) if self.maps else 0
+        self.adders = ADDERS if shape.blocks // shape.rounds > 4 * ADDERS else 1
+        each_block = THREADS // self.adders * self.together
+        self.part_blocks = -(-self.slots * each // each_block) if self.maps else 0
         self.sum_blocks = -(-sum(torch.Size(size).numel() for size in self.sums.values()) // THREADS)
         self.kept = p.sequences * shape.segments * p.routes * p.channels * p.state if self.slices > 1 else 0
 

@@ -89,6 +89,17 @@ static void product(float (&to)[4], const unsigned (&first)[4], const unsigned (
     __syncwarp();
 }
 
+// What lane ^ other gives.
+static float __shfl_xor_sync(unsigned, float value, int other) {
+    static float held[1024][32];
+    const int warp = current / 32, lane = threadIdx.x % 32;
+    held[warp][lane] = value;
+    __syncwarp();
+    const float found = held[warp][lane ^ other];
+    __syncwarp();
+    return found;
+}
+
 static unsigned short to_bf16(float v) {
     unsigned u = __float_as_uint(v);
     return v != v ? 0x7fff : u + 0x7fff + (u >> 16 & 1) >> 16;

@@ -47,6 +47,7 @@ static void wait_for(i64* barrier, int turn) { while (arrivals[barrier].phase <=
 
 """,
 )
+READ = "memcpy(to + i, p + i, 4 * once);"
 START = """
 static Args* given;
 static void start() {{ {name}(*given); fibers[current].done = true; others(); }}
@@ -67,6 +68,7 @@ def translated(source: str, name: str) -> str:
     source = re.sub(r'asm\("" : "\+r"\(none\)\);', "", source)
     source = re.sub(r'asm\("mad\.wide[^;]*;"[^;]*;', "p = (E*)((char*)base + (i64)row * stride);", source)
     source = re.sub(r'asm\("mma\.sync[^;]*;"[^;]*;', "product(to, first, second);", source)
+    source = re.sub(r'asm volatile\("ld.volatile.shared[^;]*;"[^;]*;', READ, source)
     source = re.sub(r'asm volatile\("prefetch[^;]*;"[^;]*;', ";", source)
     source = source.replace("extern __shared__ float4 memory[];", "float4* memory = shared_memory;")
     assert "asm" not in source, "inline PTX that the emulation doesn't know"

@@ -20,7 +20,7 @@ MACROS = {
     "TB": "bf16", "TC": "float", "TZ": "float", "TY": "bf16", "TDY": "bf16", "TDX": "bf16", "TDZ": "float", "HAS_D": 1,
     "HAS_Z": 1, "HAS_BIAS": 1, "HAS_INITIAL": 1, "CONST_B": 0, "CONST_C": 0, "SOFTPLUS": 1,
     "TABLE": 1, "PACKED": 1, "AT_TOKEN": 0, "PRECISE": 0, "ENDS": 0, "EXACT": 0, "T": 8, "CUT": 0, "WHOLE_N": 0,
-    "TDDT": "f16", "RESTARTS": 1, "PAIRS": 0, "ADD": 1, "FORWARD": 1, "TOGETHER": 4, "ROUNDS": 2,
+    "TDDT": "f16", "RESTARTS": 1, "PAIRS": 0, "ADD": 1, "FORWARD": 1, "TOGETHER": 4, "ROUNDS": 2, "ADDERS": 4,
 }  # fmt: skip
 
 
