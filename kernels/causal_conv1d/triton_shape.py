@@ -15,7 +15,7 @@ from kernels.causal_conv1d.problem import Problem
 
 WARPS = 4  # of a program
 RESIDENT = 3  # programs of the backward that a multiprocessor's registers hold
-BRIEF = 1 << 16  # places
+BRIEF, FORWARD_BRIEF = 1 << 16, 1 << 17  # places
 START = 16  # places that could be computed while such a program starts
 
 
@@ -50,7 +50,7 @@ def processors(device: torch.device) -> int:
 def shape_of(p: Problem, backward: bool) -> Shape:
     """The shape of the forward or backward kernel, a rule on sizes, dtype and GPU."""
     wide = p.x.element_size()
-    brief = wide == 2 and p.batch * p.length <= BRIEF
+    brief = wide == 2 and p.batch * p.length <= (BRIEF if backward else FORWARD_BRIEF)
     most = 2 if brief and backward else 4
     V = max(v for v in (most, 2, 1) if v * p.width <= (16 if wide < 8 else 8) or v == 1)  # the rest is registers
     brief = brief and most == V
@@ -60,7 +60,7 @@ def shape_of(p: Problem, backward: bool) -> Shape:
 
 @functools.cache
 def cut(batch: int, length: int, channels: int, V: int, U: int, backward: bool, brief: bool, processors: int) -> Shape:
-    """The shape for V channels a thread and U places at once; ``brief`` for 16-bit maps of up to BRIEF places.
+    """The shape for V channels a thread and U places at once; ``brief`` for 16-bit maps of few places.
 
     Forward runs are 16 places in brief maps, else as long as leaves 5 programs to a multiprocessor, up to 64. In the
     backward a program's start costs as much as START places, and RESIDENT of them fit a multiprocessor: of all runs the

@@ -17,6 +17,21 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool live
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
+// One thread: makes a barrier and begins a copy of whole 16 bytes to shared memory, of which the barrier will tell the end.
+// What is read once leaves the L2 cache first.
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, unsigned bytes, unsigned barrier) {
+    unsigned long long first;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0;" : "=l"(first));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+    asm volatile("fence.proxy.async.shared::cta; fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+        "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(barrier), "l"(first) : "memory");
+}
+__device__ __forceinline__ void wait_bulk(unsigned barrier) {
+    asm volatile("{.reg .pred p;\nagain: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], 0;\n@!p bra again;}" ::"r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ void load_tiles(unsigned* r, unsigned at) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
         : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(at) : "memory");

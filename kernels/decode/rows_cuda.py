@@ -28,6 +28,7 @@ ROWS = 64  # of a product's tile
 MULTIPROCESSORS = 132
 SHARED = 227 << 10  # bytes of shared memory that a block may have
 SCAN_CHANNELS, SCAN_WARPS, SCAN_ROWS = 32, 4, 2  # of a block, of a thread
+HEAD_STATES = 8 << 10  # bytes of a head's state that a warp works on
 POINTERS = {
     "product": (
         "x", "weight", "bias", "conv_weight", "conv_bias", "conv_state", "residual", "next_weight", "squares", "y",
@@ -223,6 +224,11 @@ def scan(
     return y
 
 
+def heads_warps(state: torch.dtype, width: int, n: int) -> int:
+    """Warps of a block of ``rows_heads.cu``: a thread for each channel, and no more state a warp than HEAD_STATES."""
+    return max(-(-width // 32), -(-width * n * state.itemsize // HEAD_STATES))
+
+
 def heads_macros(
     dtype: torch.dtype, state: torch.dtype, A: torch.dtype, D: torch.dtype, bias: torch.dtype, width: int, n: int,
     norm: int, wide_D: bool,
@@ -230,7 +236,7 @@ def heads_macros(
     """What ``rows_heads.cu`` is compiled with."""
     return _lines(
         X=TYPES[dtype], H=TYPES[state], A_T=TYPES[A], D_T=TYPES[D], B_T=TYPES[bias], P=width, N=n, NORM=norm,
-        D_WIDE=int(wide_D),
+        D_WIDE=int(wide_D), WARPS=heads_warps(state, width, n),
     )  # fmt: skip
 
 
@@ -254,7 +260,8 @@ def heads(
         "per_group": count * n // B.shape[1], "x_b": x.stride(0), "z_b": z.stride(0), "dt_b": dt.stride(0),
         "least": _bits(dt_limit[0]), "most": _bits(dt_limit[1]),
     }  # fmt: skip
-    _launch("heads", lines, 0, batch * count, 128, fields)
+    held, warps = width * n * state.element_size(), heads_warps(state.dtype, width, n)
+    _launch("heads", lines, held, batch * count, 32 * warps, fields)
     return y, squares
 
 

@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_refused() -> None:
 @pytest.mark.skipif(not HOPPER, reason="tiles are copied in boxes on GPUs of compute capability 9.0")
 @pytest.mark.parametrize("initial", [True, False])
 @pytest.mark.parametrize(
-    "sizes", [(8, 128, 24, 64, 1, 128), (40, 64, 4, 64, 2, 64), (70, 192, 2, 32, 1, 32), (4, 640, 40, 64, 1, 128)]
+    "sizes", [(8, 128, 24, 64, 1, 128), (40, 64, 4, 64, 2, 64), (70, 192, 2, 64, 1, 32), (4, 640, 40, 64, 1, 128)]
 )
 def test_kernel(sizes: tuple[int, ...], initial: bool) -> None:
     made = arguments(*sizes)

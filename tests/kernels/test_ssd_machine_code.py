@@ -16,7 +16,7 @@ from ssd_cases import Case, run
 
 from kernels.backend import interpreting
 from kernels.plans import Plans
-from kernels.ssd import triton_backward, triton_plan, triton_sizes
+from kernels.ssd import gated, gluon_gated, triton_backward, triton_plan, triton_sizes
 from kernels.ssd.triton_sizes import Sizes
 
 pytestmark = [
@@ -25,19 +25,25 @@ pytestmark = [
 ]
 
 
-def launches(monkeypatch: pytest.MonkeyPatch, case: Case) -> dict[str, machine_code.Launch]:
-    """What the op would launch on a Hopper GPU, forward and backward, by the kernel's name."""
-    op = sys.modules["kernels.ssd"]
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, machine_code.Launch]:
+    """Collects launches as they would be on a Hopper GPU."""
     found: dict[str, machine_code.Launch] = {}
-    for name in ("_plans", "_backward_plans"):
-        monkeypatch.setattr(op, name, Plans())
-    monkeypatch.setattr(op, "_resolve", lambda problem, backend: "triton")
     monkeypatch.setattr(triton_plan, "launch_named", machine_code.collector(found))
     monkeypatch.setattr(triton_sizes, "is_hopper", lambda device: True)
     for module in (triton_sizes, triton_backward):
         monkeypatch.setattr(module, "cores", lambda device: 132)
     monkeypatch.setattr(Sizes, "product_dtype", torch.bfloat16)
     monkeypatch.setattr(Sizes, "roomy", True)
+    return found
+
+
+def launches(monkeypatch: pytest.MonkeyPatch, case: Case) -> dict[str, machine_code.Launch]:
+    """What the op would launch on a Hopper GPU, forward and backward, by the kernel's name."""
+    op = sys.modules["kernels.ssd"]
+    found = on_hopper(monkeypatch)
+    for name in ("_plans", "_backward_plans"):
+        monkeypatch.setattr(op, name, Plans())
+    monkeypatch.setattr(op, "_resolve", lambda problem, backend: "triton")
     run(case, torch.bfloat16, "triton")
     return found
 
@@ -98,3 +104,17 @@ def test_a_faulty_sum_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_tiles_fit_into_shared_memory(head_dim: int, without: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, launch in launches(monkeypatch, replace(full(128, head_dim), without=without)).items():
         assert machine_code.compiled(*launch).metadata.shared <= 227 << 10, name
+
+
+@pytest.mark.parametrize("state", [128, *(pytest.param(n, marks=pytest.mark.slow) for n in (32, 64))])
+def test_two_programs_of_the_gated_scan_fit(state: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found, low = on_hopper(monkeypatch), torch.bfloat16
+    rows, keys = torch.empty(2, 128, 4, 64, dtype=low), torch.empty(2, 128, 1, state, dtype=low)
+    each = torch.empty(4)
+    problem = gated._problem(rows, rows[..., 0], each, keys, keys, each, rows, each, None, (0.0, 1.0), "auto")
+    gluon_gated.forward(problem, torch.empty(256, dtype=low), low)
+    kernel = machine_code.compiled(*found["gated_kernel"])
+    code = machine_code.instructions(kernel, tmp_path)
+    assert not machine_code.faulty_sums(code)
+    assert not any(line.startswith(("LDL", "STL")) for line in code)  # registers that were spilled
+    assert kernel.metadata.shared <= 113 << 10
