@@ -25,7 +25,7 @@ from core.synthetics.tasks import Task
 
 TRAINING, CHECKS, TESTS = range(3)  # splits of the data
 CHECK_SEQUENCES = 512
-TOKENS_AT_ONCE = 1 << 20  # that go through a model in an evaluation
+TOKENS_AT_ONCE = 1 << 18  # that go through a model in an evaluation: enough for a GPU, little of its memory
 PIECE = 1 << 14  # tokens of a row that go through it at once where the state is carried on
 TOKENS_DRAWN = 1 << 26  # that wait for it meanwhile
 BURST = 25  # steps that are launched without looking at the device
@@ -279,6 +279,8 @@ def queue(
                 result = stop.value
             except RuntimeError as error:  # torch's, also that of a device without memory
                 result = replace(run.result, stopped="failed", error=str(error).partition("\n")[0])
+            if result is not None and device.type == "cuda":
+                torch.cuda.empty_cache()  # what a run's stream holds is of no use to those of others
             yield run, result
         active = still
         if not worked:

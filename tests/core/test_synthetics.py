@@ -162,14 +162,14 @@ def test_every_recipe_can_be_built() -> None:
             assert work.result.parameters > 0
 
 
-def test_memory_of_induction_heads_begins_closed() -> None:
-    """Every channel's step without an input is so small that a million of them leave its state as it was."""
+def test_memory_of_induction_heads_begins_at_all_magnitudes() -> None:
+    """The steps that channels take without an input are those of the recipe, however small, in float32 too."""
     found = recipe.read("induction_heads")
     work = training.Run(found, found.run({"model": "mamba"}), torch.device("cpu"))
     biases = [bias for name, bias in work.model.named_parameters() if name.endswith("dt_proj.bias")]
     steps = torch.nn.functional.softplus(torch.stack(biases).detach())
     assert steps.shape == (2, 128)
-    assert steps.max() <= 1.001e-6
+    assert 0.1001 / 10 < steps.max() <= 0.1001
     assert 0.999e-12 <= steps.min() < 1e-11
 
 
