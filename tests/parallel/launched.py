@@ -93,7 +93,7 @@ def history(run: str) -> list[dict[str, float]]:
 
 
 def checkpoint(run: str) -> dict[str, Any]:
-    return torch.load(f"{run}/checkpoints/last.ckpt", weights_only=True)
+    return torch.load(f"{run}/checkpoints/last.ckpt", map_location="cpu", weights_only=True)
 
 
 def assert_same_run(one: str, other: str) -> None:
