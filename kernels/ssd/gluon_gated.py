@@ -2,8 +2,8 @@
 order that is written here. Triton's own loop asks for the tiles of a chunk when the one before it is done with.
 
 A program walks the chunks of a row and head with the state in registers. Tiles come by bulk copies a whole chunk ahead,
-into two slots; three products of a chunk, C B^T, C h^T and what is added to h, are under way at a time, while the rows
-of the third are weighted and the mask is worked out. y goes out through the slot that its gate came by.
+into two slots; while the products C B^T and C h^T of a chunk are under way, the mask is worked out and the rows are
+weighted of the product that is added to h. y goes out through the slot that its gate came by.
 
 B batch, L tokens, H heads, P head dim, N state, G groups, Q positions of a chunk.
 """
@@ -111,7 +111,6 @@ def gated_kernel(x_box, B_box, C_box, z_box, y_box, D, norm_weight, steps, initi
     for c in range(length):
         slot, phase, line = c % 2, c // 2 & 1, first + c * Q
         x, B, C = xs.index(slot), Bs.index(slot), Cs.index(slot)
-        h *= gl.exp2(last)  # once a product is under way, ptxas would end it first
         mbarrier.wait(C_ready.index(slot), phase)
         mbarrier.wait(B_ready.index(slot), phase)
         scores = warpgroup_mma(C, B.permute([1, 0]), nothing, use_acc=False, is_async=True)
@@ -119,7 +118,7 @@ def gated_kernel(x_box, B_box, C_box, z_box, y_box, D, norm_weight, steps, initi
         weight = gl.exp2(last - gl.convert_layout(low, gl.SliceLayout(0, FLIPPED)))
         mbarrier.wait(x_ready.index(slot), phase)
         rows = (x.permute([1, 0]).load(FLIPPED).to(gl.float32) * weight[None, :]).to(gl.bfloat16)
-        after = warpgroup_mma(rows, B, h, is_async=True)
+        after = warpgroup_mma(rows, B, h * gl.exp2(last), is_async=True)
         mask = gl.exp2(gl.where(causal, high[:, None] - low[None, :], float("-inf")))
         scores = warpgroup_mma_wait(2, [scores])
         scores = gl.convert_layout((scores * mask).to(gl.bfloat16), MASK)
