@@ -157,6 +157,8 @@ def fits(p: Problem) -> bool:
     order, and heads enough for all of the GPU."""
     if not p.x.is_cuda or torch.version.hip is not None or p.z is None or p.D is None or p.D.ndim != 2:
         return False
+    if torch.cuda.get_device_capability(p.x.device)[0] != 9:  # later GPUs have no products of warp groups
+        return False
     plan = Plan(p)
     whole = plan.width == plan.chunk == p.head_dim == SIDE and p.state <= 128 and plan.segments.count == 1
     return whole and plan.folded and p.z.dtype == torch.bfloat16 and plan.boxed and as_lines(p.z.unsqueeze(2))
