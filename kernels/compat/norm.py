@@ -60,17 +60,17 @@ def layer_norm_fn(
     total, masks = _sum(x, x1, rowscale, dropout_p)
     sum_dtype = residual.dtype if residual is not None else torch.float32 if residual_in_fp32 else x.dtype
 
-    def normed(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def normed(weight: Tensor, bias: Tensor | None, prenorm: bool) -> tuple[Tensor, ...]:
         found = norm(
             total, weight, bias, residual=residual, kind="rms" if is_rms_norm else "layer", eps=eps,
-            residual_in_fp32=residual_in_fp32 and residual is None, return_residual=True,
+            residual_in_fp32=residual_in_fp32 and residual is None, return_residual=prenorm,
         )  # fmt: skip
-        y, s = cast(tuple[Tensor, Tensor], found)
-        return y.to(x.dtype), s.to(sum_dtype)
+        y, *s = found if isinstance(found, tuple) else (found,)
+        return y.to(x.dtype), *(t.to(sum_dtype) for t in s)
 
-    y, s = normed(weight, bias)
-    second = () if weight1 is None else (normed(weight1, bias1)[0],)
-    results = (y, *second, *((s,) if prenorm else ()), *(masks if return_dropout_mask else ()))
+    y, *s = normed(weight, bias, prenorm)
+    second = () if weight1 is None else normed(weight1, bias1, False)
+    results = (y, *second, *s, *(masks if return_dropout_mask else ()))
     return results if len(results) > 1 else y
 
 
