@@ -26,8 +26,8 @@ class Ending:
 
     def __init__(self, command: str, folder: RunFolder | None, record: Record, interrupt: Interrupt) -> None:
         # Without where this run went on from, and without what it replaced.
-        plain = re.sub(r" --(ckpt_path|overwrite)[ =]('[^']*'|\S+)", "", command)
-        self.go_on = f"go on from the last checkpoint, if there is one: {plain} --ckpt_path last"
+        self._resume = re.sub(r" --(ckpt_path|overwrite)[ =]('[^']*'|\S+)", "", command) + " --ckpt_path"
+        self.go_on = f"go on from the last checkpoint, if there is one: {self._resume} last"
         self._command, self._folder = command, folder
         self._record, self._interrupt = record, interrupt
 
@@ -77,6 +77,6 @@ class Ending:
             if name.startswith(("test/", "baseline/", figures)):
                 print(f"{name} {'-' if value is None else format(value, '.4f')}")
         if status == "interrupted" and self._interrupt.saved is not None:
-            print(f"stopped; go on with: {self._command} --ckpt_path {self._interrupt.saved}")
+            print(f"stopped; go on with: {self._resume} {self._interrupt.saved}")
         if status != "failed":
             print(self._folder.path, flush=True)
