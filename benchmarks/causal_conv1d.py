@@ -104,19 +104,16 @@ def layouts(provider: str, leaves: list[Tensor]) -> list[list[Tensor]]:
     return [leaves, [tokens_last, *parameters]]
 
 
-def measurements(
-    case: str, size: Size, dtype: torch.dtype, peers: bool = False, device: str = "cuda",
-    modes: tuple[str, ...] = ("forward", "backward"),
-) -> list[Row]:  # fmt: skip
+def measurements(case: str, size: Size, dtype: torch.dtype, peers: bool) -> list[Row]:
     """The rows of a case: the faster layout of each provider and mode."""
-    leaves, rows = inputs(size, dtype, device), []
-    least = floors(leaves[0], device, modes)
+    leaves, rows = inputs(size, dtype, "cuda"), []
+    least = floors(leaves[0], "cuda", ("forward", "backward"))
     for provider, function in providers(size[-1], peers).items():
         if not is_right(function, leaves):
             print(f"{case} {provider} {dtype}: differs from the reference, no row", file=sys.stderr)
             continue
         found = [
-            time_passes("causal_conv1d", case, provider, lambda t=t, f=function: f(*t), t, least, device)
+            time_passes("causal_conv1d", case, provider, lambda t=t, f=function: f(*t), t, least)
             for t in layouts(provider, leaves)
         ]
         rows += [min(same_mode, key=lambda r: float(r.ms_p50)) for same_mode in zip(*found, strict=True)]

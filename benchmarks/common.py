@@ -181,9 +181,9 @@ def row(
 
 def time_passes(
     op: str, case: str, provider: str, function: Callable[[], Tensor | tuple[Tensor, ...]], leaves: list[Tensor],
-    floors: dict[str, float], device: str = "cuda",
+    floors: dict[str, float],
 ) -> list[Row]:  # fmt: skip
-    """Rows of one provider, one a mode.
+    """Rows of one provider on a GPU, one a mode.
 
     Args:
         op: As in ``row``, like case and provider.
@@ -191,8 +191,7 @@ def time_passes(
         provider: See op.
         function: The forward.
         leaves: What gets gradients; the first one's dtype is the row's.
-        floors: Milliseconds by mode: these modes are timed.
-        device: ``cuda`` or ``cpu``.
+        floors: Milliseconds by mode, forward or backward: these are timed.
     """
 
     def forward() -> tuple[Tensor, ...]:
@@ -206,13 +205,41 @@ def time_passes(
     for mode, floor_ms in floors.items():
         with torch.set_grad_enabled(mode != "forward"):
             if mode == "forward":
-                timing = measure(forward, device)
-            elif mode == "backward":
-                timing = measure(lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True), device)
+                timing = measure(forward)
             else:
-                timing = measure(lambda: torch.autograd.grad(forward(), leaves, grads), device)
-        made.append(row(op, case, provider, mode, leaves[0].dtype, timing, floor_ms, device))
+                timing = measure(lambda: torch.autograd.grad(outputs, leaves, grads, retain_graph=True))
+        made.append(row(op, case, provider, mode, leaves[0].dtype, timing, floor_ms))
     return made
+
+
+def time_in_turns(
+    op: str, case: str, mode: str, forwards: dict[str, tuple[Callable[[], Tensor | tuple[Tensor, ...]], list[Tensor]]],
+    floor_ms: float,
+) -> tuple[list[Row], dict[str, list[float]]]:  # fmt: skip
+    """Rows of several providers on the CPU, which take turns, and all their times in milliseconds.
+
+    Args:
+        op: As in ``row``, like case and floor_ms.
+        case: See op.
+        mode: ``forward`` or ``forward_backward``.
+        forwards: By provider the forward, and what gets gradients; the first one's dtype is the row's.
+        floor_ms: See op.
+    """
+
+    def call(function: Callable[[], Tensor | tuple[Tensor, ...]], leaves: list[Tensor]) -> Callable[[], object]:
+        if mode == "forward":
+            return torch.no_grad()(function)
+        outputs = function()
+        grads = [torch.randn_like(t) for t in (outputs if isinstance(outputs, tuple) else (outputs,))]
+        return lambda: torch.autograd.grad(function(), leaves, grads)
+
+    calls = {name: call(*given) for name, given in forwards.items()}
+    peaks = {name: processor.peak_mib(c) for name, c in calls.items()}
+    times, made = processor.in_turns(calls), []
+    for name, found in times.items():
+        timing = Timing(*torch.tensor(found).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist(), peaks[name])
+        made.append(row(op, case, name, mode, forwards[name][1][0].dtype, timing, floor_ms, "cpu"))
+    return made, times
 
 
 def write(op: str, rows: Iterable[Row]) -> Path:

@@ -16,12 +16,11 @@ import dataclasses
 import sys
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import causal_conv1d, norm, processor
-from benchmarks.common import Row, Timing, row, write
+from benchmarks import causal_conv1d, norm
+from benchmarks.common import Row, time_in_turns, write
 
 MODES = ("forward", "forward_backward")
 SIZES = {
@@ -36,29 +35,13 @@ NORMS = ("rms", "layer", "rms_gate", "rms_add")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def call(function: Callable[[], Tensor | tuple[Tensor, ...]], leaves: list[Tensor], mode: str) -> Callable[[], object]:
-    """What is timed in a mode."""
-    if mode == "forward":
-        return torch.no_grad()(function)
-    outputs = function()
-    grads = [torch.randn_like(t) for t in (outputs if isinstance(outputs, tuple) else (outputs,))]
-    return lambda: torch.autograd.grad(function(), leaves, grads)
-
-
-def in_turns(
-    op: str, case: str, functions: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]], leaves: list[Tensor],
+def in_both_modes(
+    op: str, case: str, forwards: dict[str, Callable[[], Tensor | tuple[Tensor, ...]]], leaves: list[Tensor],
     floors: dict[str, float],
 ) -> list[Row]:  # fmt: skip
     """The rows of a case, one a provider and mode."""
-    rows = []
-    for mode, floor_ms in floors.items():
-        calls = {name: call(f, leaves, mode) for name, f in functions.items()}
-        peaks = {name: processor.peak_mib(c) for name, c in calls.items()}
-        for name, times in processor.in_turns(calls).items():
-            low, middle, high = (float(np.percentile(times, p)) for p in (20, 50, 80))
-            timing = Timing(low, middle, high, peaks[name])
-            rows.append(row(op, case, name, mode, leaves[0].dtype, timing, floor_ms, "cpu"))
-    return rows
+    given = {name: (forward, leaves) for name, forward in forwards.items()}
+    return [made for mode, least in floors.items() for made in time_in_turns(op, case, mode, given, least)[0]]
 
 
 def convolution(case: str, size: tuple[int, int, int], dtype: torch.dtype) -> list[Row]:
@@ -67,7 +50,7 @@ def convolution(case: str, size: tuple[int, int, int], dtype: torch.dtype) -> li
     functions = causal_conv1d.providers(4, False)
     right = {n: (lambda f=f: f(*leaves)) for n, f in functions.items() if causal_conv1d.is_right(f, leaves)}
     report(case, functions.keys() - right.keys())
-    return in_turns("causal_conv1d", case, right, leaves, causal_conv1d.floors(leaves[0], "cpu", MODES))
+    return in_both_modes("causal_conv1d", case, right, leaves, causal_conv1d.floors(leaves[0], "cpu", MODES))
 
 
 def normalisation(name: str, kind: str, size: tuple[int, int, int], dtype: torch.dtype) -> list[Row]:
@@ -78,7 +61,7 @@ def normalisation(name: str, kind: str, size: tuple[int, int, int], dtype: torch
     functions = {"triscan": norm.ours, "torch": norm.eager}
     right = {n: (lambda f=f: f(t, case)) for n, f in functions.items() if norm.is_right(f, t, case)}
     report(name, functions.keys() - right.keys())
-    return in_turns("norm", name, right, list(t.values()), norm.floors(t, "cpu", MODES))
+    return in_both_modes("norm", name, right, list(t.values()), norm.floors(t, "cpu", MODES))
 
 
 def report(case: str, wrong: set[str]) -> None:

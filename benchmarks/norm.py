@@ -107,17 +107,15 @@ def floors(t: dict[str, Tensor], device: str, modes: tuple[str, ...]) -> dict[st
     return {mode: floor(moved[mode], device=device) for mode in modes}
 
 
-def measurements(
-    name: str, case: Case, dtype: torch.dtype, device: str = "cuda", modes: tuple[str, ...] = ("forward", "backward")
-) -> list[Row]:
+def measurements(name: str, case: Case, dtype: torch.dtype) -> list[Row]:
     """The rows of a case: ours and PyTorch's."""
-    t, rows = inputs(case, dtype, device), []
-    least = floors(t, device, modes)
+    t, rows = inputs(case, dtype, "cuda"), []
+    least = floors(t, "cuda", ("forward", "backward"))
     for provider, function in (("triscan", ours), ("torch", eager)):
         if not is_right(function, t, case):
             print(f"{name} {provider} {dtype}: differs from the reference, no row", file=sys.stderr)
             continue
-        rows += time_passes("norm", name, provider, lambda f=function: f(t, case), list(t.values()), least, device)
+        rows += time_passes("norm", name, provider, lambda f=function: f(t, case), list(t.values()), least)
     return rows
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -29,8 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import processor
-from benchmarks.common import Row, Timing, floor, installed, row, write
+from benchmarks.common import Row, floor, installed, time_in_turns, write
 from kernels import selective_scan
 
 Function = Callable[..., Tensor]
@@ -185,28 +185,18 @@ def measurements(case: str, peers: bool) -> list[Row]:
     inputs, rows = draw(*CASES[case]), []
     moved = sum(t.nbytes for t in inputs.values()) + inputs["x"].nbytes
     floors = {"forward": floor(moved, device="cpu"), "forward_backward": floor(3 * moved, device="cpu")}
+    given = {}
+    for name, (function, first) in providers(peers).items():
+        wanted = channels_first(inputs) if first else inputs
+        given[name] = functools.partial(function, **wanted), list(wanted.values())
     for mode, floor_ms in floors.items():
-        calls = {n: call(f, channels_first(inputs) if first else inputs, mode) for n, (f, first) in
-                 providers(peers).items()}  # fmt: skip
-        peaks = {name: processor.peak_mib(c) for name, c in calls.items()}
-        times = processor.in_turns(calls)
-        for name, found in times.items():
-            low, middle, high = (float(np.percentile(found, p)) for p in (20, 50, 80))
-            timing = Timing(low, middle, high, peaks[name])
-            rows.append(row("selective_scan", case, name, mode, torch.float32, timing, floor_ms, "cpu"))
+        made, times = time_in_turns("selective_scan", case, mode, given, floor_ms)
+        rows += made
         for name, found in times.items():
             middle, least = (f(found) / f(times["triscan"]) for f in (np.median, min))
             print(f"{case} {mode}: {name} takes {middle:.1f} times as long as triscan (medians; minima {least:.1f}: "
                   f"{min(found):.2f} ms)", flush=True)  # fmt: skip
     return rows
-
-
-def call(function: Function, inputs: dict[str, Tensor], mode: str) -> Callable[[], object]:
-    """What is timed in a mode."""
-    if mode == "forward":
-        return lambda: torch.no_grad()(function)(**inputs)
-    dy = torch.randn_like(inputs["x"])
-    return lambda: torch.autograd.grad(function(**inputs), list(inputs.values()), dy)
 
 
 def main() -> None:
