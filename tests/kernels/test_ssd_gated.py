@@ -15,7 +15,7 @@ from kernels.norm.late import Late, add_norm
 from kernels.ssd import gated
 from kernels.ssd.gated import gated_scan, saves_a_pass
 
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 EPS = 1e-5
 
 

@@ -113,6 +113,12 @@ def assert_same_run(one: str, other: str) -> None:
     assert names[0] == names[1]
 
 
+def write_text(place: Path, lines: int) -> None:
+    """What ``pretrain_text`` reads."""
+    (place / "text").mkdir()
+    (place / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * lines)
+
+
 def pretrain_text(*arguments: str) -> None:
     """``python -m core.pretrain`` in this process, a Mamba-2 of four heads."""
     links = {"data.vocab_size": "model.vocab_size"}

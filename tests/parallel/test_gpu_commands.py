@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launched import TWO, assert_same_run, kill_and_resume, launch, pretrain, pretrain_text
+from launched import TWO, assert_same_run, kill_and_resume, launch, pretrain, pretrain_text, write_text
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,11 +25,6 @@ SHARED = {
         ("--sequence_parallel", "2"),
     ),
 }
-
-
-def write_text(place: Path, lines: int) -> None:
-    (place / "text").mkdir()
-    (place / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * lines)
 
 
 @pytest.mark.parametrize("name", SHARED)

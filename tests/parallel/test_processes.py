@@ -21,6 +21,7 @@ from launched import (
     launch,
     pretrain,
     pretrain_text,
+    write_text,
 )
 from safetensors.torch import load_file
 
@@ -57,8 +58,7 @@ def test_four_processes_share_batches_beside_sequences_and_layers(reference: str
     shared = ("--data.batch_size", "2", "--trainer.devices", "4", "--run_dir")
     assert launch(4, pretrain, "--sequence_parallel", "2", *shared, "four") == [0] * 4
     assert_same_run(reference, "four")
-    (place / "text").mkdir()
-    (place / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 80)
+    write_text(place, 80)
     pretrain_text("--run_dir", "text_one")
     assert launch(4, pretrain_text, "--tensor_parallel", "2", *shared, "text_four") == [0] * 4
     assert_same_run("text_one", "text_four")
@@ -67,8 +67,7 @@ def test_four_processes_share_batches_beside_sequences_and_layers(reference: str
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TWO)
 def test_runs_go_on_with_another_number_of_processes(place: Path, name: str) -> None:
-    (place / "text").mkdir()
-    (place / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 80)
+    write_text(place, 80)
     pretrain_text("--run_dir", "one")
     assert launch(2, pretrain_text, "--run_dir", "two", "--trainer.devices", "2", *TWO[name]) == [0, 0]
     assert_same_run("one", "two")
@@ -93,8 +92,7 @@ def test_runs_go_on_with_another_number_of_processes(place: Path, name: str) -> 
 def test_options_that_do_not_go_together_are_refused(
     place: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (place / "text").mkdir()
-    (place / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 80)
+    write_text(place, 80)
     with pytest.raises(SystemExit) as stopped:
         pretrain_text(*options)
     assert stopped.value.code == 2
@@ -130,8 +128,7 @@ def test_a_process_that_dies_ends_the_job_and_the_last_checkpoint_resumes_it(
 def test_a_process_that_dies_with_its_layers_ends_the_job(
     victim: int, place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    (place / "text").mkdir()
-    (place / "text" / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 800)
+    write_text(place, 800)
     options = ("--trainer.devices", "2", "--tensor_parallel", "2", "--run_dir", "long", "--test_after_fit", "false")
     kill_and_resume(pretrain_text, options, victim, place, capfd)
 
