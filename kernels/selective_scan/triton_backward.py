@@ -38,6 +38,7 @@ from kernels.selective_scan.triton_steps import (
     load_step,
     read_dy,
     read_step,
+    softplus_slope,
     store_number,
     times,
 )  # fmt: skip
@@ -188,7 +189,7 @@ def backward_kernel(x, dt, A, B, C, D, z, dt_bias, dy, tokens, saved, adjoint, d
         row = token if AT_TOKEN else place
         slope = xv * us[i] + vs[i]
         if SOFTPLUS:
-            slope = tl.where(raw > 20.0, slope, slope / (1.0 + tl.exp(-raw)))
+            slope = slope * softplus_slope(raw)
         slope = tl.where(live & (entry != -2), slope, 0.0)
         dDs, dbiases = dDs + dys[i] * xv, dbiases + slope
         out = ((b * L + token) * K + k) * channels + d

@@ -154,15 +154,28 @@ def decay(dt, Ar, Ai, entry, RESTART: tl.constexpr, COMPLEX: tl.constexpr):
 
 
 @triton.jit
+def exp_of_minus(v):
+    """exp(-|v|), to the last place: 2 ** n exp(-|v| - n log 2), exact where exp(v) would round v log2(e)."""
+    small = -tl.minimum(tl.abs(v), 2000.0)
+    n = tl.floor(small * LOG2E + 0.5)
+    return tl.exp2(n) * tl.exp((small - n * LN2_HEAD) - n * LN2_TAIL)
+
+
+@triton.jit
 def softplus(v):
     """log(1 + exp(v)), accurate for small results; v itself beyond 20, as PyTorch's."""
-    small = -tl.minimum(tl.abs(v), 2000.0)
-    n = tl.floor(small * LOG2E + 0.5)  # exp(v) = 2 ** n exp(v - n log 2): exact where exp(v) would round v log2(e)
-    e = tl.exp2(n) * tl.exp((small - n * LN2_HEAD) - n * LN2_TAIL)
+    e = exp_of_minus(v)
     u = 1.0 + e
     rounded = u - 1.0
     log1p = tl.where(rounded > 0.0, tl.log(u) * (e / tl.where(rounded > 0.0, rounded, 1.0)), e)
     return tl.where(v > 20.0, v, tl.maximum(v, 0.0) + log1p)
+
+
+@triton.jit
+def softplus_slope(v):
+    """The derivative of ``softplus``, 1 / (1 + exp(-v)), accurate for small results; 1 beyond 20."""
+    e = exp_of_minus(v)
+    return tl.where(v > 20.0, 1.0, tl.where(v > 0.0, 1.0, e) / (1.0 + e))
 
 
 @triton.jit

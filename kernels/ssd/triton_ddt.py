@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.selective_scan.triton_steps import softplus_slope
 from kernels.ssd.triton_steps import read_dt, read_tokens
 
 
@@ -72,7 +73,7 @@ def ddt_kernel(dt, A, dt_bias, tokens, vectors, h_to_g, ddt, dA, dbias, dD, ts, 
         inside = (free >= tl.zeros_like(free) + LOW) & (free <= tl.zeros_like(free) + HIGH)
         slope = tl.where(inside, slope, 0.0)
     if SOFTPLUS:
-        slope = tl.where(raw > 20.0, slope, slope / (1.0 + tl.exp(-raw)))
+        slope = slope * softplus_slope(raw)
     slope = tl.where(exists[None, :], slope, 0.0)
     tl.store(ddt + ((b * L + token[None, :]) * K + k) * H + head[:, None], slope, mask=live[:, None] & there[None, :])
     tl.store(dA + chunk, tl.sum(step * da, 1), mask=live)
