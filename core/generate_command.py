@@ -124,7 +124,7 @@ def _tokenizer(folder: Path, file: str | None, needed: bool) -> Tokenizer | None
     """The tokenizer given, or the checkpoint's; None where there is none and none is needed."""
     if file is None and not needed and not (folder / TOKENIZER).is_file():
         return None
-    return load_tokenizer(folder if file is None else file)
+    return load_tokenizer(folder if file is None else file, "--tokenizer FILE", ", or give --token_ids")
 
 
 def _ends(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
