@@ -83,9 +83,7 @@ class TextData(LightningDataModule):
             )
         self.tokenizer: Tokenizer = ByteTokenizer()
         if tokenizer is not None:
-            self.tokenizer = load_tokenizer(
-                tokenizer, "--data.tokenizer FILE", ", or leave it out for bytes"
-            )
+            self.tokenizer = load_tokenizer(tokenizer, "--data.tokenizer FILE", ", or leave it out for bytes")
         self.tokenizer_file = tokenizer
         self.vocab_size = self.tokenizer.vocab_size
         self.window, self.batch_size, self.num_workers = window, batch_size, num_workers
