@@ -58,7 +58,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"weights: no file {path}; wanted .safetensors, a pickled state_dict, or an index of shards")
     if path.name.endswith(".index.json"):
-        shards = sorted(set(read_json(path).get("weight_map", {}).values()))
+        shards = read_json(path).get("weight_map")
+        if not (isinstance(shards, dict) and shards and all(isinstance(shard, str) for shard in shards.values())):
+            raise UserError(f"weights: {path} has no weight_map, wanted one of tensors' names and their files")
+        shards = sorted(set(shards.values()))
         return {name: tensor for shard in shards for name, tensor in read_weights(path.parent / shard).items()}
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
@@ -67,7 +70,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except Exception as error:
         # pickle.UnpicklingError and whatever a stream of other bytes provokes in the unpickler
         raise UserError(
-            f"weights: {path} is not a plain state_dict ({first_line(error)}); save it again as safetensors"
+            f"weights: {path} is not a plain state_dict: it holds more than tensors, or is no file of PyTorch's; "
+            "save a state_dict as safetensors"
         ) from error
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"weights: {path} holds {type(state).__name__} with more than tensors, wanted a state_dict")
@@ -124,7 +128,7 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the hub's, the network's and the file system's, all with one meaning here
-        raise UserError(f"model: no folder {name}, and the hub does not give it: {error}") from error
+        raise UserError(f"model: no folder {name}, and the hub does not give it: {first_line(error)}") from error
 
 
 def find_weights(folder: Path) -> Path:
@@ -147,6 +151,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:  # broken JSON or bytes that are no text
         raise UserError(f"{path}: not a JSON file ({first_line(error)})") from error
     if not isinstance(values, dict):

@@ -6,9 +6,11 @@ Both print a user's mistake as one line, ``error: ...``, and exit with code 2; C
 import difflib
 import importlib
 import inspect
+import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +26,7 @@ if TYPE_CHECKING:  # these imports take seconds, and --help and a misspelt recip
     from core.training.module import TrainingModule
 
 CONFIGS = Path(core.__file__).resolve().parents[1] / "configs"
+PATIENCE = 5.0  # seconds
 STAGES = ("fit", "validate", "test", "predict")
 
 
@@ -144,11 +147,27 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        _let_the_first_speak()
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _let_the_first_speak() -> None:
+    """Wait in all processes of a job but the first, which mostly made the same mistake and says so.
+
+    Its end makes the launcher end the others; of a mistake that only this process made the user hears a little later.
+    """
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
+    if all(rank == "0" for rank in ranks):
+        return
+    launcher, end = os.getppid(), time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if os.getppid() != launcher:
+            raise SystemExit(2)
+        time.sleep(0.05)
 
 
 def parse(parser: Any, arguments: Sequence[str]) -> Any:
@@ -196,6 +215,9 @@ def explain(message: str, options: Sequence[str]) -> str:
         return _unknown([word.split("=")[0] for word in words if word.startswith("--")] or words, options)
     if found := re.search(r"does not accept (?:option|nested key) '([^']+)'", message):
         return _unknown(["--" + found.group(1)], options)
+    if found := re.search(r"arguments are required: (.*)", message):
+        names = [name.strip().removeprefix("fit.") for name in found.group(1).split(",")]
+        return f"required: {', '.join(f'--{name}' if f'--{name}' in options else name for name in names)}"
     if found := re.search(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
         return _bad_value(*found.groups())
     return _one_line(message)

@@ -170,6 +170,8 @@ def stream(
     _check_allowed(allowed_tokens, model.config.vocab_size)
     if seed is not None and generator is not None:
         raise ValueError("seed and generator: got both, wanted one; a generator carries its own seed")
+    if seed is not None and not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: got {seed}, wanted a number of 64 bits")
     if graph and (generator is not None or not input_ids.is_cuda):
         raise ValueError("graph: got True, wanted a model on an NVIDIA GPU and a seed instead of a generator")
     if state_dtype is not None and not state_dtype.is_floating_point:

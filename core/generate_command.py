@@ -38,6 +38,7 @@ def main(
     device: str | None = None,
     dtype: str | None = None,
     output: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Continue text with a language model.
 
@@ -61,6 +62,7 @@ def main(
         device: Such as cuda or cpu; by default a GPU where there is one.
         dtype: float32, bfloat16 or float16; by default bfloat16 on a GPU and float32 on the CPU.
         output: A JSON file for prompts, token ids, and continuations or scores.
+        overwrite: Replace the output file if it exists.
     """
     sources = (("prompt", prompt), ("prompts", prompts), ("token_ids", token_ids))
     given = [name for name, value in sources if value is not None]
@@ -70,7 +72,7 @@ def main(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype is {dtype!r}; wanted one of {', '.join(DTYPES)}")
     if output is not None:
-        _prepare(Path(output))
+        _prepare(Path(output), overwrite)
     folder = find_folder(checkpoint)
     texts = _lines(prompts) if prompts is not None else None if prompt is None else [prompt]
     text = _tokenizer(folder, tokenizer, needed=texts is not None)
@@ -122,7 +124,7 @@ def _tokenizer(folder: Path, file: str | None, needed: bool) -> Tokenizer | None
     """The tokenizer given, or the checkpoint's; None where there is none and none is needed."""
     if file is None and not needed and not (folder / TOKENIZER).is_file():
         return None
-    return load_tokenizer(folder if file is None else file)
+    return load_tokenizer(folder if file is None else file, "--tokenizer FILE", ", or give --token_ids")
 
 
 def _ends(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
@@ -131,7 +133,12 @@ def _ends(folder: Path, tokenizer: Tokenizer | None, vocab_size: int) -> list[in
         path = folder / name
         ends = read_json(path).get("eos_token_id") if path.is_file() else None
         if ends is not None:
-            return [ends] if isinstance(ends, int) else list(ends)
+            found = ends if isinstance(ends, list) else [ends]
+            if not all(isinstance(end, int) and 0 <= end < vocab_size for end in found):
+                raise UserError(
+                    f"{path}: eos_token_id is {ends!r}; wanted tokens from 0 to {vocab_size - 1}; else give --stop"
+                )
+            return found
     end = None if tokenizer is None else tokenizer.end
     return [] if end is None or end >= vocab_size else [end]
 
@@ -167,7 +174,7 @@ class _Writer:
         print()
 
 
-def _prepare(file: Path) -> None:
+def _prepare(file: Path, overwrite: bool) -> None:
     """Makes the folder of a file that is to be written in the end, and raises where that cannot be."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -175,6 +182,8 @@ def _prepare(file: Path) -> None:
         raise UserError(f"--output: cannot write {file}: {error.strerror}") from error
     if file.is_dir():
         raise UserError(f"--output: {file} is a folder; wanted the name of a file")
+    if file.is_file() and not overwrite:
+        raise UserError(f"--output: {file} exists; name another file, or replace it with --overwrite true")
 
 
 def _save(file: str | None, prompts: list[str] | None, rows: list[list[int]], **columns: Sequence[object]) -> None:

@@ -9,7 +9,6 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,50 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from core.block import AddNorm, Block, GatedMLP
+from core.config import MambaConfig
 from core.mixers import Attention, Mamba, Mamba2, Mamba3, Mixer
 
 IGNORED_ARGUMENTS = ("chunk_size", "use_mem_eff_path")  # of published mixers: how they compute, not what
-
-
-@dataclass
-class MambaConfig:
-    """The published configuration of a Mamba language model.
-
-    Args:
-        d_model: Width D.
-        d_intermediate: Hidden width of the gated MLP of each block; 0 leaves the MLP out.
-        n_layer: Number of blocks.
-        vocab_size: Number of tokens V, before padding.
-        ssm_cfg: Arguments of the mixer, and under ``layer`` its published name: Mamba1 (if there is none), Mamba2 or
-            Mamba3. ``chunk_size`` and ``use_mem_eff_path`` are accepted for the sake of published files.
-        attn_layer_idx: Blocks that hold attention instead.
-        attn_cfg: Arguments of attention, which is causal here whatever they say.
-        rms_norm: RMSNorm; otherwise LayerNorm.
-        residual_in_fp32: Keep the residual stream in float32.
-        fused_add_norm: Accepted for the sake of published files: addition and norm are always one kernel here, the
-            function is the same.
-        pad_vocab_size_multiple: The embedding's rows are padded to a multiple of it.
-        tie_embeddings: The head's weight is the embedding's.
-    """
-
-    d_model: int = 2560
-    d_intermediate: int = 0
-    n_layer: int = 64
-    vocab_size: int = 50277
-    ssm_cfg: dict[str, Any] = field(default_factory=dict)
-    attn_layer_idx: list[int] = field(default_factory=list)
-    attn_cfg: dict[str, Any] = field(default_factory=dict)
-    rms_norm: bool = True
-    residual_in_fp32: bool = True
-    fused_add_norm: bool = True
-    pad_vocab_size_multiple: int = 8
-    tie_embeddings: bool = True
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding."""
-        multiple = self.pad_vocab_size_multiple
-        return -(-self.vocab_size // multiple) * multiple
 
 
 class Backbone(nn.Module):
@@ -302,18 +261,3 @@ def init_weights(model: nn.Module, initializer_range: float = 0.02, *, branches:
         if name.endswith(("out_proj.weight", "fc2.weight")):
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
             parameter.div_(math.sqrt(branches))
-
-
-def config_from_dict(values: Mapping[str, Any]) -> MambaConfig:
-    """The configuration that a JSON file holds, checked by name.
-
-    Raises:
-        ValueError: For a key that ``MambaConfig`` does not have, naming the nearest one.
-    """
-    known = list(MambaConfig.__dataclass_fields__)
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"wanted some of {known}"
-            raise ValueError(f"MambaConfig has no field {key!r}; {hint}")
-    return MambaConfig(**values)

@@ -29,8 +29,9 @@ from core.checkpoints import (
     replacing,
     save_weights,
 )
+from core.config import MambaConfig, config_from_dict
 from core.errors import UserError
-from core.lm import MambaConfig, MambaLM, config_from_dict
+from core.lm import MambaLM
 
 Model = TypeVar("Model", bound=MambaLM)
 
@@ -103,8 +104,10 @@ def load_lm(
         state = complete_tied_head(state)
     try:
         model = model_class(config, device=device, dtype=dtype)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
+    except TypeError as error:  # the fields' own types are right
+        raise UserError(f"{folder / CONFIG}: a value in ssm_cfg or attn_cfg is of the wrong type ({error})") from error
     load_into(model, state, str(folder))
     return model
 
@@ -118,6 +121,8 @@ def find_folder(name: str | Path) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise UserError(f"model: {name} is a file; wanted the folder that holds it and {CONFIG}")
     if folder.is_absolute() or str(name).startswith(".") or len(folder.parts) != 2:
         raise UserError(f"model: no folder {name}; wanted one with {CONFIG}, or a name on the hub such as owner/model")
     return download(str(name))
@@ -137,8 +142,10 @@ def read_config(folder: str | Path) -> MambaConfig:
         return config_from_transformers(values) if "model_type" in values else config_from_dict(values)
     except KeyError as error:
         raise UserError(f"{path}: no entry {error}, wanted the configuration of a Mamba language model") from error
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+    except TypeError as error:  # of arithmetic on them
+        raise UserError(f"{path}: a value is of the wrong type ({error})") from error
 
 
 # Our arguments of a mixer and transformers' names for them, with transformers' defaults.

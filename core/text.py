@@ -81,7 +81,9 @@ class TextData(LightningDataModule):
             raise UserError(
                 f"--data.val_share, test_share are {val_share}, {test_share}; wanted both above 0, below 1 in all"
             )
-        self.tokenizer: Tokenizer = ByteTokenizer() if tokenizer is None else load_tokenizer(tokenizer)
+        self.tokenizer: Tokenizer = ByteTokenizer()
+        if tokenizer is not None:
+            self.tokenizer = load_tokenizer(tokenizer, "--data.tokenizer FILE", ", or leave it out for bytes")
         self.tokenizer_file = tokenizer
         self.vocab_size = self.tokenizer.vocab_size
         self.window, self.batch_size, self.num_workers = window, batch_size, num_workers

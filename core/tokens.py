@@ -58,18 +58,17 @@ class FileTokenizer:
 
     Args:
         path: The file.
+        otherwise: See ``load_tokenizer``.
 
     Raises:
         UserError: If the library is missing, or the file is none of its own.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, otherwise: str = "") -> None:
         try:
             from tokenizers import Tokenizer as Library  # pyright: ignore[reportMissingImports]  optional
         except ImportError as error:
-            raise UserError(
-                f"{path} needs the tokenizers library; run `pip install tokenizers`, or give --token_ids"
-            ) from error
+            raise UserError(f"{path} needs the tokenizers library; run `pip install tokenizers`{otherwise}") from error
         try:
             self._tokenizer: Any = Library.from_file(str(path))
         except Exception as error:  # the library raises plain Exceptions
@@ -91,11 +90,13 @@ class FileTokenizer:
         return self._tokenizer.decode(list(ids))
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, option: str = "the argument tokenizer", otherwise: str = "") -> Tokenizer:
     """Reads a tokenizer's file, or the one in a model's folder.
 
     Args:
         path: ``tokenizer.json`` or the folder that holds it.
+        option: How the user names a file, for messages.
+        otherwise: What the user can do instead, for messages: such as ", or leave it out".
 
     Raises:
         UserError: If there is none, or it cannot be read.
@@ -103,12 +104,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     file = path / TOKENIZER if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"tokenizer: no file {file}; give one with --tokenizer FILE, or token ids with --token_ids")
+        raise UserError(f"tokenizer: no file {file}; give one with {option}{otherwise}")
     try:
         described = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"tokenizer: {file} is not a JSON file") from error
-    return ByteTokenizer() if described == BYTES else FileTokenizer(file)
+    return ByteTokenizer() if described == BYTES else FileTokenizer(file, otherwise)
 
 
 def save_byte_tokenizer(folder: str | Path) -> None:

@@ -1,5 +1,6 @@
 """How a run spreads over devices, for Lightning's trainer: data, sequences and layers shared out, and FSDP2."""
 
+import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -226,6 +227,14 @@ def choose_strategy(name: Any, sequence: int, tensor: int, module: Any, averages
     if (name == "fsdp2" or tensor > 1) and averages:
         raise UserError(
             "--ema_decay keeps a second net on every device, which fsdp2 and --tensor_parallel avoid; give null"
+        )
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(name, str) and name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(
+            f"--trainer.strategy is {name!r}{hint}; wanted auto, ddp, fsdp2, or another of Lightning's: "
+            f"{', '.join(other for other in known if other not in ('auto', 'ddp', 'fsdp2'))}"
         )
     if sequence == tensor == 1 and name != "ddp":
         return name

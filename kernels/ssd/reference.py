@@ -97,9 +97,15 @@ def finish(p: Problem, y: Tensor) -> Tensor:
 
 
 def gate(p: Problem, z: Tensor) -> Tensor:
-    """z in the dtype of the scan, zero at tokens that are skipped."""
+    """z in the dtype of the scan, zero at tokens that are skipped or on no route, whatever it holds there."""
     z = z.to(p.dtype)
-    return z if p.padding is None else torch.where(p.padding[..., None, None], 0, z)
+    if p.padding is not None:
+        z = torch.where(p.padding[..., None, None], 0, z)
+    if p.route is not None:
+        visited = torch.zeros(p.length + 1, dtype=torch.bool, device=z.device)
+        visited[torch.where(p.route < 0, p.length, p.route).long()] = True
+        z = torch.where(visited[:-1, None, None], z, 0)
+    return z
 
 
 def packed(p: Problem, cu_seqlens: Tensor, scan: Callable[[Problem], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -306,6 +306,14 @@ def text_config(text: str):
     return write
 
 
+def index(text: str):
+    def write(folder: Path) -> None:
+        no_weights(folder)
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("write", "message"),
     [
@@ -320,7 +328,23 @@ def text_config(text: str):
         (text_config("[1]"), "got a JSON list"),
         (text_config('{"d_modle": 8}'), "did you mean 'd_model'"),
         (text_config('{"ssm_cfg": {"layer": "Mamba2x"}, "d_model": 8}'), "config.json: ssm_cfg.layer: got 'Mamba2x'"),
-        (text_config('{"d_model": "wide", "n_layer": 1}'), "config.json"),
+        (index("{}"), "index.json has no weight_map, wanted one of"),
+        (index('{"weight_map": [1]}'), "index.json has no weight_map"),
+        (index('{"weight_map": {"a": 1}}'), "index.json has no weight_map"),
+        (text_config('{"d_model": "wide", "n_layer": 1}'), "config.json: d_model: got 'wide', wanted a whole number"),
+        (text_config('{"n_layer": 2.5}'), "config.json: n_layer: got 2.5, wanted a whole number"),
+        (text_config('{"ssm_cfg": null}'), "config.json: ssm_cfg: got None, wanted an object with named entries"),
+        (text_config('{"attn_layer_idx": 1}'), "attn_layer_idx: got 1, wanted a list of whole numbers"),
+        (text_config('{"attn_layer_idx": ["1"]}'), r"attn_layer_idx: got \['1'\], wanted a list of whole numbers"),
+        (text_config('{"rms_norm": 1}'), "rms_norm: got 1, wanted true or false"),
+        (text_config('{"pad_vocab_size_multiple": 0}'), "pad_vocab_size_multiple: got 0, wanted at least 1"),
+        (text_config('{"vocab_size": 0}'), "vocab_size: got 0, wanted at least 1"),
+        (
+            text_config('{"d_model": 8, "n_layer": 1, "vocab_size": 9, "ssm_cfg": {"d_state": "four"}}'),
+            "config.json: a value in ssm_cfg or attn_cfg is of the wrong type",
+        ),
+        (config_with(num_hidden_layers="two"), "config.json: n_layer: got 'two', wanted a whole number"),
+        (config_with(hidden_size=None), "config.json: a value is of the wrong type"),
         (config_with(model_type="gpt2"), 'model_type: got \'gpt2\', wanted "mamba" or "mamba2"'),
         (config_with(layer_norm_epsilon=1e-6), "layer_norm_epsilon: got 1e-06"),
         (config_with(hidden_size="cut"), "no entry 'hidden_size'"),
@@ -329,5 +353,13 @@ def text_config(text: str):
 )
 def test_bad_folders(tmp_path: Path, write, message: str):
     write(tmp_path)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         load_lm(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+def test_a_file_is_no_folder(tmp_path: Path):
+    save_lm(lm(), tmp_path)
+    with pytest.raises(UserError, match=r"model.safetensors is a file; wanted the folder that holds it"):
+        load_lm(tmp_path / "model.safetensors")

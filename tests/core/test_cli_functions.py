@@ -1,10 +1,14 @@
 """Commands that are one typed function, and the wording of the parser's messages."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import core
 from core.cli import explain, run
 from core.errors import UserError
 
@@ -128,3 +132,39 @@ def test_a_positional_list_takes_several_arguments(capsys: pytest.CaptureFixture
             run(gather, argv)
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
+
+
+def test_only_the_first_process_words_a_mistake_of_all(tmp_path: Path) -> None:
+    script = tmp_path / "mistake.py"
+    script.write_text(
+        "import os, sys\n"
+        "from core import cli\n"
+        "from core.errors import UserError\n"
+        "cli.PATIENCE = float(sys.argv[1])\n"
+        "with cli.exit_codes():\n"
+        "    if os.environ['RANK'] in sys.argv[2:]:\n"
+        "        raise UserError('no data in ' + os.environ['RANK'])\n"
+    )
+    # A launcher that ends the others when one has failed, as torchrun does.
+    launcher = (
+        "import os, subprocess, sys, time\n"
+        "jobs = [subprocess.Popen([sys.executable, *sys.argv[1:]], env=os.environ | {'RANK': str(rank)})\n"
+        "        for rank in range(3)]\n"
+        "while not any(job.poll() for job in jobs):\n"
+        "    time.sleep(0.05)\n"
+        "for job in jobs:\n"
+        "    job.kill()\n"
+    )
+
+    def says(*arguments: str) -> str:
+        command = [sys.executable, "-c", launcher, str(script), *arguments]
+        place = os.environ | {"PYTHONPATH": str(Path(core.__file__).parents[1])}
+        return subprocess.run(command, env=place, capture_output=True, text=True, timeout=120, check=True).stderr
+
+    assert says("60", "0", "1", "2") == "error: no data in 0\n"
+    assert says("0.2", "1") == "error: no data in 1\n"
+
+
+def test_an_option_that_is_wanted_is_called_as_it_is_written() -> None:
+    message = "the following arguments are required: fit.data.root, sizes"
+    assert explain(message, ["--data.root", "--data.window"]) == "required: --data.root, sizes"

@@ -91,6 +91,7 @@ def test_stop(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "--output: cannot write /dev/null/out.json: ",
         ),
         (["--prompt", "x", "--output", "/"], "--output: / is a folder"),
+        (["--prompt", "x", "--seed", str(2**64)], "seed: got 18446744073709551616, wanted a number of 64 bits"),
         (["--prompt", "x", "--dtype", "int8"], "--dtype is 'int8'; wanted one of float32"),
         (["--prompt", "x", "--device", "abacus"], "abacus"),
         (["--prompt", "x", "--temprature", "1"], "did you mean --temperature"),
@@ -103,6 +104,30 @@ def test_mistakes(folder: Path, options: list[str], message: str, capsys: pytest
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_output_replaces_nothing_unasked(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "config.json"
+    output.write_text("mine")
+    with pytest.raises(SystemExit):
+        command(folder, "--prompt", "x", "--output", str(output))
+    assert "config.json exists; name another file, or replace it with --overwrite true" in capsys.readouterr().err
+    assert output.read_text() == "mine"
+    command(folder, "--prompt", "x", "--output", str(output), "--overwrite", "true")
+    assert json.loads(output.read_text())[0]["prompt"] == "x"
+
+
+@pytest.mark.parametrize("ends", ["x", 257, [1, -1], [1, None]])
+def test_end_tokens_of_no_vocabulary(
+    ends: object, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    MambaLM.from_pretrained(folder).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(SystemExit):
+        command(tmp_path, "--token_ids", "[1]")
+    error = capsys.readouterr().err
+    assert f"generation_config.json: eos_token_id is {ends!r}; wanted tokens from 0 to 256; else give --stop" in error
+    command(tmp_path, "--token_ids", "[1]", "--stop", "[]")
 
 
 def test_tokenizers_library_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

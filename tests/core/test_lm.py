@@ -9,7 +9,8 @@ import torch
 from cases import golden_cases, golden_inputs, golden_state_dict
 from fill import check, fill_input
 
-from core.lm import MambaConfig, MambaLM, config_from_dict
+from core.config import MambaConfig, config_from_dict
+from core.lm import MambaLM
 from core.mixers import Mamba
 
 CASES = golden_cases("mamba_lm_a")

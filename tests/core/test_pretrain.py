@@ -88,6 +88,7 @@ def two_folders(root: Path) -> None:
         (lambda p: p.write_bytes(b"\xff\xfe\xfa"), {}, "not UTF-8 text"),
         (lambda p: p.write_text("short"), {}, "windows of 2,048 tokens to train on"),
         (lambda p: p.write_text("x" * 99), {"window": 0}, "--data.window is 0"),
+        (lambda p: None, {"tokenizer": "/nowhere.json"}, "no file /nowhere.json; give one with --data.tokenizer FILE"),
         (lambda p: p.write_text("x" * 99), {"val_share": 1.0}, "--data.val_share, test_share are 1.0"),
     ],
 )

@@ -147,6 +147,7 @@ CASES = {
     "route_constant": Case(K=2, L=20, positions=25, constant="BC"),
     "route_complex": Case(K=2, L=20, positions=25, is_complex=True, reverse=True),
     "route_complex_constant": Case(K=2, L=20, positions=25, is_complex=True, constant="B", merge="keep"),
+    "route_of_padding": Case(L=0, K=2, positions=25),
     "route_packed": Case(K=2, L=50, positions=70, packed=True),
     "route_packed_reverse": Case(K=2, L=50, positions=70, packed=True, reverse=True, merge="keep"),
     "route_linear_dt": Case(K=2, L=20, positions=25, dt_softplus=False),

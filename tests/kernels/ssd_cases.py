@@ -127,6 +127,7 @@ CASES = {
     "route_inputs": Case(K=2, L=50, positions=66, per_route=True),
     "route_inputs_keep": Case(K=2, L=50, per_route=True, merge="keep"),
     "route_groups": Case(K=2, L=20, H=4, G=2, positions=25),
+    "route_of_padding": Case(L=0, K=2, positions=70),
     "route_packed": Case(K=2, L=50, positions=70, packed=True),
     "route_packed_reverse": Case(K=2, L=50, positions=70, packed=True, reverse=True, merge="keep"),
 }

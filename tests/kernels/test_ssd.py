@@ -246,6 +246,23 @@ def test_a_route_is_a_scan_of_the_tokens_in_its_order() -> None:
     torch.testing.assert_close(ssd(**inputs, route=route), kept.sum(2))
 
 
+@pytest.mark.parametrize("way", [*MODES.values(), {"backend": "reference"}], ids=[*MODES, "reference"])
+@pytest.mark.parametrize("merge", ["sum", "keep"])
+def test_tokens_on_no_route_are_never_read(merge: str, way: dict[str, str]) -> None:
+    inputs = detached(Case(B=1, K=2, L=20))
+    options = {"route": torch.tensor([[0, -1, 5, 7, -1, 2], [19, 5, -1, -1, 0, 2]]), "merge": merge, **way}
+    wanted = ssd(**inputs, **options)
+    rest = [t for t in range(20) if t not in (0, 2, 5, 7, 19)]
+    for name in ROWS:
+        inputs[name] = inputs[name].index_fill(1, torch.tensor(rest), math.nan).requires_grad_()
+    y = ssd(**inputs, **options)
+    assert torch.equal(y, wanted)
+    assert (y[:, rest] == 0).all()
+    for name, grad in zip(ROWS, torch.autograd.grad(y.sum(), [inputs[n] for n in ROWS]), strict=True):
+        assert grad.isfinite().all(), name
+        assert (grad[:, rest] == 0).all(), name
+
+
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_dtypes_may_be_mixed(backend: str) -> None:
     inputs = Case().inputs(torch.float32)

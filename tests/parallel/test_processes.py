@@ -88,6 +88,7 @@ def test_runs_go_on_with_another_number_of_processes(place: Path, name: str) -> 
     (("--tensor_parallel", "0"), "--tensor_parallel is 0; wanted at least 1"),
     (("--tensor_parallel", "2", "--trainer.strategy", "fsdp2"), "--trainer.strategy is fsdp2; with --tensor_parallel"),
     (("--trainer.strategy", "fsdp2", "--ema_decay", "0.9"), "--ema_decay keeps a second net"),
+    (("--trainer.strategy", "fsdp22"), "is 'fsdp22' (did you mean fsdp2?); wanted auto, ddp, fsdp2, or another of"),
 ])  # fmt: skip
 def test_options_that_do_not_go_together_are_refused(
     place: Path, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
