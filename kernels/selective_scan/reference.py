@@ -96,6 +96,8 @@ def along(t: Tensor, route: Tensor | None) -> Tensor:
     """Rows of ``t (B, L, K, ...)`` in the order of the routes: ``(B, P, K, ...)``, zeros at padding."""
     if route is None:
         return t
+    if not t.shape[1]:  # padding slots alone
+        return t.new_zeros(t.shape[0], route.shape[1], *t.shape[2:])
     rows = t[:, route.clamp(min=0).long().t(), _columns(route)]
     keep = (route >= 0).t().reshape(1, *rows.shape[1:3], *([1] * (t.ndim - 3)))
     return torch.where(keep, rows, 0)
