@@ -5,7 +5,9 @@ B batch, L tokens, K routes, P scan positions, S packed sequences.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,6 +117,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast, if it is on, gives products of float32 and narrower tensors on a device."""
     kind = device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Switches autocast off, which would round the operands of products."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def owned(t: Tensor, shape: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core.mixers.inner import Inner
-from core.mixers.packed import run_packed
+from core.mixers.packed import run_packed, zero_padding
 
 
 class AroundState(NamedTuple):
@@ -132,6 +132,7 @@ class Around(nn.Module):
         """Row by row where they end apart: each state has to stop at its own end."""
         if state.inner.ndim == 3 and state.inner.shape[1] == 0:
             raise ValueError("lengths: a transformation whose state grows takes rows of one length; pass them apart")
+        x = zero_padding(x, lengths)
         y, _ = self.forward_state(x, state)
         after = []
         for row, length in enumerate(lengths.tolist()):

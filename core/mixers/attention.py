@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core.mixers.mamba import last_inputs
+from core.mixers.packed import zero_padding
 from core.mixers.rotary import positions_of, rotate, rotation, sequence_numbers
 from core.parallel.group import refuse
 
@@ -149,7 +150,7 @@ class Attention(nn.Module):
             (B, L, D) and the state after the last (real) token.
         """
         self._check_causal()
-        qkv, mlp = self._project(x)
+        qkv, mlp = self._project(x if lengths is None else zero_padding(x, lengths))
         if lengths is None:
             conv_qkv, conv = self._conv(qkv, state.conv, None, None, True)
             length = state.length + x.shape[1]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core.mixers.hyena_filter import HyenaFilter, circular_convolution, long_convolution
 from core.mixers.mamba import last_inputs
-from core.mixers.packed import run_packed
+from core.mixers.packed import run_packed, zero_padding
 from core.parallel.group import refuse
 from kernels.long_convolution import gated_convolution, takes
 
@@ -205,7 +205,7 @@ class Hyena(nn.Module):
         taps = state.taps
         if taps.shape[0] < before + length:  # by doubling, so that decoding computes the filter a few times only
             taps = self.filter_fn.filter(min(max(before + length, 2 * before), self.l_max))
-        u = self.in_proj(x)
+        u = self.in_proj(x if lengths is None else zero_padding(x, lengths))
         short, conv = self._short(u, state.conv, True)
         y, inputs = self._mix(short, state.inputs, taps[: before + length])
         seen = state.seen + length

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.checks import full_precision
 from kernels.long_convolution import fft_length
 
 
@@ -94,7 +95,7 @@ class HyenaFilter(nn.Module):
             difference of large phases.
         """
         z, t = self._tables(length)
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z.device):
             h = z
             for layer in self.implicit_filter:
                 if isinstance(layer, nn.Linear):
@@ -190,6 +191,8 @@ def long_convolution(u: Tensor, taps: Tensor, length: int) -> Tensor:
     Returns:
         (B, L, C) in u's dtype.
     """
+    if not u.shape[0] or not length:  # there is nothing to transform
+        return u[:, u.shape[1] - length :]
     if length == 1:  # a decoding step: one sum
         taps = taps[: u.shape[1]].flip(0)
         return (u.to(taps.dtype) * taps).sum(dim=1, keepdim=True).to(u.dtype)
@@ -202,6 +205,8 @@ def circular_convolution(u: Tensor, taps: Tensor, length: int) -> Tensor:
     A position sees what is half a length or more before it and after it; the arguments are those of
     ``long_convolution``.
     """
+    if not u.shape[0] or not length:
+        return u
     half, wide = length // 2, taps.dtype
     padded = nn.functional.pad(u.transpose(1, 2).to(wide), (half, half))
     spectrum = torch.fft.rfft(padded, n=2 * length) * torch.fft.rfft(taps.T, n=2 * length)

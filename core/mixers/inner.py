@@ -180,7 +180,7 @@ class TimeInvariant(nn.Module):
     def run(self, u: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See ``Inner``; the state is (B, E, M, 2)."""
         if state is None:
-            y, after = long_convolution(u, self.space.taps(u.shape[1]).t(), u.shape[1]), None
+            y, after = long_convolution(u, self.space.taps(max(u.shape[1], 1)).t(), u.shape[1]), None
         else:
             y, after = self.space.run(u, state)
         return y + u * self.D.to(u.dtype), after

@@ -28,6 +28,8 @@ def linear_scan(log_a: Tensor, u: Tensor, initial: Tensor) -> Tensor:
         (B, L, P) the states.
     """
     length = u.shape[1]
+    if not length:
+        return u
     size = min(CHUNK, length)
     places = torch.arange(size, device=u.device)
     lags = places[:, None] - places

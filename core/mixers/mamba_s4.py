@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kernels  # noqa: F401  registers torch.ops.triscan
 from core.mixers.mamba import last_inputs
-from core.mixers.packed import run_packed
+from core.mixers.packed import run_packed, zero_padding
 from core.mixers.s4 import S4Kernel
 from core.mixers.s4_block import StateSpace
 from core.mixers.s4d import S4DKernel
@@ -89,6 +89,7 @@ class MambaS4(nn.Module):
         self, x: Tensor, state: MambaS4State, lengths: Tensor | None = None
     ) -> tuple[Tensor, MambaS4State]:
         """Continues sequences from ``state``; see ``Mixer``. With ``lengths`` the rows' states are found in turn."""
+        x = x if lengths is None else zero_padding(x, lengths)
         x, z = self.in_proj(x).chunk(2, dim=-1)
         inputs = x
         x, conv = self._conv(x, state.conv, True)

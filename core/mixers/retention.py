@@ -231,11 +231,15 @@ class LinearAttention(_FixedDecay):
     def parts(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See the base class; besides, nothing."""
         q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self.in_proj(x).chunk(3, dim=-1))
+        if v.dtype == torch.float16:  # whose largest number the sum of a few thousand weights passes
+            v = v.float()
         return F.elu(q) + 1, F.elu(k) + 1, F.pad(v, (0, 1), value=1.0), x
 
     def output(self, y: Tensor, rest: Tensor) -> Tensor:
         """See the base class."""
-        return self.out_proj((y[..., :-1] / y[..., -1:]).flatten(2))
+        total = y[..., -1:]
+        total = torch.where(total == 0, 1, total)  # padding, whose 0 / 0 would be NaN in the gradients too
+        return self.out_proj((y[..., :-1] / total).flatten(2).to(rest.dtype))
 
 
 def _check(d_model: int, num_heads: int) -> None:

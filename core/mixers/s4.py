@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from core import hippo
 from core.mixers.s4_block import S4Block
 from core.mixers.s4d import add_parameters, check_names, continuous, spread
+from kernels.checks import full_precision
 from kernels.diagonal_ssm.chunks import by_pieces, run_chunks
 
 CHUNK = 128  # T, see kernels.diagonal_ssm
@@ -101,7 +102,7 @@ class S4Kernel(nn.Module):
         P = self._P()
         if state is None:
             state = A.real.new_zeros(u.shape[0], *A.shape, 2)
-        with torch.autocast(u.device.type, enabled=False):
+        with full_precision(u.device):
             return checkpoint(_run, u, state, A, B, C, P, dt, use_reentrant=False, preserve_rng_state=False)  # type: ignore[return-value]
 
     def steps(self, u: Tensor, state: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class S4Kernel(nn.Module):
     def taps(self, length: int) -> Tensor:
         """See ``StateSpace``: by ``cauchy_kernel``."""
         A, B, _, dt = continuous(self)
-        with torch.autocast(A.device.type, enabled=False):
+        with full_precision(A.device):
             return cauchy_kernel(A, B, self.shortened(length), self._P(), dt, length)
 
     def shortened(self, length: int) -> Tensor:
@@ -268,7 +269,8 @@ def _doubling(x: Tensor, step: Tensor) -> Tensor:
     """x_j = x_{j-1} step + x_j along dim 2 of (D, B, J, N), with a float64 step."""
     reach = 1
     while reach < x.shape[2]:
-        moved = torch.bmm(x[:, :, :-reach].flatten(1, 2), step.to(x.dtype)).unflatten(1, (x.shape[1], -1))
+        before = x[:, :, :-reach]
+        moved = torch.bmm(before.flatten(1, 2), step.to(x.dtype)).view(before.shape)
         x = torch.cat([x[:, :, :reach], x[:, :, reach:] + moved], dim=2)
         step, reach = step @ step, 2 * reach
     return x

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.mixers.hyena_filter import long_convolution
-from core.mixers.packed import run_packed
+from core.mixers.packed import run_packed, zero_padding
 
 
 class S4State(NamedTuple):
@@ -92,7 +92,7 @@ class S4Block(nn.Module):
             return run_packed(self, x, seq_idx, cu_seqlens)
         if self.method == "convolution":
             length = x.shape[1]
-            return self._out(long_convolution(x, self.kernel.taps(length).t(), length), x)
+            return self._out(long_convolution(x, self.kernel.taps(max(length, 1)).t(), length), x)
         return self._out(self.kernel.run(x, None)[0], x)
 
     def forward_state(self, x: Tensor, state: S4State, lengths: Tensor | None = None) -> tuple[Tensor, S4State]:
@@ -110,6 +110,7 @@ class S4Block(nn.Module):
         if lengths is None:
             y, after = self.kernel.run(x, state.ssm)
             return self._out(y, x), S4State(after)
+        x = zero_padding(x, lengths)
         y, after = self.kernel.run(x, state.ssm)[0], []
         for row, length in enumerate(lengths.tolist()):
             here = slice(row, row + 1)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from core import hippo
 from core.mixers.contract import decode_by_copy
 from core.mixers.linear_scan import linear_scan
-from core.mixers.packed import run_packed
+from core.mixers.packed import run_packed, zero_padding
+from kernels.checks import full_precision
 
 
 class S5State(NamedTuple):
@@ -122,7 +123,8 @@ class S5(nn.Module):
         Returns:
             The output (B, L, D) and the state after the last real token of each row.
         """
-        with torch.autocast(x.device.type, enabled=False):
+        x = x if lengths is None else zero_padding(x, lengths)
+        with full_precision(x.device):
             log_a, B, C = self._discrete()
             u = x.to(log_a.real.dtype)
             before = torch.view_as_complex(state.ssm)

@@ -146,7 +146,9 @@ def _causal_conv1d(
 def _by_kernels(name: str, p: Problem, return_final_state: bool) -> tuple[Tensor, Tensor | None]:
     """y and, on request, the final state, in routed form."""
     order = None
-    if _walks(name, p):
+    if not p.length:
+        y = p.x.new_empty((p.batch, 0, p.routes, p.channels))
+    elif _walks(name, p):
         from kernels.causal_conv1d import triton_walk
 
         y = triton_walk.forward(p)
@@ -230,7 +232,11 @@ def _backward_by_kernels(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The four gradients in routed form; kernels do those of x, weight and bias, the short states are left to ATen."""
     dy, order = dy.reshape(p.batch, p.length, p.routes, p.channels), None
-    if _walks(name, p):
+    if not p.length:  # the state alone, along padding slots
+        dx, dweight = torch.zeros_like(p.x), torch.zeros_like(p.weight)
+        dbias = None if p.bias is None else torch.zeros_like(p.bias)
+        g = p.x.new_zeros((p.batch, p.routes, p.positions, p.channels), dtype=p.dtype)
+    elif _walks(name, p):
         from kernels.causal_conv1d import triton_walk
 
         dx, dweight, dbias, g = triton_walk.backward(p, dy)

@@ -39,7 +39,7 @@ def scan_order(p: Problem) -> Order:
     """Builds the tables of a convolution; never waits for a device."""
     if p.cu_seqlens is not None:
         return _packed(p)
-    if p.seq_idx is not None:
+    if p.seq_idx is not None and p.length:
         return _restarting(p)
     token = p.route
     if token is None and p.reverse:

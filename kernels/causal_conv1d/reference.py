@@ -35,14 +35,16 @@ def conv(p: Problem) -> tuple[Tensor, Tensor]:
         token = torch.full_like(k, q) if p.route is None else p.route[:, q].long()
         slot, token = token < 0, token.clamp(min=0)
         skip = torch.zeros_like(previous, dtype=torch.bool)
-        if p.seq_idx is not None:
+        if p.seq_idx is not None and p.length:
             index = p.seq_idx[:, token].long()
             skip = (index < 0) & ~slot
             real = ~skip & ~slot
             restart = real & (previous >= 0) & (index != previous)
             window = torch.where(restart[..., None, None], 0, window)
             previous = torch.where(real, index, previous)
-        value = torch.where(slot[:, None] | skip[..., None], 0, x[:, token, k])
+        value = x.new_zeros(p.batch, p.routes, p.channels)
+        if p.length:
+            value = torch.where(slot[:, None] | skip[..., None], 0, x[:, token, k])
         taps = torch.cat([window, value[:, :, None]], 2)
         y = (taps * weight).sum(2)
         if p.bias is not None:
@@ -55,7 +57,8 @@ def conv(p: Problem) -> tuple[Tensor, Tensor]:
 def _at_tokens(p: Problem, columns: list[Tensor]) -> Tensor:
     """Outputs at the positions to ``(B, L, K, D)`` in x's dtype, zeros at tokens that a route does not visit."""
     if not columns:
-        return (p.x * 0).expand(-1, -1, p.routes, -1).clone()
+        nowhere = torch.zeros((), dtype=torch.bool, device=p.x.device)
+        return torch.where(nowhere, p.x, 0).expand(-1, -1, p.routes, -1).clone()
     y = torch.stack(columns, 1)  # (B, P, K, D)
     if p.route is not None:
         token = torch.where(p.route < 0, p.length, p.route).long().t()  # padding goes to a row that is cut off

@@ -38,7 +38,7 @@ def selective_scan_fn(
         A: ``(D, N)``, real or complex.
         B: ``(B, N, L)`` or ``(B, G, N, L)``, constant ``(D, N)``; with complex A real ``(..., 2 L)``, real and
             imaginary parts in turn, or constant complex.
-        C: As B.
+        C: As B; one of the two may have one group, the other more.
         D: ``(D,)``.
         z: Gate ``(B, D, L)``.
         delta_bias: ``(D,)``.
@@ -56,9 +56,12 @@ def selective_scan_fn(
     check_shape("A", A, (u.shape[1], A.shape[-1]), "(D, N) as u (B, D, L)")
     check_shape("delta", delta, tuple(u.shape), "the shape of u")
     check_shape("z", z, tuple(u.shape), "the shape of u")
+    B, C = _over_time("B", B, A, u), _over_time("C", C, A, u)
+    if B.ndim == C.ndim == 4 and 1 in (B.shape[2], C.shape[2]):  # (B, N, L) beside (B, G, N, L)
+        B, C = (t.expand(-1, -1, max(B.shape[2], C.shape[2]), -1) for t in (B, C))
     found = selective_scan(
-        u.mT, delta.mT, A, _over_time("B", B, A, u), _over_time("C", C, A, u), D, None if z is None else z.mT,
-        delta_bias, dt_softplus=delta_softplus, return_final_state=return_last_state,
+        u.mT, delta.mT, A, B, C, D, None if z is None else z.mT, delta_bias,
+        dt_softplus=delta_softplus, return_final_state=return_last_state,
     )  # fmt: skip
     if isinstance(found, tuple):
         return found[0].mT, found[1]
@@ -85,7 +88,7 @@ def _over_time(name: str, t: Tensor, A: Tensor, u: Tensor) -> Tensor:
 def _complex_pairs(t: Tensor) -> Tensor:
     """Real ``(..., 2 n)``, real and imaginary parts in turn, as complex ``(..., n)``."""
     wide = t if t.dtype in (torch.float32, torch.float64) else t.float()  # there is no complex bfloat16
-    return torch.view_as_complex(wide.unflatten(-1, (-1, 2)).contiguous())
+    return torch.complex(*wide.unflatten(-1, (-1, 2)).unbind(-1))  # no view: columns of a product begin anywhere
 
 
 def mamba_inner_fn(

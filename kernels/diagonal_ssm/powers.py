@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from kernels.checks import full_precision
+
 BLOCK = 1 << 24  # entries of the Vandermonde factors that are held at a time
 
 
@@ -65,7 +67,7 @@ def vandermonde(log_a: Tensor, coefficient: Tensor, length: int) -> Tensor:
 
 
 def _block(log_a: Tensor, coefficient: Tensor, rows: int, size: int) -> Tensor:
-    with torch.autocast(log_a.device.type, enabled=False):
+    with full_precision(log_a.device):
         outer = (coefficient[:, :, None] * powers(log_a, rows, size)).transpose(1, 2)  # (H, L / T, M)
         inner = powers(log_a, size)  # (H, M, T)
         left, right = torch.cat([outer.real, -outer.imag], dim=2), torch.cat([inner.real, inner.imag], dim=1)

@@ -31,7 +31,7 @@ def takes(u: Tensor, taps: Tensor) -> bool:
     if not interpreting() and (not u.is_cuda or choose("auto", u.device)[0] != "triton"):
         return False
     long = u.shape[1] >= SHORTEST or interpreting()
-    return long and u.dtype in NARROW and taps.dtype == torch.float32 and taps.shape[1] % 2 == 0
+    return long and u.numel() > 0 and u.dtype in NARROW and taps.dtype == torch.float32 and taps.shape[1] % 2 == 0
 
 
 def gated_convolution(u: Tensor, taps: Tensor, bias: Tensor | None) -> Tensor:

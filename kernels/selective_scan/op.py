@@ -18,7 +18,7 @@ from kernels.plans import Plans
 from kernels.registration import op, plain, simple, unwatched
 from kernels.selective_scan.exactness import exact
 from kernels.selective_scan.outputs import like, unprojected
-from kernels.selective_scan.problem import Problem, make_problem, project
+from kernels.selective_scan.problem import Problem, low_rank, make_problem, project
 
 TENSORS: tuple[str, ...] = (
     "x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_weight", "route", "initial_state", "cu_seqlens", "seq_idx",
@@ -210,6 +210,8 @@ def _selective_scan_backward(
     if dstate is not None and route is None:
         dstate = dstate.unsqueeze(1)
     g = _loaded(name).backward(p, dy, dstate, saved)
+    if dt_weight is not None:
+        dt = low_rank(dt, seq_idx, route, route_params)
     ddt, ddt_weight = unprojected(g.dt, dt, dt_weight, routed=route is not None)
     by_name = g._asdict() | {"dt": ddt, "dt_weight": ddt_weight}
     return tuple(like(by_name[n], inputs[TENSORS.index(n)], x) for n in DIFFERENTIABLE)  # type: ignore[return-value]

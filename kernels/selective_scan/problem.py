@@ -170,7 +170,7 @@ def make_problem(
 
     return Problem(
         x=x if x.ndim == 4 else x.unsqueeze(2),
-        dt=routes(dt if dt_weight is None else project(dt, dt_weight), 2),
+        dt=routes(dt if dt_weight is None else project(low_rank(dt, seq_idx, route, route_params), dt_weight), 2),
         A=routes(A, 0),
         B=routes(B, 0 if B.ndim == A.ndim else 2),
         C=routes(C, 0 if C.ndim == A.ndim else 2),
@@ -307,12 +307,25 @@ def project(dt: Tensor, dt_weight: Tensor) -> Tensor:
     return torch.einsum("blkr,kdr->blkd", dt, dt_weight)
 
 
+def low_rank(dt: Tensor, seq_idx: Tensor | None, route: Tensor | None, route_params: bool) -> Tensor:
+    """A low-rank dt with zeros where a token is skipped: what stands there must not reach the weight's gradient."""
+    if seq_idx is None:
+        return dt
+    skip = seq_idx < 0
+    if route is not None and not route_params:  # a row of dt goes with the token at its scan position
+        skip = skip[:, route.long().clamp(min=0)] | (route < 0)
+        skip = F.pad(skip, (0, dt.shape[1] - route.shape[1]), value=True).transpose(1, 2)
+    return torch.where(skip.reshape(*skip.shape, *[1] * (dt.ndim - skip.ndim)), 0, dt)
+
+
 def restarts(seq_idx: Tensor, route: Tensor | None, reverse: bool) -> Tensor:
     """``Problem.code``: what the sequence numbers mean at each scan position, in scan direction.
 
     A position restarts the state when its sequence differs from that of the last real token before it. Padding slots
     of a route belong to no token: they go on (the state decays there).
     """
+    if route is not None and not seq_idx.shape[1]:  # padding slots alone: there is no token to look at
+        return seq_idx.new_zeros((seq_idx.shape[0], *route.shape), dtype=torch.int8)
     index = seq_idx.unsqueeze(1) if route is None else seq_idx[:, route.long().clamp(min=0)]  # (B, K, P)
     if reverse:
         index = index.flip(-1)

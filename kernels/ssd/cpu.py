@@ -20,10 +20,10 @@ from torch import Tensor
 
 from kernels import recompute
 from kernels.backend import has
+from kernels.checks import full_precision
 from kernels.ssd import Gradients
 from kernels.ssd.aten import at, chunk, chunks, scan
 from kernels.ssd.problem import Problem
-from kernels.ssd.quadratic import full_precision
 from kernels.ssd.reference import gate, gather, limited, sequences, start_state
 
 PARAMETERS = ("A", "D", "dt_bias")

@@ -11,15 +11,13 @@ B batch, L tokens, H heads, P head dim, N state, G groups, K routes, T scan posi
 
 from __future__ import annotations
 
-import contextlib
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.checks import check_float, check_shape
+from kernels.checks import check_float, check_shape, full_precision
 from kernels.ssd.problem import Problem
 from kernels.ssd.reference import finish, gather, packed, prepare, skip, start_state
 
@@ -121,13 +119,6 @@ def block(
         weight = (decay[..., -1, :] * dt).permute(0, 4, 1, 2, 3).unsqueeze(-1)
         h = enter[..., -1, None, None] * h + torch.einsum("bjkgrp,bjkgn->bkgrpn", weight * x, B)
     return y.flatten(3, 4), h.flatten(2, 3)
-
-
-def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Switches autocast off, which would round the operands of products."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def scan(p: Problem) -> tuple[Tensor, Tensor]:

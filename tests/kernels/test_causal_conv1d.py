@@ -152,6 +152,22 @@ def test_padding_tokens_count_for_nothing(backend: str) -> None:
     assert torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_route_of_nothing_but_slots_moves_the_state(reverse: bool, packed: bool, backend: str) -> None:
+    weight, state = torch.randn(2, 3, 4, requires_grad=True), torch.randn(1, 2, 3, 3, requires_grad=True)
+    y, end = causal_conv1d(
+        torch.zeros(1, 0, 3), weight, route=torch.full((2, 2), -1), initial_state=state, return_final_state=True,
+        seq_idx=torch.zeros(1, 0, dtype=torch.int32) if packed else None, reverse=reverse, backend=backend,
+    )  # fmt: skip
+    assert y.shape == (1, 0, 2, 3)
+    assert torch.equal(end, F.pad(state[:, :, 2:], (0, 0, 0, 2)))
+    dweight, dstate = torch.autograd.grad(y.sum() + (end * end).sum() / 2, (weight, state), materialize_grads=True)
+    assert torch.equal(dweight, torch.zeros_like(weight))
+    assert torch.equal(dstate, F.pad(state[:, :, 2:], (0, 0, 2, 0)))
+
+
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     case = Case(B=3, L=700, D=33, activation=None)  # the exponentials are ATen's, whose last bit depends on it
     assert_independent_of_threads(run, case)

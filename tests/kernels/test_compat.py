@@ -143,6 +143,30 @@ def test_mamba_inner_with_complex_states() -> None:
         compat.mamba_inner_fn(**a, b_rms_weight=torch.ones(3))
 
 
+def test_mamba_inner_with_complex_states_of_one_token() -> None:
+    a = {n: t.detach() for n, t in _inner_arguments(is_complex=True).items()}
+    rank = a["x_proj_weight"][:1]  # an odd one: B and C begin at an odd column
+    odd = a | {
+        "x_proj_weight": torch.cat([rank, a["x_proj_weight"][2:]]),
+        "delta_proj_weight": a["delta_proj_weight"][:, :1],
+    }
+    whole = compat.mamba_inner_fn(**odd)
+    one = compat.mamba_inner_fn(**(odd | {"xz": a["xz"][:1, :, :1]}))
+    torch.testing.assert_close(one, whole[:1, :1])
+
+
+def test_one_group_beside_several() -> None:
+    u, delta, A = torch.randn(2, 6, 9).double(), torch.rand(2, 6, 9).double(), -torch.rand(6, 3).double()
+    one, two = torch.randn(2, 3, 9).double(), torch.randn(2, 2, 3, 9).double()
+    both = one[:, None].expand(2, 2, 3, 9)
+    torch.testing.assert_close(
+        compat.selective_scan_fn(u, delta, A, one, two), compat.selective_scan_fn(u, delta, A, both, two)
+    )
+    torch.testing.assert_close(
+        compat.selective_scan_fn(u, delta, A, two, one[:, None]), compat.selective_scan_fn(u, delta, A, two, both)
+    )
+
+
 def test_final_states_out_is_written_and_returned() -> None:
     x, weight, out = torch.randn(2, 5, 9), torch.randn(5, 4), torch.zeros(2, 5, 3)
     _, state = compat.causal_conv1d_fn(x, weight, return_final_states=True, final_states_out=out, activation="swish")

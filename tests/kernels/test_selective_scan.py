@@ -229,6 +229,44 @@ def test_padding_tokens_count_for_nothing_even_when_they_are_nan(backend: str) -
         torch.testing.assert_close(grad, truth, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("case", [Case(rank=2), Case(K=2, rank=2), Case(K=2, rank=2, positions=40, route_params=False)])
+def test_padding_reaches_no_weight_of_a_low_rank_dt(case: Case, backend: str) -> None:
+    inputs, options = case.inputs(torch.float64), case.options()
+    seq_idx = torch.zeros(case.B, case.L, dtype=torch.int32)
+    seq_idx[0, 5:9] = seq_idx[1, 60:] = -1
+    options["seq_idx"] = seq_idx
+    skipped = seq_idx < 0
+    if not case.route_params:  # a row of dt goes with the token at its scan position
+        skipped = F.pad(skipped[:, options["route"]], (0, case.L - case.positions), value=True).transpose(1, 2)
+    grads = []
+    for value in (1.0, math.nan):
+        dt = torch.where(
+            skipped.reshape(*skipped.shape, *[1] * (inputs["dt"].ndim - skipped.ndim)), value, inputs["dt"]
+        )
+        y, end = selective_scan(**(inputs | {"dt": dt}), **options, return_final_state=True, backend=backend)
+        grads.append(torch.autograd.grad(y.square().sum() + end.sum(), list(inputs.values())))
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_route_of_nothing_but_slots_only_decays(packed: bool, backend: str) -> None:
+    inputs = Case(K=2, L=0).inputs(torch.float64)
+    seq_idx = torch.zeros(2, 0, dtype=torch.int64) if packed else None
+    y, end = selective_scan(
+        **inputs, route=torch.full((2, 3), -1), seq_idx=seq_idx, return_final_state=True, backend=backend
+    )
+    decay = torch.exp(3 * F.softplus(inputs["dt_bias"])[..., None] * inputs["A"])
+    assert y.shape == (2, 0, 5)
+    torch.testing.assert_close(end, decay * inputs["initial_state"])
+    grads = torch.autograd.grad(end.sum(), [inputs[n] for n in ("A", "dt_bias", "initial_state")])
+    wanted = torch.autograd.grad(
+        (decay * inputs["initial_state"]).sum(), [inputs[n] for n in ("A", "dt_bias", "initial_state")]
+    )
+    torch.testing.assert_close(grads, wanted)
+
+
 def test_slots_and_unvisited_tokens_are_never_read() -> None:
     case = Case(K=2, L=20, positions=24)
     inputs = {n: t.detach() for n, t in case.inputs(torch.float32).items()}
