@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.backend import resolve
+from kernels.backend import resolve, runs_on_numba
 from kernels.causal_conv1d.order import (
     final_state,
     final_state_backward,
@@ -76,6 +76,14 @@ def causal_conv1d(
     Raises:
         ValueError: If a shape, dtype, device or value doesn't fit; the message names the tensor and the fix.
     """
+    in_order = route is None and cu_seqlens is None and seq_idx is None
+    if in_order and not torch.compiler.is_compiling() and x.is_cpu and runs_on_numba(backend):
+        # without the op and its dispatch, where nothing but the kernels has a part
+        found = _loaded("cpu_direct").find(
+            x, weight, bias, activation, reverse, initial_state, return_final_state
+        )
+        if found is not None:
+            return found if return_final_state else found[0]
     tensors = (x, weight, bias, route, initial_state, cu_seqlens, seq_idx)
     if backend in ("torch", "reference"):  # plain operators: differentiable twice, exportable
         p = make_problem(*tensors, activation or "", reverse)
@@ -90,6 +98,8 @@ def _implementation(name: str) -> Any:
     """The module behind a backend: ``conv`` for plain operators, ``forward`` and ``backward`` for kernels."""
     if name == "cpu":
         from kernels.causal_conv1d import cpu as module
+    elif name == "cpu_direct":
+        from kernels.causal_conv1d import cpu_direct as module
     elif name == "triton":
         from kernels.causal_conv1d import triton as module
     elif name == "torch":
@@ -146,6 +156,8 @@ def _causal_conv1d(
 def _by_kernels(name: str, p: Problem, return_final_state: bool) -> tuple[Tensor, Tensor | None]:
     """y and, on request, the final state, in routed form."""
     order = None
+    if name == "cpu" and p.in_order and (tensors := _rows(p)) is not None:
+        return _loaded("cpu_direct").forward(*tensors, _form(p), return_final_state)
     if _walks(name, p):
         from kernels.causal_conv1d import triton_walk
 
@@ -156,6 +168,22 @@ def _by_kernels(name: str, p: Problem, return_final_state: bool) -> tuple[Tensor
     if not return_final_state:
         return y, None
     return y, last_inputs(p) if p.in_order else final_state(p, order or scan_order(p))
+
+
+def _rows(p: Problem) -> tuple[Any, ...] | None:
+    """x, weight, bias and state of a convolution in order as the kernels of ``cpu_walk`` read them, if they can."""
+    tensors = (p.x.squeeze(2), p.weight[0], None if p.bias is None else p.bias[0])
+    state = None if p.initial_state is None else p.initial_state.squeeze(1)
+    x, *others = (t if t is None else t.detach().resolve_neg() for t in (*tensors, state))
+    dense = (x if x.stride(2) == 1 else x.contiguous(), *(t if t is None else t.contiguous() for t in others))
+    return dense if _loaded("cpu_direct").takes(*dense) else None
+
+
+def _form(p: Problem) -> int:
+    """The bits of ``cpu_walk``."""
+    from kernels.causal_conv1d.cpu_walk import REVERSE, SILU
+
+    return (SILU if p.silu else 0) | (REVERSE if p.reverse else 0)
 
 
 def _walks(name: str, p: Problem) -> bool:
@@ -229,6 +257,8 @@ def _backward_by_kernels(
     name: str, p: Problem, dy: Tensor, dstate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The four gradients in routed form; kernels do those of x, weight and bias, the short states are left to ATen."""
+    if name == "cpu" and p.in_order and (tensors := _rows(p)) is not None:
+        return _loaded("cpu_direct").backward(dy.contiguous().resolve_neg(), dstate, *tensors, _form(p), True)
     dy, order = dy.reshape(p.batch, p.length, p.routes, p.channels), None
     if _walks(name, p):
         from kernels.causal_conv1d import triton_walk
