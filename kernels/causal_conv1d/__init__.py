@@ -79,9 +79,7 @@ def causal_conv1d(
     in_order = route is None and cu_seqlens is None and seq_idx is None
     if in_order and not torch.compiler.is_compiling() and x.is_cpu and runs_on_numba(backend):
         # without the op and its dispatch, where nothing but the kernels has a part
-        found = _loaded("cpu_direct").find(
-            x, weight, bias, activation, reverse, initial_state, return_final_state
-        )
+        found = _loaded("cpu_direct").find(x, weight, bias, activation, reverse, initial_state, return_final_state)
         if found is not None:
             return found if return_final_state else found[0]
     tensors = (x, weight, bias, route, initial_state, cu_seqlens, seq_idx)
@@ -172,10 +170,12 @@ def _by_kernels(name: str, p: Problem, return_final_state: bool) -> tuple[Tensor
 
 def _rows(p: Problem) -> tuple[Any, ...] | None:
     """x, weight, bias and state of a convolution in order as the kernels of ``cpu_walk`` read them, if they can."""
-    tensors = (p.x.squeeze(2), p.weight[0], None if p.bias is None else p.bias[0])
-    state = None if p.initial_state is None else p.initial_state.squeeze(1)
-    x, *others = (t if t is None else t.detach().resolve_neg() for t in (*tensors, state))
-    dense = (x if x.stride(2) == 1 else x.contiguous(), *(t if t is None else t.contiguous() for t in others))
+    x = p.x.squeeze(2).detach().resolve_neg()
+    others = (p.weight[0], None if p.bias is None else p.bias[0], p.initial_state)
+    weight, bias, state = (t if t is None else t.detach().resolve_neg().contiguous() for t in others)
+    dense = (
+        x if x.stride(2) == 1 else x.contiguous(), weight, bias, None if state is None else state.squeeze(1)
+    )  # fmt: skip
     return dense if _loaded("cpu_direct").takes(*dense) else None
 
 

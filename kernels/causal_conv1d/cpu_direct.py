@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.causal_conv1d import cpu_walk
-from kernels.causal_conv1d.cpu_walk import (
-    BIAS, CHANNELS, CHANNELS_BACK, PAIR, PLACES, REVERSE, SILU, STATE, TILES, WEIGHT, X,
-)  # fmt: skip
+from kernels.causal_conv1d.cpu_walk import BIAS, PAIR, REVERSE, SILU, STATE, WEIGHT, X
 from kernels.registration import TENSORS, unwatched
 from kernels.threads import over
 
@@ -98,7 +96,7 @@ def forward(
     batch, length, channels = x.shape
     width = weight.shape[1]
     y = torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
-    sizes, steps = _sizes(length, channels, width, CHANNELS), (x.stride(0), x.stride(1))
+    sizes, steps = _sizes(length, channels, width, cpu_walk.CHANNELS), (x.stride(0), x.stride(1))
     narrow = _narrow(x, weight, bias, state)
     at, before = x.data_ptr(), _at(state) if width > 1 else 0
     arguments = (at, steps, weight.data_ptr(), _at(bias), before, y.data_ptr(), sizes, narrow, form)
@@ -129,7 +127,7 @@ def backward(
     batch, length, channels = x.shape
     width = weight.shape[1]
     dx, dstate = torch.empty_like(dy), None if state is None else torch.empty_like(state)
-    sizes, jobs = _sizes(length, channels, width, CHANNELS_BACK), batch * -(-length // (TILES * PLACES))
+    sizes, jobs = _sizes(length, channels, width, cpu_walk.CHANNELS_BACK), batch * -(-length // cpu_walk.RUN)
     part = torch.empty(jobs * (width + 1) * channels, dtype=torch.float32)
     narrow, before = _narrow(x, weight, bias, state), width > 1
     arguments = (

@@ -1,6 +1,6 @@
 """The convolution on the CPU over tokens in order, float32 or bfloat16: forward and backward in one pass over memory.
 
-    s_q = bias + sum_w weight_w in_{q - W + 1 + w},   y_q = silu(s_q);   in_j: the input at place j, state before place 0
+    s_q = bias + sum_w weight_w in_{q - W + 1 + w},   y_q = silu(s_q);   in_j: input at place j, state before place 0
     g_q = dy_q silu'(s_q),   d in_j = sum_w weight_w g_{j + W - 1 - w},   dweight_w = sum_q g_q in_{q - W + 1 + w}
 
 Tables of places, which ``kernels.causal_conv1d.cpu`` follows, aren't needed where every row is one sequence. Places are
@@ -24,7 +24,7 @@ from kernels.selective_scan.cpu_simd import WIDTH, load, pointer, replace, store
 
 PLACES = 32  # of a tile: with its channels and their sums it lies in the processor's first cache
 CHANNELS, CHANNELS_BACK = 256, 128  # at most, of a tile, forward and backward
-TILES = 8  # of a backward's job, which sums its own part of dweight and dbias
+RUN = 8 * PLACES  # places of a backward's job, which sums its own part of dweight and dbias
 PAIR = 2 * WIDTH  # channels that are worked on at once
 X, WEIGHT, BIAS, STATE = 1, 2, 4, 8  # bits of ``narrow``: which tensors are bfloat16
 SILU, REVERSE = 1, 2  # bits of ``form``
@@ -153,14 +153,14 @@ def _make_backward(sources: str):
 
     @compiled(**MATH)
     def backward(dy, x, steps, weight, bias, state, dx, dstate, part, sizes, narrow, form, first, last):
-        """Writes dx, dstate and each job's part (W + 1, D) of dweight and dbias; a job is TILES tiles of a block.
+        """Writes dx, dstate and each job's part (W + 1, D) of dweight and dbias; a job is RUN places of a block.
 
         As ``forward``; dy and dx (B, L, D) are dense and of x's dtype, dstate of the state's.
         """
         _ = sources
         length, channels, width, lanes, blocks = sizes
         past = width - 1
-        runs = (length + TILES * PLACES - 1) // (TILES * PLACES)
+        runs = (length + RUN - 1) // RUN
         taps = np.zeros(blocks * width * lanes, np.float32)
         biases, out = np.zeros(blocks * lanes, np.float32), np.empty(lanes, np.float32)
         tile = np.zeros(max((PLACES + 2 * past) * lanes, channels * width + WIDTH), np.float32)
@@ -175,7 +175,7 @@ def _make_backward(sources: str):
             count = min(lanes, channels - d0)
             w, c = pointer(taps[block * width * lanes :]), pointer(biases[d0:])
             totals[:] = 0
-            for q0 in range(run * TILES * PLACES, min(length, (run + 1) * TILES * PLACES), PLACES):
+            for q0 in range(run * RUN, min(length, (run + 1) * RUN), PLACES):
                 places = min(PLACES, length - q0)
                 for i in range(places + 2 * past):
                     q, at = q0 + i - past, i * lanes
