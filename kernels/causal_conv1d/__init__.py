@@ -154,8 +154,8 @@ def _causal_conv1d(
 def _by_kernels(name: str, p: Problem, return_final_state: bool) -> tuple[Tensor, Tensor | None]:
     """y and, on request, the final state, in routed form."""
     order = None
-    if name == "cpu" and p.in_order and (tensors := _rows(p)) is not None:
-        return _loaded("cpu_direct").forward(*tensors, _form(p), return_final_state)
+    if name == "cpu" and (given := _loaded("cpu_direct").rows_of(p)) is not None:
+        return _loaded("cpu_direct").forward(*given, return_final_state)
     if _walks(name, p):
         from kernels.causal_conv1d import triton_walk
 
@@ -166,24 +166,6 @@ def _by_kernels(name: str, p: Problem, return_final_state: bool) -> tuple[Tensor
     if not return_final_state:
         return y, None
     return y, last_inputs(p) if p.in_order else final_state(p, order or scan_order(p))
-
-
-def _rows(p: Problem) -> tuple[Any, ...] | None:
-    """x, weight, bias and state of a convolution in order as the kernels of ``cpu_walk`` read them, if they can."""
-    x = p.x.squeeze(2).detach().resolve_neg()
-    others = (p.weight[0], None if p.bias is None else p.bias[0], p.initial_state)
-    weight, bias, state = (t if t is None else t.detach().resolve_neg().contiguous() for t in others)
-    dense = (
-        x if x.stride(2) == 1 else x.contiguous(), weight, bias, None if state is None else state.squeeze(1)
-    )  # fmt: skip
-    return dense if _loaded("cpu_direct").takes(*dense) else None
-
-
-def _form(p: Problem) -> int:
-    """The bits of ``cpu_walk``."""
-    from kernels.causal_conv1d.cpu_walk import REVERSE, SILU
-
-    return (SILU if p.silu else 0) | (REVERSE if p.reverse else 0)
 
 
 def _walks(name: str, p: Problem) -> bool:
@@ -257,8 +239,8 @@ def _backward_by_kernels(
     name: str, p: Problem, dy: Tensor, dstate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The four gradients in routed form; kernels do those of x, weight and bias, the short states are left to ATen."""
-    if name == "cpu" and p.in_order and (tensors := _rows(p)) is not None:
-        return _loaded("cpu_direct").backward(dy.contiguous().resolve_neg(), dstate, *tensors, _form(p), True)
+    if name == "cpu" and (given := _loaded("cpu_direct").rows_of(p)) is not None:
+        return _loaded("cpu_direct").backward(dy.contiguous().resolve_neg(), dstate, *given, True)
     dy, order = dy.reshape(p.batch, p.length, p.routes, p.channels), None
     if _walks(name, p):
         from kernels.causal_conv1d import triton_walk

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.causal_conv1d import cpu_walk
 from kernels.causal_conv1d.cpu_walk import BIAS, PAIR, REVERSE, SILU, STATE, WEIGHT, X
+from kernels.causal_conv1d.problem import Problem
 from kernels.registration import TENSORS, unwatched
 from kernels.threads import over
 
@@ -60,6 +61,19 @@ def find(
     return forward(x, weight, bias, state, form, return_final_state)
 
 
+def rows_of(p: Problem) -> tuple[Any, ...] | None:
+    """x, weight, bias, state and form of a problem as ``forward`` takes them, None if the kernels can't run it."""
+    if not p.in_order:
+        return None
+    x = p.x.squeeze(2).detach().resolve_neg()
+    others = (p.weight[0], None if p.bias is None else p.bias[0], p.initial_state)
+    weight, bias, state = (t if t is None else t.detach().resolve_neg().contiguous() for t in others)
+    assert weight is not None
+    x, state = x if x.stride(2) == 1 else x.contiguous(), None if state is None else state.squeeze(1)
+    form = (SILU if p.silu else 0) | (REVERSE if p.reverse else 0)
+    return (x, weight, bias, state, form) if takes(x, weight, bias, state) else None
+
+
 def _at(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -100,7 +114,7 @@ def forward(
     narrow = _narrow(x, weight, bias, state)
     at, before = x.data_ptr(), _at(state) if width > 1 else 0
     arguments = (at, steps, weight.data_ptr(), _at(bias), before, y.data_ptr(), sizes, narrow, form)
-    over(cpu_walk.forward, arguments, batch * sizes[4] * -(-length // PLACES), 4 * x.numel())
+    over(cpu_walk.forward, arguments, batch * sizes[4] * -(-length // cpu_walk.PLACES), 4 * x.numel())
     if not return_final_state:
         return y, None
     last = x.new_empty((batch, width - 1, channels))

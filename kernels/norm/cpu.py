@@ -172,7 +172,10 @@ def _rows_forward(p: Problem, tensors: tuple[Any, ...]) -> tuple[Tensor, Tensor,
     total = None
     if p.residual is not None:
         total = p.residual_dtype if p.residual_dtype in NARROW else torch.float32
-    y, s, mean, rstd = cpu_direct.forward(*tensors[:5], _form(p), p.eps, _sizes(p), total, True)
+    x, weight, bias, residual, z = tensors
+    y, s, mean, rstd = cpu_direct.forward(
+        x, weight, bias, residual, z, _form(p), p.eps, _sizes(p), total, True
+    )  # fmt: skip
     assert rstd is not None
     rstd = owned(rstd, p.stats_shape)
     mean = torch.zeros_like(rstd) if mean is None else owned(mean, p.stats_shape)
