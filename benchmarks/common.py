@@ -12,6 +12,7 @@ import functools
 import importlib.util
 import itertools
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -214,7 +215,7 @@ def time_passes(
 
 def time_in_turns(
     op: str, case: str, mode: str, forwards: dict[str, tuple[Callable[[], Tensor | tuple[Tensor, ...]], list[Tensor]]],
-    floor_ms: float,
+    floor_ms: float, seconds: float = processor.SECONDS, clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[list[Row], dict[str, list[float]]]:  # fmt: skip
     """Rows of several providers on the CPU, which take turns, and all their times in milliseconds.
 
@@ -224,6 +225,8 @@ def time_in_turns(
         mode: ``forward`` or ``forward_backward``.
         forwards: By provider the forward, and what gets gradients; the first one's dtype is the row's.
         floor_ms: See op.
+        seconds: As in ``processor.in_turns``, like clock.
+        clock: See seconds.
     """
 
     def call(function: Callable[[], Tensor | tuple[Tensor, ...]], leaves: list[Tensor]) -> Callable[[], object]:
@@ -235,7 +238,7 @@ def time_in_turns(
 
     calls = {name: call(*given) for name, given in forwards.items()}
     peaks = {name: processor.peak_mib(c) for name, c in calls.items()}
-    times, made = processor.in_turns(calls), []
+    times, made = processor.in_turns(calls, seconds, clock), []
     for name, found in times.items():
         timing = Timing(*torch.tensor(found).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist(), peaks[name])
         made.append(row(op, case, name, mode, forwards[name][1][0].dtype, timing, floor_ms, "cpu"))

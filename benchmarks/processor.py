@@ -16,30 +16,37 @@ SECONDS = 2.0
 ROUNDS = 6  # of `in_turns`
 
 
-def in_turns(functions: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+def in_turns(
+    functions: dict[str, Callable[[], object]], seconds: float = SECONDS, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """The times of all functions by name, in milliseconds, taken in turns: others on the machine disturb all alike.
 
-    Each turn calls a function once untimed, which fills the caches for it, and then for a sixth of ``SECONDS``. One
-    that takes longer than ``SECONDS`` is called once.
+    Each turn calls a function once untimed, which fills the caches for it, and then for a sixth of ``seconds``. One
+    that takes longer than ``seconds`` is called once.
+
+    Args:
+        functions: What is timed.
+        seconds: For each function.
+        clock: ``time.thread_time`` counts the processor's time of this thread alone, where others disturb.
     """
     found: dict[str, list[float]] = {name: [] for name in functions}
 
     def call(name: str) -> float:
-        start = time.perf_counter()
+        start = clock()
         functions[name]()
-        return time.perf_counter() - start
+        return clock() - start
 
     for _ in range(ROUNDS):
         for name in functions:
-            if found[name] and found[name][0] > SECONDS * 1e3:
+            if found[name] and found[name][0] > seconds * 1e3:
                 continue
             total, first = 0.0, call(name)
-            if first > SECONDS:
+            if first > seconds:
                 found[name] = [first * 1e3]
                 continue
-            while total < SECONDS / ROUNDS:
-                total += (seconds := call(name))
-                found[name].append(seconds * 1e3)
+            while total < seconds / ROUNDS:
+                total += (taken := call(name))
+                found[name].append(taken * 1e3)
     return found
 
 

@@ -18,9 +18,12 @@ from torch.autograd import forward_ad
 
 _library = torch.library.Library("triscan", "FRAGMENT")
 _below = torch._C._after_ADInplaceOrView_keyset
+# looked up once: each call of an op asks them
+_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transform, _profiler, _tracing = _functorch.peek_interpreter_stack, _autograd._profiler_enabled, torch._C._is_tracing
 _PLAIN = (DispatchKey.CPU, DispatchKey.CUDA, DispatchKey.XPU)
-_TENSORS = frozenset({Tensor, torch.nn.Parameter})
-_ARGUMENTS = _TENSORS | {type(None), bool, int, float, str, torch.dtype}
+TENSORS = frozenset({Tensor, torch.nn.Parameter, type(None)})  # plain ones, or absent
+_ARGUMENTS = TENSORS | {bool, int, float, str, torch.dtype}
 
 
 def plain(arguments: Sequence[Any]) -> bool:
@@ -38,11 +41,11 @@ def simple(arguments: Iterable[Any]) -> bool:
 def unwatched() -> bool:
     """Whether no mode, transform, tracer or profiler wants to see the ops that are called."""
     return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or _functorch.peek_interpreter_stack() is not None
-        or _autograd._profiler_enabled()
-        or torch._C._get_tracing_state()
+        _modes()
+        or _function_modes()
+        or _transform() is not None
+        or _profiler()
+        or _tracing()
         or forward_ad._current_level >= 0  # type: ignore[attr-defined]  it has no public name
     )
 

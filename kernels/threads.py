@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch.utils.data import get_worker_info
 
+FEW = 1 << 16  # numbers that one thread works on alone
+
 _lock = threading.Lock()
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None  # process id, threads, executor
 
@@ -107,3 +109,18 @@ def parts(jobs: int) -> list[tuple[int, int]]:
     """``range(jobs)`` in contiguous ranges (first, last), a few per thread: tasks for functions that loop over jobs."""
     count = min(jobs, 4 * torch.get_num_threads())
     return [(jobs * i // count, jobs * (i + 1) // count) for i in range(count)]
+
+
+def over(function: Callable[..., Any], arguments: tuple[Any, ...], jobs: int, numbers: int) -> None:
+    """Calls ``function(*arguments, first, last)`` on ranges that make up ``range(jobs)``; see ``run``.
+
+    Args:
+        function: As in ``run``.
+        arguments: Its others.
+        jobs: How many there are.
+        numbers: That all of them work on; where these are few, another thread would take longer to wake up.
+    """
+    if numbers < FEW or jobs == 1 or torch.get_num_threads() == 1:
+        function(*arguments, 0, jobs)
+    else:
+        run(function, [(*arguments, *part) for part in parts(jobs)])

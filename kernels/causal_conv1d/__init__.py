@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.backend import resolve
+from kernels.backend import resolve, runs_on_numba
 from kernels.causal_conv1d.order import (
     final_state,
     final_state_backward,
@@ -76,6 +76,12 @@ def causal_conv1d(
     Raises:
         ValueError: If a shape, dtype, device or value doesn't fit; the message names the tensor and the fix.
     """
+    in_order = route is None and cu_seqlens is None and seq_idx is None
+    if in_order and not torch.compiler.is_compiling() and x.is_cpu and runs_on_numba(backend):
+        # without the op and its dispatch, where nothing but the kernels has a part
+        found = _loaded("cpu_direct").find(x, weight, bias, activation, reverse, initial_state, return_final_state)
+        if found is not None:
+            return found if return_final_state else found[0]
     tensors = (x, weight, bias, route, initial_state, cu_seqlens, seq_idx)
     if backend in ("torch", "reference"):  # plain operators: differentiable twice, exportable
         p = make_problem(*tensors, activation or "", reverse)
@@ -90,6 +96,8 @@ def _implementation(name: str) -> Any:
     """The module behind a backend: ``conv`` for plain operators, ``forward`` and ``backward`` for kernels."""
     if name == "cpu":
         from kernels.causal_conv1d import cpu as module
+    elif name == "cpu_direct":
+        from kernels.causal_conv1d import cpu_direct as module
     elif name == "triton":
         from kernels.causal_conv1d import triton as module
     elif name == "torch":
@@ -146,6 +154,8 @@ def _causal_conv1d(
 def _by_kernels(name: str, p: Problem, return_final_state: bool) -> tuple[Tensor, Tensor | None]:
     """y and, on request, the final state, in routed form."""
     order = None
+    if name == "cpu" and (given := _loaded("cpu_direct").rows_of(p)) is not None:
+        return _loaded("cpu_direct").forward(*given, return_final_state)
     if not p.length:
         y = p.x.new_empty((p.batch, 0, p.routes, p.channels))
     elif _walks(name, p):
@@ -231,6 +241,8 @@ def _backward_by_kernels(
     name: str, p: Problem, dy: Tensor, dstate: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The four gradients in routed form; kernels do those of x, weight and bias, the short states are left to ATen."""
+    if name == "cpu" and (given := _loaded("cpu_direct").rows_of(p)) is not None:
+        return _loaded("cpu_direct").backward(dy.contiguous().resolve_neg(), dstate, *given, True)
     dy, order = dy.reshape(p.batch, p.length, p.routes, p.channels), None
     if not p.length:  # the state alone, along padding slots
         dx, dweight = torch.zeros_like(p.x), torch.zeros_like(p.weight)

@@ -1,4 +1,4 @@
-"""The causal convolution on the CPU: numba kernels over rows of channels, one pass over x, in threads of their own.
+"""The causal convolution on the CPU, for what ``cpu_walk`` doesn't take: routes, packed sequences, other dtypes.
 
     s_q = bias + sum_w weight_w in_{q - W + 1 + w}      in_j: the input at place j, older state before the start
     y at token(q) = silu(s_q)
@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.causal_conv1d import cpu_walk
 from kernels.causal_conv1d.order import Order, inverse
 from kernels.causal_conv1d.problem import Problem
 from kernels.jit import compiled
@@ -168,8 +167,6 @@ def _run_sums(p: Problem, a: _Arrays, out: Tensor, at_tokens: bool) -> None:
 
 def forward(p: Problem, o: Order) -> Tensor:
     """y ``(B, L, K, D)`` in x's dtype."""
-    if cpu_walk.takes(p):
-        return cpu_walk.forward(p)
     a = _Arrays(p, o)
     make = torch.empty if o.token is None else torch.zeros
     y = make(p.batch, p.length, p.routes, p.channels, dtype=p.dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernels.backend import resolve
+from kernels.backend import resolve, runs_on_numba
 from kernels.norm.problem import make_problem
 from kernels.plans import Plan, Plans
 from kernels.recompute import gradients
@@ -64,6 +64,16 @@ def norm(
     Raises:
         ValueError: If a shape, dtype, device or value doesn't fit; the message names the tensor and the fix.
     """
+    if not torch.compiler.is_compiling() and x.is_cpu and runs_on_numba(backend):
+        # without the op and its dispatch, where nothing but the kernels has a part
+        found = _loaded("cpu_direct").find(
+            x, weight, bias, residual, z, kind, eps, group_size, norm_before_gate, residual_in_fp32, return_residual
+        )
+        if found is not None:
+            y, s = found
+            if not return_residual:
+                return y
+            return y, (x.float() if residual_in_fp32 else x) if s is None else s
     arguments = (x, weight, bias, residual, z, kind, eps, group_size or 0, norm_before_gate, residual_in_fp32)
     if backend in ("torch", "reference"):  # plain operators: differentiable twice, exportable
         y, s, _, _ = _implementation(backend).norm(make_problem(*arguments))
@@ -80,6 +90,8 @@ def _implementation(name: str) -> Any:
     """The module behind a backend: ``norm`` for plain operators, ``forward`` and ``backward`` for kernels."""
     if name == "cpu":
         from kernels.norm import cpu as module
+    elif name == "cpu_direct":
+        from kernels.norm import cpu_direct as module
     elif name == "triton":
         from kernels.norm import triton as module
     else:
@@ -159,11 +171,8 @@ def _norm_backward(
     plan = _backward_plans.find((dy, ds, mean, rstd, x, weight, bias, residual, z), (*flags, residual_dtype, backend))
     p = make_problem(x, weight, bias, residual, z, *flags, plan)
     name = _resolve(plan, backend, x.device)
-    if name == "triton":
+    if name in ("cpu", "triton"):
         dx, dweight, dbias, dresidual, dz = _loaded(name).backward(p, dy, ds, mean, rstd, residual_dtype)
-    elif name == "cpu":
-        dsum, dweight, dbias, dz = _loaded(name).backward(p, dy, ds, mean, rstd)
-        dx, dresidual = _two_gradients(dsum, dy.dtype, residual_dtype)
     else:
 
         def run(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -171,8 +180,9 @@ def _norm_backward(
             return y, x if residual is None else s
 
         dx, dweight, dbias, dresidual, dz = gradients(run, (x, weight, bias, residual, z), (dy, ds))
-        if residual is None:
-            dx, dresidual = _two_gradients(dx, dy.dtype, residual_dtype)
+        if residual is None:  # an op's outputs share no memory
+            dresidual = None if residual_dtype is None else dx.to(residual_dtype, copy=True)
+            dx = dx.to(dy.dtype)
     return (
         dx,
         dweight.to(weight.dtype),
@@ -180,13 +190,6 @@ def _norm_backward(
         x.new_empty(0) if dresidual is None else dresidual,
         x.new_empty(0) if z is None else dz.to(z.dtype),
     )
-
-
-def _two_gradients(
-    dsum: Tensor, dtype: torch.dtype, residual_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of x and of the residual, if there is one, from that of their sum: an op's outputs share no memory."""
-    return dsum.to(dtype), None if residual_dtype is None else dsum.to(residual_dtype, copy=True)
 
 
 @_norm_backward.register_fake

@@ -1,21 +1,28 @@
-"""The norms on the CPU: one numba pass over the rows, in threads of their own; exponentials and LayerNorm are ATen's.
+"""The norms on the CPU, in threads of their own: ``cpu_rows`` where it takes the dtypes, else one numba pass over rows.
 
     u = s, or s gate with the gate first;   n = (u - mean) rstd;   o = n weight + bias;   y = o, or o gate
     do = dy, or dy gate;   dn = do weight;   du = rstd (dn - mean(dn) - n mean(dn n)), without mean(dn) for RMSNorm
     dweight = sum do n,   dbias = sum do,   ds = du, or du gate;   dgate = dy o, or du s
+
+The rest is for float64, float16 and mixtures, and takes its exponentials from ATen.
 
 D channels, M rows, G groups of D / G channels.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.checks import owned
 from kernels.jit import compiled
-from kernels.norm import cpu_rms
+from kernels.norm import cpu_direct
+from kernels.norm.cpu_direct import NARROW
+from kernels.norm.cpu_rows import GATE_FIRST, GATE_LAST, LAYER
 from kernels.norm.problem import Problem
 from kernels.threads import parts, run
 
@@ -97,12 +104,13 @@ def _backward(s, dy, add, gate, weight, bias, mean, rstd, layer, gate_last, ds, 
                 for d in range(size):
                     dw[d] += do[d] * n[d]
                     db[d] += do[d]
-                    c1 += do[d] * w[d] * n[d]
-                    c2 += do[d] * w[d]
+                    do[d] *= w[d]  # dn, rounded: in a row of one channel it is its mean, exactly
+                    c1 += do[d] * n[d]
+                    c2 += do[d]
                 c1 /= size
                 c2 = c2 / size if layer else weight.dtype.type(0)
                 for d in range(size):
-                    out[d] = scale * (do[d] * w[d] - c2 - n[d] * c1)
+                    out[d] = scale * (do[d] - c2 - n[d] * c1)
                 if gated and not gate_last:
                     gr, dg = gate[m, a:z], dgate[m, a:z]
                     for d in range(size):
@@ -135,41 +143,76 @@ def _gate(p: Problem) -> Tensor | None:
     return None if p.z is None else F.silu(p.z.detach().to(p.dtype))
 
 
-def _is_plain_layer_norm(p: Problem) -> bool:
-    """Whether ATen has this very norm: its kernel is then the faster one."""
-    return p.layer and p.z is None and p.groups == 1
-
-
 def _total(p: Problem) -> Tensor:
     """x + residual in the dtype of the statistics."""
     s = p.x.detach().to(p.dtype)
     return s if p.residual is None else s + p.residual.to(p.dtype)
 
 
-def _layer_norm(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    s = _total(p)
-    weight, bias = (None if t is None else t.detach().to(p.dtype) for t in (p.weight, p.bias))
-    y, mean, rstd = torch.native_layer_norm(s, (p.channels,), weight, bias, p.eps)
-    total = s.new_empty(0) if p.residual is None else s
-    return y.to(p.x.dtype), total.to(p.residual_dtype), mean.view(p.stats_shape), rstd.view(p.stats_shape)
+def _as_rows(p: Problem, *others: Tensor | None) -> tuple[Any, ...] | None:
+    """The tensors as the kernels of ``cpu_rows`` read them, if they can: x, weight, bias, residual, z and others."""
+    tensors = (p.x, p.weight, p.bias, p.residual, p.z, *others)
+    if p.dtype != torch.float32 or not p.x.numel() or any(t is not None and t.dtype not in NARROW for t in tensors):
+        return None
+    return tuple(t if t is None else t.detach().contiguous().resolve_neg() for t in tensors)
 
 
-def _layer_norm_backward(
-    p: Problem, dy: Tensor, ds: Tensor | None, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    weight, bias = (None if t is None else t.detach().to(p.dtype) for t in (p.weight, p.bias))
-    out, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dy.to(p.dtype), _total(p), (p.channels,), mean, rstd, weight, bias, [True, True, bias is not None]
+def _form(p: Problem) -> int:
+    gate = 0 if p.z is None else GATE_LAST if p.norm_before_gate else GATE_FIRST
+    return gate | (LAYER if p.layer else 0)
+
+
+def _sizes(p: Problem) -> tuple[int, int, int]:
+    size = p.channels // p.groups
+    return p.x.numel() // size, size, p.groups
+
+
+def _rows_forward(p: Problem, tensors: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``forward`` by the kernels of ``cpu_rows``."""
+    total = None
+    if p.residual is not None:
+        total = p.residual_dtype if p.residual_dtype in NARROW else torch.float32
+    x, weight, bias, residual, z = tensors
+    y, s, mean, rstd = cpu_direct.forward(
+        x, weight, bias, residual, z, _form(p), p.eps, _sizes(p), total, True
+    )  # fmt: skip
+    assert rstd is not None
+    rstd = owned(rstd, p.stats_shape)
+    mean = torch.zeros_like(rstd) if mean is None else owned(mean, p.stats_shape)
+    return y, p.x.new_empty(0, dtype=p.residual_dtype) if s is None else s.to(p.residual_dtype), mean, rstd
+
+
+def _rows_backward(
+    p: Problem, dy: Tensor, ds: Tensor | None, mean: Tensor, rstd: Tensor, residual_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None] | None:
+    """``backward`` by the kernels of ``cpu_rows``, None if they don't take the problem."""
+    tensors = _as_rows(p, dy, ds)
+    if tensors is None or (residual_dtype is not None and residual_dtype not in NARROW):
+        return None
+    x, weight, bias, residual, z, dy_, ds = tensors
+    stats = (mean.contiguous(), rstd.contiguous())
+    dx, dweight, dbias, dresidual, dz = cpu_direct.backward(
+        dy_,
+        ds,
+        *stats,
+        x,
+        weight,
+        bias,
+        residual,
+        z,
+        residual_dtype,
+        _form(p),
+        _sizes(p),
+        True,
     )
-    return out if ds is None else out.add_(ds), dweight, dbias, None
+    assert dweight is not None
+    return dx, dweight, dbias, dx.clone() if dresidual is dx else dresidual, dz
 
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y in x's dtype, x + residual (empty without a residual), mean and rstd ``(..., G)``."""
-    if _is_plain_layer_norm(p):
-        return _layer_norm(p)
-    if cpu_rms.takes(p):
-        return cpu_rms.forward(p)
+    if (tensors := _as_rows(p)) is not None:
+        return _rows_forward(p, tensors)
     weight, bias = _parameters(p)
     x, residual, gate = _rows(p, p.x), _rows(p, p.residual), _rows(p, _gate(p))
     y = torch.empty(p.x.shape, dtype=p.dtype)
@@ -183,11 +226,21 @@ def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def backward(
-    p: Problem, dy: Tensor, ds: Tensor | None, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of s (the sum x + residual), weight, bias and z; ``ds`` is what arrives at s from elsewhere."""
-    if _is_plain_layer_norm(p):
-        return _layer_norm_backward(p, dy, ds, mean, rstd)
+    p: Problem, dy: Tensor, ds: Tensor | None, mean: Tensor, rstd: Tensor, residual_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x (in dy's dtype), weight, bias, the residual (in ``residual_dtype`` if there is one) and z.
+
+    Args:
+        p: The problem; its x may be the sum of x and a residual.
+        dy: Gradient of y.
+        ds: What arrives at the sum from elsewhere.
+        mean: Of the forward.
+        rstd: Of the forward.
+        residual_dtype: Of the residual, None without one.
+    """
+    found = _rows_backward(p, dy, ds, mean, rstd, residual_dtype)
+    if found is not None:
+        return found
     weight, bias = _parameters(p)
     gate = _gate(p)
     s, dy_rows, add, gate_rows = _rows(p, _total(p)), _rows(p, dy), _rows(p, ds), _rows(p, gate)
@@ -200,4 +253,6 @@ def backward(
     arguments = (s, dy_rows, add, gate_rows, weight, bias, *stats, p.layer, p.norm_before_gate, *outputs)
     run(_backward, [(*arguments, *part) for part in parts(jobs)])
     dz = None if p.z is None else torch.ops.aten.silu_backward(dgate, p.z.to(p.dtype))
-    return out, dweight.sum(0), dbias.sum(0), dz
+    # an op's outputs share no memory
+    dresidual = None if residual_dtype is None else out.to(residual_dtype, copy=True)
+    return out.to(dy.dtype), dweight.sum(0), dbias.sum(0), dresidual, dz

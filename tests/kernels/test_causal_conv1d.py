@@ -258,6 +258,61 @@ def test_only_the_state_in_the_loss() -> None:
     assert grad[:, :-3].eq(0).all()
 
 
+IN_ORDER = [n for n, c in CASES.items() if c.route is None and c.cu_seqlens is None and c.seq_idx is None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [*IN_ORDER, "two blocks", "runs"])
+def test_the_function_is_the_op(name: str, dtype: torch.dtype) -> None:
+    """The function goes straight to the kernels; over edges of blocks of channels and of a job's tiles, too."""
+    more = {"two blocks": Case(L=40, D=290), "runs": Case(B=2, L=700, D=3, W=3, reverse=True)}
+    case = CASES.get(name) or more[name]
+    found = []
+    for op in (False, True):
+        inputs = case.inputs(dtype)
+        if op:
+            x, weight, bias, state = (inputs.get(n) for n in ("x", "weight", "bias", "initial_state"))
+            tensors = (x, weight, bias, None, state, None, None)
+            outputs = torch.ops.triscan.causal_conv1d(*tensors, case.activation or "", case.reverse, True, "cpu")
+        else:
+            outputs = causal_conv1d(**inputs, **case.options(), return_final_state=True, backend="cpu")
+        generator = torch.Generator().manual_seed(3)
+        grads = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs]
+        leaves = list(inputs.values())
+        found.append([*outputs, *torch.autograd.grad(outputs, leaves, grads, allow_unused=True)])
+    for got, wanted in zip(*found, strict=True):
+        assert (got is None) == (wanted is None)
+        if got is not None:
+            torch.testing.assert_close(got, wanted)
+    if name not in CASES:
+        compare(case, dtype, "cpu")
+
+
+def test_gradients_may_come_in_any_layout() -> None:
+    x, weight, state = torch.randn(2, 9, 5, requires_grad=True), torch.randn(5, 4), torch.randn(2, 3, 5)
+    dy, dlast = torch.randn(5, 9, 2).transpose(0, 2), torch.randn(1, 3, 5).expand(2, 3, 5)
+    grads = []
+    for backend in ("cpu", "reference"):
+        outputs = causal_conv1d(x, weight, initial_state=state, return_final_state=True, backend=backend)
+        grads.append(torch.autograd.grad(outputs, x, (dy, dlast))[0])
+    torch.testing.assert_close(*grads)
+    y = causal_conv1d(x, weight, backend="cpu")
+    assert isinstance(y, Tensor)
+    torch.testing.assert_close(
+        torch.autograd.grad(y.sum(), x), torch.autograd.grad(causal_conv1d(x, weight, backend="reference").sum(), x)
+    )
+
+
+def test_outputs_are_their_own() -> None:
+    """A piece's final state outlives what is done to its input and output."""
+    x, weight = torch.randn(2, 9, 5), torch.randn(5, 4)
+    y, last = causal_conv1d(x, weight, return_final_state=True, backend="cpu")
+    kept = x[:, -3:].clone()
+    x.zero_()
+    y.zero_()
+    assert torch.equal(last, kept)
+
+
 X, WEIGHT = torch.zeros(2, 9, 5), torch.zeros(5, 4)
 BAD = {
     "x of two axes": ({"x": X[0]}, r"x: got shape \(9, 5\), wanted \(B, L, D\)"),

@@ -177,3 +177,80 @@ BAD = {
 def test_bad_input_says_what_is_wanted(name: str) -> None:
     changes, message = BAD[name]
     assert_refuses(norm, {"x": X, "weight": torch.ones(6), **changes}, message)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("through_op", [False, True])
+def test_a_layer_norm_of_one_channel_has_no_gradient(dtype: torch.dtype, through_op: bool) -> None:
+    """Its output doesn't depend on x: rounding errors must not meet the large ``rstd = eps^-1/2``."""
+    x, weight = torch.randn(40, 7, dtype=dtype).requires_grad_(), torch.randn(7)
+    if through_op:
+        y = torch.ops.triscan.norm(x, weight, None, None, None, "layer", 1e-5, 1, True, True, "cpu")[0]
+    else:
+        y = norm(x, weight, kind="layer", group_size=1, backend="cpu")
+    (grad,) = torch.autograd.grad(y, x, torch.randn(40, 7, dtype=dtype))
+    assert not grad.any()
+
+
+def both_ways(case: Case, dtype: torch.dtype) -> list[list[Tensor]]:
+    """Outputs and gradients of the function, which goes straight to the kernels, and of the op."""
+    found = []
+    for op in (False, True):
+        inputs = case.inputs(dtype)
+        if op:
+            tensors = (inputs.get(n) for n in ("x", "weight", "bias", "residual", "z"))
+            flags = (case.kind, 1e-5, case.group_size or 0, case.norm_before_gate, case.residual_in_fp32, "cpu")
+            y, s, _, _ = torch.ops.triscan.norm(*tensors, *flags)
+        else:
+            y, s = norm(**inputs, **case.options(), return_residual=True, backend="cpu")
+        outputs = [y, s] if case.residual else [y]
+        generator = torch.Generator().manual_seed(3)
+        grads = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs]
+        found.append([*outputs, *torch.autograd.grad(outputs, list(inputs.values()), grads)])
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_the_function_is_the_op(name: str, dtype: torch.dtype) -> None:
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for got, wanted in zip(*both_ways(CASES[name], dtype), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_rows_do_not_infect_each_other(kind: str, bad: float) -> None:
+    x, weight = torch.randn(40, 19), torch.randn(19)
+    x[3, 5] = bad
+    x.requires_grad_()
+    y = norm(x, weight, kind=kind, backend="cpu")
+    assert isinstance(y, Tensor)
+    (grad,) = torch.autograd.grad(y, x, torch.ones(40, 19))
+    others = torch.arange(40) != 3
+    assert y[others].isfinite().all()
+    assert grad[others].isfinite().all()
+    assert not y[3].isfinite().all()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, weight = torch.randn(3, 6, requires_grad=True), torch.randn(6)
+    y = norm(x, weight, backend="cpu")
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="norm_backward has no derivative; use backend='torch'"):
+        dx.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_autocast_changes_nothing(kind: str) -> None:
+    x, weight, residual = torch.randn(3, 6).bfloat16(), torch.randn(6), torch.randn(3, 6)
+    wanted = norm(x, weight, residual=residual, kind=kind, return_residual=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(norm(x, weight, residual=residual, kind=kind, return_residual=True), wanted)
+
+
+def test_large_layer_norms_are_as_accurate() -> None:
+    """Sums over many rows; PyTorch's own, which takes part for some sizes, rounds these to bfloat16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(Case(shape=(700, 70), kind="layer", bias=True, residual=True), dtype, "cpu")
+        compare(Case(shape=(700, 70), kind="layer", bias=True), dtype, "cpu")
