@@ -86,10 +86,22 @@ def finish(p: Problem, y: Tensor) -> Tensor:
     if p.merge or p.route is None:
         y = y.sum(2)
     if p.z is not None:
-        z = p.z.to(p.dtype)
-        gate = F.silu(z if p.seq_idx is None else torch.where((p.seq_idx < 0)[..., None], 0, z))
+        gate = F.silu(_gated(p))
         y = y * (gate if y.ndim == 3 else gate[:, :, None])
     return y.to(p.x.dtype)
+
+
+def _gated(p: Problem) -> Tensor:
+    """z ``(B, L, D)`` in the scan's dtype; zeros at tokens that are skipped or on no route, whatever it holds there."""
+    assert p.z is not None
+    z = p.z.to(p.dtype)
+    if p.seq_idx is not None:
+        z = torch.where((p.seq_idx < 0)[..., None], 0, z)
+    if p.route is not None:
+        visited = torch.zeros(p.length + 1, dtype=torch.bool, device=z.device)
+        visited[torch.where(p.route < 0, p.length, p.route).long()] = True
+        z = torch.where(visited[:-1, None], z, 0)
+    return z
 
 
 def along(t: Tensor, route: Tensor | None) -> Tensor:
