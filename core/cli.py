@@ -151,8 +151,13 @@ def exit_codes() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def parse(parser: Any, arguments: Sequence[str]) -> Any:
+def parse(parser: Any, arguments: Sequence[str], defaults: bool = True) -> Any:
     """Parse with a jsonargparse parser made with ``exit_on_error=False``; --top-k is taken for --top_k.
+
+    Args:
+        parser: The parser.
+        arguments: Those of the command line.
+        defaults: Whether options that are not given are in the result too, with their defaults.
 
     Raises:
         UserError: In one line, with the option that may have been meant.
@@ -160,7 +165,7 @@ def parse(parser: Any, arguments: Sequence[str]) -> Any:
     from argparse import ArgumentError
 
     try:
-        return parser.parse_args(_underscored(arguments, option_names(parser)))
+        return parser.parse_args(_underscored(arguments, option_names(parser)), defaults=defaults)
     except ArgumentError as error:
         raise UserError(explain(str(error), option_names(parser))) from None
 
