@@ -139,6 +139,7 @@ def test_what_is_given_wins_though_it_is_the_recipes_value() -> None:
         (["mqar", "--test_lengths", "[3]"], "--test_lengths: "),
         (["mqar", "--device", "tpu9"], "--device tpu9"),
         (["mqar", "--stop_at", "2"], "--stop_at is 2"),
+        (["mqar", "--anneal", "4001"], "--anneal is 4001; wanted from 1 to all 4000 steps"),
         (["mqar", "--beta2", "1"], "--beta2 is 1.0"),
         (["mqar", "--eps", "0"], "--eps is 0"),
         (["mqar", "--precision", "float16"], "--precision is 'float16'"),
