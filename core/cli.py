@@ -170,8 +170,13 @@ def _let_the_first_speak() -> None:
         time.sleep(0.05)
 
 
-def parse(parser: Any, arguments: Sequence[str]) -> Any:
+def parse(parser: Any, arguments: Sequence[str], defaults: bool = True) -> Any:
     """Parse with a jsonargparse parser made with ``exit_on_error=False``; --top-k is taken for --top_k.
+
+    Args:
+        parser: The parser.
+        arguments: Those of the command line.
+        defaults: Whether options that are not given are in the result too, with their defaults.
 
     Raises:
         UserError: In one line, with the option that may have been meant.
@@ -179,7 +184,7 @@ def parse(parser: Any, arguments: Sequence[str]) -> Any:
     from argparse import ArgumentError
 
     try:
-        return parser.parse_args(_underscored(arguments, option_names(parser)))
+        return parser.parse_args(_underscored(arguments, option_names(parser)), defaults=defaults)
     except ArgumentError as error:
         raise UserError(explain(str(error), option_names(parser))) from None
 

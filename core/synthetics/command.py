@@ -71,7 +71,7 @@ class Parsed:
 
     Args:
         recipe: The study.
-        changed: The settings in which the user differs from the recipe.
+        changed: The settings that the user gives.
         options: An instance of the command's options.
         line: The command line, for the record.
     """
@@ -136,7 +136,9 @@ def parse(program: str, arguments: Sequence[str], options: type[RunOptions] | ty
     defaults = asdict(found.settings)
     parser.set_defaults(defaults)
     values = cli.parse(parser, arguments[1:]).as_dict()
-    changed = {name: values[name] for name in defaults if values[name] != defaults[name]}
+    said = cli.parse(parser, arguments[1:], defaults=False).as_dict()
+    # What is given counts though it is the recipe's value: the model's own may be another.
+    changed = {name: value for name, value in said.items() if name in defaults}
     given = options(**{entry.name: values[entry.name] for entry in fields(options)})
     if given.minutes is not None and given.minutes <= 0:
         raise UserError(f"--minutes is {given.minutes:g}; wanted more than 0, or null for no bound")

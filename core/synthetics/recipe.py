@@ -48,6 +48,8 @@ class Settings:
         precision: float32, or bfloat16 where autocast allows it.
         check_every: Steps between checks on held-out sequences.
         stop_at: Accuracy of a check that ends the training; null trains all steps.
+        anneal: Steps over which the rate falls, the last ones: those after the check that reached ``stop_at``, else of
+            ``steps``. Until then it is constant. Null is all steps, and training ends at that check.
         test_lengths: Lengths of the tests; empty is the task's own.
         test_sequences: Sequences of each test.
         test_tokens: Tokens of each test, about: the longest tests have fewer sequences.
@@ -74,6 +76,7 @@ class Settings:
     precision: Literal["float32", "bfloat16"] = "float32"
     check_every: int = 500
     stop_at: float | None = None
+    anneal: int | None = None
     test_lengths: list[int] = field(default_factory=list)
     test_sequences: int = 1024
     test_tokens: int = 1 << 28
@@ -205,6 +208,8 @@ def check(settings: Settings) -> Settings:
             raise UserError(f"--{name} is {getattr(settings, name)}; wanted a positive number")
     if not 0 <= settings.beta2 < 1:
         raise UserError(f"--beta2 is {settings.beta2}; wanted a number from 0 up to, not including, 1")
+    if settings.anneal is not None and not 1 <= settings.anneal <= settings.steps:
+        raise UserError(f"--anneal is {settings.anneal}; wanted from 1 to all {settings.steps} steps, or null")
     for name in ("advance_at", "stop_at"):
         value = getattr(settings, name)
         if value is not None and not 0 < value <= 1:

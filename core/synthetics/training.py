@@ -82,6 +82,8 @@ class Run:
             raise UserError(f"--model {settings.model}: {error}") from error
         self.step = torch.zeros((), dtype=torch.int64, device=device)
         self.losses = torch.zeros(settings.steps, device=device)
+        self.over = settings.anneal or settings.steps  # how many steps the rate takes to fall
+        self.fall = torch.tensor(settings.steps - self.over, device=device)  # the step at which it begins
         groups = list(models.parameter_groups(self.model, settings.lr, settings.weight_decay))
         self.peaks = [group["lr"] for group in groups]
         for group in groups:
@@ -127,8 +129,8 @@ class Run:
         return [length for length in lengths if longest is None or length <= longest]
 
     def _train(self, stage: Task, end: int, last: bool) -> Generator[bool, None, None]:
-        """Trains on a stage up to step ``end``, or until it is learnt."""
-        self.graph, begin, every = None, self.result.steps, self.settings.check_every
+        """Trains on a stage up to step ``end``, or until it is learnt and, at last, the rate has fallen."""
+        self.graph, begin, every, learnt = None, self.result.steps, self.settings.check_every, False
         wanted = self.settings.stop_at if last else self.settings.advance_at
         while self.result.steps < end:
             check = (self.result.steps // every + 1) * every
@@ -143,11 +145,18 @@ class Run:
                 accuracy = yield from self._check(stage)
             if self.result.stopped == "steps" and self.out_of_time:
                 self.result.stopped = "time"
-            if wanted is not None and accuracy >= wanted:
-                self.result.stopped = "solved" if last else self.result.stopped
+            if wanted is not None and accuracy >= wanted and not learnt:
+                learnt = True
+                if not last or self.settings.anneal is None:
+                    end = self.result.steps
+                else:
+                    end = min(end, self.result.steps + self.settings.anneal)
+                    with self._stream():
+                        self.fall.clamp_(max=self.result.steps)
+            elif self.result.stopped != "steps":
                 return
-            if self.result.stopped != "steps":
-                return
+        if learnt and last:
+            self.result.stopped = "solved"
 
     def _check(self, stage: Task) -> Generator[bool, None, float]:
         """Adds a record to the history, and returns its accuracy."""
@@ -196,7 +205,7 @@ class Run:
         step = self.step.double()
         share = ((step + 1) / max(1, self.settings.warmup)).clamp(max=1)
         if self.settings.cosine:
-            share = share * 0.5 * (1 + torch.cos(math.pi * step / self.settings.steps))
+            share = share * 0.5 * (1 + torch.cos(math.pi * ((step - self.fall) / self.over).clamp(0, 1)))
         return share
 
     def _evaluate(

@@ -103,6 +103,20 @@ def test_rate_warms_up_and_falls() -> None:
     assert rates[99] < 1e-3
 
 
+@pytest.mark.parametrize(("learnt", "steps", "stopped"), [(25, 33, "solved"), (None, 40, "steps"), (35, 40, "solved")])
+def test_rate_falls_once_the_task_is_learnt(learnt: int | None, steps: int, stopped: str) -> None:
+    run_of = study(steps=40, warmup=2, check_every=5, stop_at=0.9, curriculum=[{"length": 4}, {}], anneal=8)
+    work = training.Run(run_of, run_of.run({}), torch.device("cpu"))
+    work._check = lambda stage: iter_of(float(work.result.steps == learnt))  # type: ignore[method-assign]
+    rates, update = [], work._update
+    work._update = lambda stage: (rates.append(work._rate().item()), update(stage))  # type: ignore
+    got = finish(work)
+    assert (got.steps, got.stopped) == (steps, stopped)
+    assert rates[0] == 0.5
+    assert set(rates[1 : steps - 8]) == {1.0}
+    assert rates[steps - 8 :] == pytest.approx([0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)])
+
+
 def test_marks_are_obeyed() -> None:
     model = models.build({"layer": "S4D", "d_state": 4}, 8, 1, 5)
     groups = list(models.parameter_groups(model, 1e-2, 0.1))

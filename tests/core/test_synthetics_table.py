@@ -109,6 +109,20 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert [row["model"] for row in csv.DictReader(file)] == ["mamba", "mamba2"]
 
 
+def test_what_is_given_wins_though_it_is_the_recipes_value() -> None:
+    """Mamba's own settings on induction heads are other than the recipe's."""
+    found = recipe.read("induction_heads")
+    assert found.run({}, model="mamba").batch_size != found.settings.batch_size
+    arguments = ["induction_heads", "--batch-size", str(found.settings.batch_size), f"--warmup={found.settings.warmup}"]
+    parsed = command.parse("table", [*arguments, "--task.length=64"], command.TableOptions)
+    given = {"batch_size": found.settings.batch_size, "warmup": found.settings.warmup, "task": {"length": 64}}
+    assert parsed.changed == given
+    settings = parsed.recipe.rows(parsed.changed, ["mamba"], [0])[0]
+    assert settings.batch_size == found.settings.batch_size
+    assert settings.task == {**found.settings.task, "length": 64}
+    assert command.parse("table", ["induction_heads"], command.TableOptions).changed == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -125,6 +139,7 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (["mqar", "--test_lengths", "[3]"], "--test_lengths: "),
         (["mqar", "--device", "tpu9"], "--device tpu9"),
         (["mqar", "--stop_at", "2"], "--stop_at is 2"),
+        (["mqar", "--anneal", "4001"], "--anneal is 4001; wanted from 1 to all 4000 steps"),
         (["mqar", "--beta2", "1"], "--beta2 is 1.0"),
         (["mqar", "--eps", "0"], "--eps is 0"),
         (["mqar", "--precision", "float16"], "--precision is 'float16'"),
