@@ -47,8 +47,8 @@ def finetune(
     """Trains a classifier once a fold, each tested on its fold, or on the data set's own test part where there is one.
 
     The epoch is chosen on a tenth of the training part. folds.tsv has accuracy, macro F1 and Matthews correlation of
-    each fold, predictions.tsv every answer; beside them stands a k-mer logistic regression of the same folds. The folds'
-    models are not kept.
+    each fold, predictions.tsv every answer; beside them stands a k-mer logistic regression of the same folds.
+    The folds' models are not kept.
 
     Args:
         data: Folder of Genomic Benchmarks' or the Nucleotide Transformer's layout, or a CSV or FASTA file; see
