@@ -294,7 +294,7 @@ def test_strided_inputs_are_read_in_place() -> None:
 
 @pytest.mark.parametrize("axis", [0, 1], ids=["rows", "tokens"])
 def test_far_apart_rows_and_tokens(axis: int) -> None:
-    """Strides that fit int32 where offsets do not. The memory between is touched by nobody: on a CPU it is not there."""
+    """Strides that fit int32 where offsets do not; nobody touches the memory between, which is not there on a CPU."""
     step, count = 2**30, 3
     narrow = Case(B=count, L=2, H=1, N=4) if axis == 0 else Case(B=1, L=count, H=1, N=4)
     inputs = narrow.inputs(torch.bfloat16, DEVICE)
