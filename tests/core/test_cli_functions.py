@@ -168,4 +168,4 @@ def test_only_the_first_process_words_a_mistake_of_all(tmp_path: Path) -> None:
 
 def test_an_option_that_is_wanted_is_called_as_it_is_written() -> None:
     message = "the following arguments are required: test.data.root, sizes"
-    assert explain(message, ["--data.root", "--data.window"]) == "required: --data.root, sizes"
+    assert explain(message, ["--data.root", "--data.window"]) == "required: --data.root, sizes; --help lists all"
