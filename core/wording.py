@@ -22,7 +22,8 @@ def explain(message: str, options: Sequence[str]) -> str:
         return _unknown(["--" + found.group(1)], options)
     if found := re.search(r"arguments are required: (.*)", message):
         names = [re.sub(r"^(fit|validate|test|predict)\.", "", name.strip()) for name in found.group(1).split(",")]
-        return f"required: {', '.join(f'--{name}' if f'--{name}' in options else name for name in names)}; --help lists all"
+        called = [f"--{name}" if f"--{name}" in options else name for name in names]
+        return f"required: {', '.join(called)}; --help lists all"
     if found := re.search(r'Parser key "([^"]+)":\s*(.*)', message, re.DOTALL):
         return _bad_value(*found.groups())
     return _one_line(message)
