@@ -52,7 +52,8 @@ class SpeciesClassifier(TrainingModule):
         kmer_width: Width of these vectors, of which there are 4^kmer.
         language: Of discriminative models, weight of a second loss, nats of the next base. It is in ``train/loss``.
         average_strands: Score both strands when evaluating, and average.
-        pretrained: Checkpoint or run folder of ``genomics.pretrain`` of the same sizes whose backbone to start from.
+        pretrained: Checkpoint or run folder of ``genomics.pretrain``, a causal Mamba of the same sizes, whose backbone
+            to start from. ``genomics.finetune`` starts from any model.
         gradient_checkpointing: Compute blocks again in the backward pass instead of keeping their activations.
         optimizer: The optimizer and its parameter groups.
         schedule: The learning rate over the run.

@@ -48,6 +48,7 @@ def finetune(
 
     The epoch is chosen on a tenth of the training part. folds.tsv has accuracy, macro F1 and Matthews correlation of
     each fold, predictions.tsv every answer; beside them stands a k-mer logistic regression of the same folds.
+    The folds' models are not kept.
 
     Args:
         data: Folder of Genomic Benchmarks' or the Nucleotide Transformer's layout, or a CSV or FASTA file; see

@@ -232,10 +232,7 @@ def choose_strategy(name: Any, sequence: int, tensor: int, module: Any, averages
     if isinstance(name, str) and name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(
-            f"--trainer.strategy is {name!r}{hint}; wanted auto, ddp, fsdp2, or another of Lightning's: "
-            f"{', '.join(other for other in known if other not in ('auto', 'ddp', 'fsdp2'))}"
-        )
+        raise UserError(f"--trainer.strategy is {name!r}{hint}; wanted auto, ddp, fsdp2, or another of Lightning's")
     if sequence == tensor == 1 and name != "ddp":
         return name
     for option, count, able, takes in (

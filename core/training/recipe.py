@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from core.cli import first_reason, parse
+from core.cli import parse
 from core.errors import UserError
 from core.parallel.strategies import choose_strategy  # registers fsdp2
 from core.parallel.watch import announce_launcher, follow_launcher
@@ -27,6 +27,7 @@ from core.training.progress import progress_bar
 from core.training.record import Record
 from core.training.resume import History, WholeFiles, check_checkpoint
 from core.training.throughput import Throughput
+from core.wording import first_reason
 
 RUNS = Path("runs")
 

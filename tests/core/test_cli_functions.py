@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 import core
-from core.cli import explain, run
+from core.cli import run
 from core.errors import UserError
+from core.wording import explain
 
 
 class Chosen:
@@ -166,5 +167,5 @@ def test_only_the_first_process_words_a_mistake_of_all(tmp_path: Path) -> None:
 
 
 def test_an_option_that_is_wanted_is_called_as_it_is_written() -> None:
-    message = "the following arguments are required: fit.data.root, sizes"
-    assert explain(message, ["--data.root", "--data.window"]) == "required: --data.root, sizes"
+    message = "the following arguments are required: test.data.root, sizes"
+    assert explain(message, ["--data.root", "--data.window"]) == "required: --data.root, sizes; --help lists all"

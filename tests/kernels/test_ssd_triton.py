@@ -292,6 +292,29 @@ def test_strided_inputs_are_read_in_place() -> None:
     assert torch.equal(ssd(**views, backend="triton"), wanted)
 
 
+@pytest.mark.parametrize("axis", [0, 1], ids=["rows", "tokens"])
+def test_far_apart_rows_and_tokens(axis: int) -> None:
+    """Strides that fit int32 where offsets do not; nobody touches the memory between, which is not there on a CPU."""
+    step, count = 2**30, 3
+    narrow = Case(B=count, L=2, H=1, N=4) if axis == 0 else Case(B=1, L=count, H=1, N=4)
+    inputs = narrow.inputs(torch.bfloat16, DEVICE)
+    apart, start = torch.empty((count - 1) * step + 4096, dtype=torch.bfloat16, device=DEVICE), 0
+    far = {}
+    for name, t in inputs.items():
+        far[name] = t.detach()
+        if name in ROWS:
+            strides = [step if i == axis else stride for i, stride in enumerate(t.stride())]
+            view = apart.as_strided(t.shape, strides, start)
+            far[name], start = view.copy_(t.detach()), start + t.numel()
+        far[name].requires_grad_()
+    results = []
+    for given in (inputs, far):
+        y, end = ssd(**given, return_final_state=True, backend="triton")
+        results.append((y, end, *torch.autograd.grad(y.float().square().sum() + end.sum(), list(given.values()))))
+    for got, wanted in zip(*results, strict=True):
+        assert torch.equal(got, wanted)
+
+
 def test_repeats_bit_by_bit() -> None:
     assert_repeats(run, Case(B=1, L=20, K=2), "triton", DEVICE)
 
