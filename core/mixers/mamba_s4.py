@@ -16,7 +16,7 @@ import kernels  # noqa: F401  registers torch.ops.triscan
 from core.mixers.mamba import last_inputs
 from core.mixers.packed import run_packed, zero_padding
 from core.mixers.s4 import S4Kernel
-from core.mixers.s4_block import StateSpace
+from core.mixers.s4_block import StateSpace, after_rows
 from core.mixers.s4d import S4DKernel
 
 
@@ -96,8 +96,7 @@ class MambaS4(nn.Module):
         y, ssm = self.kernel.run(x, state.ssm)
         if lengths is not None:
             conv = last_inputs(inputs, state.conv, lengths)
-            rows = [(slice(row, row + 1), length) for row, length in enumerate(lengths.tolist())]
-            ssm = torch.cat([self.kernel.run(x[here, :length], state.ssm[here])[1] for here, length in rows])
+            ssm = after_rows(self.kernel, x, state.ssm, lengths)
         return self._out(y, x, z), MambaS4State(conv.to(state.conv.dtype), ssm)
 
     @torch.no_grad()

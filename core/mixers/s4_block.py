@@ -39,6 +39,12 @@ class StateSpace(Protocol):
         ...
 
 
+def after_rows(space: StateSpace, u: Tensor, state: Tensor, lengths: Tensor) -> Tensor:
+    """The states (B, D, M, 2) after the ``lengths`` (B,) real inputs of right-padded rows u (B, L, D), row by row."""
+    rows = [(slice(row, row + 1), length) for row, length in enumerate(lengths.tolist())]
+    return torch.cat([space.run(u[here, :length], state[here])[1] for here, length in rows])
+
+
 class S4Block(nn.Module):
     """The block around a state space, (B, L, D) -> (B, L, D): out = GLU(output_linear(GELU(SSM(u) + D u))).
 
@@ -111,11 +117,7 @@ class S4Block(nn.Module):
             y, after = self.kernel.run(x, state.ssm)
             return self._out(y, x), S4State(after)
         x = zero_padding(x, lengths)
-        y, after = self.kernel.run(x, state.ssm)[0], []
-        for row, length in enumerate(lengths.tolist()):
-            here = slice(row, row + 1)
-            after.append(self.kernel.run(x[here, :length], state.ssm[here])[1])
-        return self._out(y, x), S4State(torch.cat(after))
+        return self._out(self.kernel.run(x, state.ssm)[0], x), S4State(after_rows(self.kernel, x, state.ssm, lengths))
 
     @torch.no_grad()
     def decode(self, x: Tensor, state: S4State) -> Tensor:

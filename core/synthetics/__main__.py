@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,7 +61,7 @@ def run(parsed: Parsed) -> None:
     folder.start()
     (folder.path / "config.yaml").write_text(yaml.safe_dump(asdict(settings), sort_keys=False), encoding="utf-8")
     folder.mark({"status": "running", "command": parsed.line})
-    status, result = "interrupted", result or work.result
+    status, result, begin = "interrupted", result or work.result, time.perf_counter()
     try:
         with command.progress(settings.steps) as lines:
             for _, ended in runs:
@@ -68,11 +69,14 @@ def run(parsed: Parsed) -> None:
                 result = ended or result
         status = "failed" if result.stopped == "failed" else "finished"
     finally:
+        if status == "interrupted":
+            result = replace(result, stopped=status, seconds=time.perf_counter() - begin)
         leave(folder.path, parsed, work, result, status)
         folder.mark({"status": status, "command": parsed.line, "seconds": round(result.seconds, 1)})
+        if status != "failed":
+            print(folder.path)
     if status == "failed":
         raise UserError(f"the run failed: {result.error}; {folder.path} holds what there is")
-    print(folder.path)
 
 
 def leave(folder: Path, parsed: Parsed, work: Run, result: Result, status: str) -> None:

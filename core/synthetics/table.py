@@ -46,6 +46,8 @@ def run(parsed: Parsed) -> None:
         UserError: For what does not fit, and after all if some of the runs failed.
     """
     options: TableOptions = parsed.options
+    if options.parallel < 1:
+        raise UserError(f"--parallel is {options.parallel}; wanted at least 1")
     wanted = parsed.recipe.rows(parsed.changed, options.models or [], options.seeds or [parsed.recipe.settings.seed])
     file = Path(options.file or f"runs/synthetics/{parsed.recipe.name}/table.csv")
     failed = [] if options.show else fill(parsed.recipe, wanted, file, options)

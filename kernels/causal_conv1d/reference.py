@@ -27,7 +27,7 @@ def conv(p: Problem) -> tuple[Tensor, Tensor]:
     weight = p.weight.to(p.dtype).transpose(1, 2)  # (K, W, D)
     window = x.new_zeros(p.batch, p.routes, p.width - 1, p.channels)
     if p.initial_state is not None:
-        window = p.initial_state.to(p.dtype)
+        window = p.initial_state.to(p.dtype, copy=True)  # without a position it is the final state
     k = torch.arange(p.routes, device=x.device)
     previous = torch.full((p.batch, p.routes), -1, device=x.device)  # sequence of the last real token, -1 before any
     columns: list[Tensor] = []

@@ -41,7 +41,7 @@ def scan(p: Problem) -> tuple[Tensor, Tensor]:
 def start_state(p: Problem) -> Tensor:
     """The initial state ``(S, K, D, N)``, zeros where none is given."""
     if p.initial_state is not None:
-        return p.initial_state.to(p.state_dtype)
+        return p.initial_state.to(p.state_dtype, copy=True)  # without a position it is the final state
     return p.x.new_zeros((p.sequences, *p.A.shape), dtype=p.state_dtype)
 
 

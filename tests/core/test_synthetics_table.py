@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,41 @@ def test_what_is_given_wins_though_it_is_the_recipes_value() -> None:
     assert settings.batch_size == found.settings.batch_size
     assert settings.task == {**found.settings.task, "length": 64}
     assert command.parse("table", ["induction_heads"], command.TableOptions).changed == {}
+
+
+def test_a_run_that_is_stopped_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def show(lines: command.Lines, name: str, result: training.Result) -> None:
+        if result.steps > 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.Lines, "show", show)
+    tiny = [f"--{key}={value}" for key, value in TINY.items()]
+    with pytest.raises(SystemExit) as stop:
+        one_run.main(["induction_heads", "--model=mamba", *tiny, "--task={length: 8}", "--device=cpu"])
+    assert stop.value.code == 130
+    out = capsys.readouterr().out.splitlines()
+    assert "| interrupted |" in out[2]
+    metrics = json.loads((Path(out[-1]) / "metrics.json").read_text())
+    assert metrics["run/seconds"] > 0
+    assert metrics["run/steps"] == 3
+
+
+def test_mistakes_in_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = tmp_path / "other.csv"
+    other.write_text("a,b\n")
+    for arguments, message in ((["--parallel=0"], "--parallel is 0"), ([f"--file={other}"], "has the columns a, b")):
+        with pytest.raises(SystemExit) as stop:
+            table.main(["copying", *arguments])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert other.read_text() == "a,b\n"
 
 
 @pytest.mark.parametrize(

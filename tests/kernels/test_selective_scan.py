@@ -267,6 +267,16 @@ def test_a_route_of_nothing_but_slots_only_decays(packed: bool, backend: str) ->
     torch.testing.assert_close(grads, wanted)
 
 
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_the_state_after_nothing_is_a_tensor_of_its_own(backend: str) -> None:
+    inputs = {n: t.detach() for n, t in Case(L=0).inputs(torch.float32).items()}
+    kept = inputs["initial_state"].clone()
+    _, end = selective_scan(**inputs, return_final_state=True, backend=backend)
+    assert torch.equal(end, kept)
+    end += 1
+    assert torch.equal(inputs["initial_state"], kept)
+
+
 def test_slots_and_unvisited_tokens_are_never_read() -> None:
     case = Case(K=2, L=20, positions=24)
     inputs = {n: t.detach() for n, t in case.inputs(torch.float32).items()}
