@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 _library = torch.library.Library("triscan", "FRAGMENT")
 _below = torch._C._after_ADInplaceOrView_keyset
 # looked up once: each call of an op asks them
-_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transform, _profiler, _tracing = _functorch.peek_interpreter_stack, _autograd._profiler_enabled, torch._C._is_tracing
 _PLAIN = (DispatchKey.CPU, DispatchKey.CUDA, DispatchKey.XPU)
 TENSORS = frozenset({Tensor, torch.nn.Parameter, type(None)})  # plain ones, or absent
@@ -41,7 +41,7 @@ def simple(arguments: Iterable[Any]) -> bool:
 def unwatched() -> bool:
     """Whether no mode, transform, tracer or profiler wants to see the ops that are called."""
     return not (
-        _modes()
+        modes()
         or _function_modes()
         or _transform() is not None
         or _profiler()

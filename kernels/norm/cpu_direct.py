@@ -16,12 +16,12 @@ from torch import Tensor
 
 from kernels.norm import cpu_rows
 from kernels.norm.cpu_rows import ADD, BIAS, GATE_FIRST, GATE_LAST, LAYER, RESIDUAL, ROWS, SUM, WEIGHT, X, Z
-from kernels.registration import TENSORS, unwatched
+from kernels.registration import TENSORS, modes, unwatched
 from kernels.threads import over
 
 NARROW = {torch.float32: False, torch.bfloat16: True}  # dtypes that the kernels read and write
 FORMS = {"rms": 0, "layer": LAYER}
-_autocast, _any_requires_grad = torch._C._is_any_autocast_enabled, torch._C._any_requires_grad
+autocast, _any_requires_grad = torch._C._is_any_autocast_enabled, torch._C._any_requires_grad
 FEW, FEW_IN_GRAPH = 1 << 13, 1 << 14  # numbers below which PyTorch's own LayerNorm is the faster one
 
 
@@ -37,16 +37,18 @@ def find(
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """y and, if asked for, x + residual, as ``norm`` returns them; None where the call is one for the op."""
     form = FORMS.get(kind)
-    if form is None or not TENSORS.issuperset(map(type, (x, weight, bias, residual, z))) or not unwatched():
+    if form is None or not TENSORS.issuperset(map(type, (x, weight, bias, residual, z))):
         return None
-    shape = x.shape
-    width = shape[-1:]
+    graph = torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual, z)
     total = None
     if residual is not None and return_residual:
         total = torch.float32 if residual_in_fp32 else residual.dtype
-    graph = torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual, z)
     if form and z is None and not group_size and _is_torch_faster(x, weight, bias, residual, graph):
-        return _by_torch(x, weight, bias, residual, eps, width, total, graph)
+        return _by_torch(x, weight, bias, residual, eps, total, graph)
+    if not unwatched():
+        return None
+    shape = x.shape
+    width = shape[-1:]
     if not (
         fits(x, shape) and fits(weight, width) and x.numel() and width
         and (bias is None or fits(bias, width))
@@ -73,23 +75,27 @@ def _is_torch_faster(
 ) -> bool:  # fmt: skip
     """Whether PyTorch's LayerNorm forms its sums in float32 and takes less time: a rule that ``benchmarks`` measured.
 
-    Its nodes in the graph are C++; ours, which Python runs, take as long as the work on a few rows.
+    Its nodes in the graph are C++; ours, which Python runs, take as long as the work on a few rows. Transforms, forward
+    mode and tracers know it; modes that count or replace ops are to see ours.
     """
+    if modes() or autocast():
+        return False
     if x.dtype is torch.float32:
-        return (graph or x.numel() < FEW) and not _autocast()
+        return graph or x.numel() < FEW
     return (
         x.dtype is torch.bfloat16 and x.numel() < (FEW_IN_GRAPH if graph else FEW) and (graph or residual is None)
         and weight.dtype is torch.float32 and (bias is None or bias.dtype is torch.float32)
-        and not _autocast()
     )  # fmt: skip
 
 
 def _by_torch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, width: torch.Size,
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float,
     total: torch.dtype | None, graph: bool,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """The LayerNorm by PyTorch's, differentiable as that is; None if PyTorch refuses: the op's checks say why."""
-    low = x.dtype is torch.bfloat16
+    low, width = x.dtype is torch.bfloat16, x.shape[-1:]
+    if not width or not width[0]:
+        return None
     try:
         if residual is not None:
             if residual.shape != x.shape or residual.dtype not in NARROW:

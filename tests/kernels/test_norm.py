@@ -173,6 +173,26 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("name", [n for n in BAD if n != "kind"])
+def test_bad_input_says_the_same_under_autograd(name: str, kind: str) -> None:
+    changes, message = BAD[name]
+    arguments = {"x": X, "weight": torch.ones(6), **changes, "kind": kind}
+    assert_refuses(norm, {**arguments, "weight": arguments["weight"].requires_grad_()}, message)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_weights_of_any_dtype(kind: str, dtype: torch.dtype, x_dtype: torch.dtype) -> None:
+    x, weight = torch.randn(3, 6).to(x_dtype).requires_grad_(), torch.randn(6).to(dtype).requires_grad_()
+    y, wanted = (norm(x, weight, kind=kind, backend=backend) for backend in ("cpu", "reference"))
+    torch.testing.assert_close(y, wanted)
+    dy = torch.randn(3, 6).to(x_dtype)
+    got, truth = (torch.autograd.grad(t, (x, weight), dy) for t in (y, wanted))
+    torch.testing.assert_close(got, truth, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_says_what_is_wanted(name: str) -> None:
     changes, message = BAD[name]
