@@ -3,10 +3,11 @@
     python -m benchmarks.ssd [--peers [NAME ...]] [--write] [--case NAME ...] [--mode NAME ...]
 
 ``backward`` is the backward alone. The floor is the larger of the bytes that must move (x, dt, y, B, C; backward: x,
-dt, dy, B, C and the gradients of all but dy) over the bandwidth of a copy, and the operations of the chunked algorithm
-(as PyTorch's counter has them) over the rate of a large product in bfloat16, both measured in the same run. mamba_ssm
-runs at chunk 256, its default; fla's ``simple_gla`` gets log decays and values scaled by dt, computed untimed, and no
-skip connection: it does less. A provider whose result differs from the reference in float64 gets no row.
+dt, dy, B, C and the gradients of all but dy; with a gate, z and its gradient too) over the bandwidth of a copy, and the
+operations of the chunked algorithm (as PyTorch's counter has them) over the rate of a large product in bfloat16, both
+measured in the same run. mamba_ssm runs at chunk 256, its default; fla's ``simple_gla`` gets log decays and values
+scaled by dt, computed untimed, no gate and no skip connection: it does less. A provider whose result differs from the
+reference in float64 gets no row.
 
 B batch, L tokens, H heads, P head dim, N state.
 """
@@ -34,7 +35,7 @@ Call = tuple[Callable[[], Tensor], list[Tensor]]
 
 @dataclass(frozen=True)
 class Case:
-    """A shape, with one group, D, dt bias and softplus."""
+    """A shape, with one group, D, dt bias and softplus; ``gated``, with z."""
 
     B: int
     L: int
@@ -42,6 +43,7 @@ class Case:
     P: int = 64
     N: int = 128
     dtype: torch.dtype = torch.bfloat16
+    gated: bool = False
 
 
 CASES = {
@@ -52,6 +54,11 @@ CASES = {
     "B8_L2048_H24_P64_N128_float32": Case(8, 2048, 24, dtype=torch.float32),
     "B8_L2048_H24_P64_N16": Case(8, 2048, 24, N=16),
     "B1_L4096_H32_P128_N256": Case(1, 4096, 32, P=128, N=256),
+    "gated/B32_L2048_H24_P64_N128": Case(32, 2048, 24, gated=True),
+    "gated/B32_L2048_H24_P64_N64": Case(32, 2048, 24, N=64, gated=True),
+    "gated/B32_L2048_H24_P64_N32": Case(32, 2048, 24, N=32, gated=True),
+    "gated/B32_L2048_H12_P128_N128": Case(32, 2048, 12, P=128, gated=True),
+    "gated/B8_L2048_H80_P64_N128": Case(8, 2048, 80, gated=True),
 }
 
 
@@ -71,6 +78,8 @@ def tensors(case: Case, device: str = "cuda") -> dict[str, Tensor]:
         "D": normal(case.H, dtype=torch.float32),
         "dt_bias": torch.full((case.H,), -3.0, device=device),
     }
+    if case.gated:
+        found["z"] = normal(case.B, case.L, case.H, case.P)
     return {n: t.requires_grad_() for n, t in found.items()}
 
 
@@ -124,13 +133,15 @@ def product_rate() -> float:
 def floors(case: Case, t: dict[str, Tensor]) -> dict[str, float]:
     """Milliseconds that forward and backward take at least."""
     maps, steps, shared = (t[n].nbytes for n in ("x", "dt", "B"))
-    moved = {"forward": 2 * maps + steps + 2 * shared, "backward": 3 * maps + 2 * steps + 4 * shared}
+    gates = maps if "z" in t else 0
+    forward, backward = 2 * maps + gates + steps + 2 * shared, 3 * maps + 2 * gates + 2 * steps + 4 * shared
+    moved = {"forward": forward, "backward": backward}
     meta = {n: v.detach().to("meta").requires_grad_() for n, v in t.items()}
     with FlopCounterMode(display=False) as counter:
         y = ssd(**meta)
-        forward = counter.get_total_flops()
+        done = counter.get_total_flops()
         torch.autograd.grad(y.sum(), list(meta.values()))  # type: ignore[union-attr]
-    operations = {"forward": forward, "backward": counter.get_total_flops() - forward}
+    operations = {"forward": done, "backward": counter.get_total_flops() - done}
     return {mode: max(floor(moved[mode]), operations[mode] / product_rate()) for mode in moved}
 
 

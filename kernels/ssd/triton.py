@@ -14,6 +14,10 @@ sequences.
 # (Triton's launcher takes numbers and tensors where the kernel's signature says constexpr or nothing.)
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,11 +26,16 @@ from triton.language.extra.cuda import gdc_wait
 from kernels.checks import owned
 from kernels.selective_scan.outputs import fresh
 from kernels.selective_scan.triton_plan import device_of
+from kernels.ssd import triton_backward
 from kernels.ssd.problem import Problem
-from kernels.ssd.triton_backward import backward
 from kernels.ssd.triton_boxes import rows_box, with_even_rows
+from kernels.ssd.triton_gate import ungate
 from kernels.ssd.triton_plan import Plan
+from kernels.ssd.triton_sizes import Sizes
 from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tokens, skips, weighted_mask
+
+if TYPE_CHECKING:
+    from kernels.ssd import Gradients
 
 __all__ = ["backward", "forward"]
 
@@ -137,9 +146,10 @@ def forward(p: Problem) -> tuple[Tensor, Tensor]:
         return _forward(with_even_rows(p))
 
 
-def _forward(p: Problem) -> tuple[Tensor, Tensor]:
-    merging = p.merge and p.routes > 1
-    y = fresh(p, (p.batch, p.length, p.routes, p.heads, p.head_dim), p.dtype if merging else p.x.dtype)
+def _forward(p: Problem, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """``forward``, with y in another dtype if one is given."""
+    merging, dtype = p.merge and p.routes > 1, p.x.dtype if dtype is None else dtype
+    y = fresh(p, (p.batch, p.length, p.routes, p.heads, p.head_dim), p.dtype if merging else dtype)
     plan = Plan(p)
     final = plan.states(p.sequences)
     if p.cu_seqlens is not None or not plan.per_row:  # that of an empty sequence is its initial state
@@ -148,8 +158,9 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor]:
         segments, units = plan.segments, plan.rows * plan.programs
         enter = plan.entering(segments)[0]
         tensors = {
-            **plan.shared, "y_box": rows_box(y, plan.chunk, plan.width) if plan.boxed else None, "y": y, "final": final,
-            "enter_from": enter, "D": plan.D, "initial": plan.initial, "ready": plan.ready, "handed": plan.handed,
+            **plan.shared, "y_box": rows_box(y, plan.chunk, plan.width) if plan.boxed else None, "y": y, "z": p.z,
+            "final": final, "enter_from": enter, "D": plan.D, "initial": plan.initial, "ready": plan.ready,
+            "handed": plan.handed,
         }  # fmt: skip
         plan.launch(
             forward_kernel, (plan.sharers or units * segments.count,), tensors,
@@ -157,10 +168,30 @@ def _forward(p: Problem) -> tuple[Tensor, Tensor]:
                 "HAS_ENTER": enter is not None, **plan.d_numbers, "SHARED": plan.share > 0,
                 "HAS_INITIAL": plan.initial is not None, "units": units, "segments": segments.count,
                 "length": plan.share or segments.length, "L": p.length, "num_warps": plan.warps,
-                "num_stages": plan.stages, "TMA": plan.boxed, **plan.early,
+                "num_stages": plan.stages, "TMA": plan.boxed, "HAS_Z": p.z is not None,
+                "zs": (0, 0, 0, 0) if p.z is None else p.z.stride(), **plan.early,
             },
         )  # fmt: skip
     if merging:
-        return y.sum(2).to(p.x.dtype), final
+        return y.sum(2).to(dtype), final
     keep = () if p.route is None or p.merge else (p.routes,)
     return owned(y, (p.batch, p.length, *keep, p.heads, p.head_dim)), final
+
+
+def backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
+    """Gradients of ``forward``: first those of the gate, from y as it was before it, then those of the scan.
+
+    Args:
+        p: The problem that forward solved.
+        dy: Gradient of y, in its shape.
+        dstate: Gradient of the final state ``(S, K, H, P, N)``, or None.
+    """
+    if p.z is None:
+        return triton_backward.backward(p, dy, dstate)
+    with device_of(p.x):
+        p = with_even_rows(p)
+        again, scan = (replace(p, z=None, plan=p.plan.setdefault(name, {})) for name in ("again", "scan"))
+        low = Sizes(again).product_dtype == torch.bfloat16
+        y = _forward(again, p.x.dtype if low else p.dtype)[0]
+        dz = ungate(p, y, dy)
+    return triton_backward.backward(scan, y, dstate)._replace(z=dz)

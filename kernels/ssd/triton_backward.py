@@ -1,4 +1,4 @@
-"""``ssd`` on GPUs, backward: the host side. ``triton_gradients.py`` has the formulas and the kernels.
+"""``ssd`` on GPUs, backward: the host side, behind the gate. ``triton_gradients.py`` has the formulas and the kernels.
 
 First ``states_kernel`` walks forwards for h and backwards for g and leaves those of every chunk; then ``chunks_kernel``
 takes all chunks at once, each over the heads of a group, which share C B^T and the two products that give dB and dC:
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 TAKEN, JOIN = frozenset(chunks_kernel.arg_names), frozenset(join_kernel.arg_names)
 WIDEST = 128  # channels of a head: of wider ones, gradients of dt were wrong on an H200
 JOINED = 32  # columns of a program of ``join_kernel``
-BOXES = ("h_box", "g_box", "h_part", "g_part", "C_part")
+BOXES = ("g_box", "h_part", "g_part", "C_part")
 
 
 def backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
     """Gradients of ``forward``.
 
     Args:
-        p: The problem that forward solved.
+        p: The problem that forward solved, without its gate.
         dy: Gradient of y, in its shape.
         dstate: Gradient of the final state ``(S, K, H, P, N)``, or None.
     """
@@ -80,7 +80,6 @@ def _backward_in_parts(p: Problem, dy: Tensor, dstate: Tensor | None, parts: int
         dt=alike(p.dt),
         A=alike(p.A),
         D=None if p.D is None else alike(p.D) if per_head else rows(p.D),
-        z=None if p.z is None else rows(p.z),
         dt_bias=None if p.dt_bias is None else alike(p.dt_bias),
         initial_state=None if p.initial_state is None else states(p.initial_state),
         plan=p.plan.setdefault("parts", {}),
@@ -99,7 +98,6 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
     own_x = p.x.shape[2] == p.routes
     dx = fresh(p, (*maps, p.head_dim), p.x.dtype if own_x else p.dtype)
     ddt = fresh(p, maps, p.dt.dtype)
-    dz = None if p.z is None else fresh(p, (*maps, p.head_dim), p.z.dtype if p.routes == 1 else p.dtype)
     dinitial = None
     if p.initial_state is not None:  # that of an empty sequence is handed through
         dinitial = plan.states(p.sequences).zero_() if dstate is None else dstate.to(p.dtype, copy=True).contiguous()
@@ -112,7 +110,7 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
     pieces = -(-p.state // plan.piece)
     vectors = plan.vectors(pieces + 4)
     h_to_g = plan.by_chunk(p.A.unsqueeze(-1).expand(-1, -1, pieces))[0]
-    outputs = {"dx": dx, "dz": dz, "dB": dB, "dC": dC, "dD": small.dD, "vectors": vectors, "h_to_g": h_to_g}
+    outputs = {"dx": dx, "dB": dB, "dC": dC, "dD": small.dD, "vectors": vectors, "h_to_g": h_to_g}
     _launch(plan, dy if dy.ndim == 5 else dy.unsqueeze(2), dstate, dinitial, outputs)
     last = {"ddt": ddt, "dA": small.dA, "dbias": small.dbias, "dD": small.dD, "vectors": vectors, "h_to_g": h_to_g}
     plan.launch(
@@ -127,7 +125,7 @@ def _backward(p: Problem, dy: Tensor, dstate: Tensor | None) -> Gradients:
         dt=ddt,
         B=dB,
         C=dC,
-        z=None if dz is None else dz.squeeze(2) if p.routes == 1 else dz.sum(2),
+        z=None,
         initial_state=dinitial,
         **small.sums(plan),
     )

@@ -28,26 +28,12 @@ from kernels.ssd.triton_boxes import state_tile, tile_rows
 from kernels.ssd.triton_steps import (
     decay_of_pairs,
     decays,
-    gates,
     product,
     read_tokens,
     skips,
     stored_weight,
     weighted_pairs,
 )
-
-
-@triton.jit
-def gated_rows(dy, ys, dy_box, line, column, z, zs, origin, token, there, p, live, FULL: tl.constexpr,
-               TMA: tl.constexpr, HAS_Z: tl.constexpr, DOT: tl.constexpr, real: tl.constexpr):  # fmt: skip
-    """dy after and before the gate's gradient (Q, P), what the latter loses as a product's operand, and the gate."""
-    after = tile_rows(dy, ys, dy_box, line, column, origin, token, there, p, live, FULL, TMA)
-    dyf, lost, gate, sigmoid = after, after, after, after
-    if HAS_Z:
-        gate, sigmoid = gates(z, zs[1], zs[3], origin, token, there, p, live, FULL, real)
-        dyf = after.to(real) * gate * sigmoid
-        lost = dyf - dyf.to(DOT).to(real)
-    return after, dyf, lost, gate, sigmoid
 
 
 @triton.jit
@@ -65,25 +51,16 @@ def pair_sums(S, EM, SM, E, step, i, j, EXACT: tl.constexpr, WEIGHED: tl.constex
 
 
 @triton.jit
-def gradient_of_x(SM, dyf, lost, back, xf, HAS_Z: tl.constexpr, EXACT: tl.constexpr, DOT: tl.constexpr,
-                  PRECISION: tl.constexpr):  # fmt: skip
+def gradient_of_x(SM, dyv, back, xf, EXACT: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """u (Q, P), of which ``back`` comes from g, and <x, u>; EXACT, the latter without what comes from g."""
     if EXACT:
-        u = product(tl.trans(SM.to(DOT)), dyf, DOT, PRECISION)
+        u = product(tl.trans(SM.to(DOT)), dyv, DOT, PRECISION)
         own = tl.sum(xf * u, 1)
         u += back
     else:  # onto it, which spares registers
-        u = product(tl.trans(SM.to(DOT)), dyf, DOT, PRECISION, back)
-        if HAS_Z:
-            u = product(tl.trans(SM.to(DOT)), lost, DOT, PRECISION, u)
+        u = product(tl.trans(SM.to(DOT)), dyv, DOT, PRECISION, back)
         own = tl.sum(xf * u, 1)
     return u, own
-
-
-@triton.jit
-def gradient_of_z(after, gate, sigmoid, before):
-    """dz (Q, P), from dy as it is after the gate and y as it is before it."""
-    return after.to(before.dtype) * before * (sigmoid * (1.0 + gate * (1.0 - sigmoid)))
 
 
 @triton.jit
@@ -95,14 +72,14 @@ def store_four(to, first, second, third, fourth, Q: tl.constexpr):
 
 
 @triton.jit
-def inner(pid, x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, steps, tokens, h_in, g_in,
-          dx, dz, shares, dD, vectors, xs, ys, zs, Bs, Cs, t_b, t_k, d_h, per_row, first_chunk, plane, K, H, G,
+def inner(pid, x, dy, B, C, D, x_box, B_box, C_box, dy_box, g_box, steps, tokens, g_in,
+          dx, shares, dD, vectors, xs, ys, Bs, Cs, t_b, t_k, d_h, per_row, first_chunk, plane, K, H, G,
           L, T, first, sign, P, N, parts, heads_each, half, TABLE: tl.constexpr, NEAR: tl.constexpr,
           RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
-          FULL: tl.constexpr, TMA: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr,
+          FULL: tl.constexpr, TMA: tl.constexpr, HAS_D: tl.constexpr, WIDE_D: tl.constexpr,
           DOT: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
           BLOCKS: tl.constexpr, PIECES: tl.constexpr, WEIGHED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """What pairs of a chunk's positions bring about, and dx: dx, dz (B, L, K, H, P), and their shares of dC and dB, the
+    """What pairs of a chunk's positions bring about, and dx (B, L, K, H, P), and their shares of dC and dB, the
     first two of ``shares`` (4, programs, Q, N). One program a chunk, route, group, part of its heads.
 
     vectors is for ``ddt_kernel``: after what ``outer`` leaves, four numbers a position: the chunk's own <x, u>;
@@ -117,11 +94,11 @@ def inner(pid, x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, ste
     begin = group * (H // G) + part * heads_each
     stop = tl.minimum(begin + heads_each, (group + 1) * (H // G))
     vector, each, number = ((b * K + k) * H * per_row + c) * Q, per_row * Q, (local * K + k) * H
-    x, dy, z = x + b * xs[0] + k * xs[2], dy + b * ys[0] + k * ys[2], z + b * zs[0]
+    x, dy = x + b * xs[0] + k * xs[2], dy + b * ys[0] + k * ys[2]
     rows = (b * L * K + k) * H * P
     chunk, skip_at = ((first_chunk + local) * K + k) * H, k * H * d_h
     line, key = (b * L + c * Q).to(tl.int32), (group * N).to(tl.int32)
-    dx, dz, four_at = dx + rows, dz + rows, vectors + PIECES * plane
+    dx, four_at = dx + rows, vectors + PIECES * plane
     n = tl.arange(0, BN)
     real: tl.constexpr = steps.dtype.element_ty
     i, j = tl.arange(0, Q)[:, None], tl.arange(0, Q)[None, :]
@@ -130,21 +107,18 @@ def inner(pid, x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, ste
     S = tl.where(i >= j, product(Cv, tl.trans(Bv), DOT, PRECISION), 0.0)
     T_sum = tl.zeros([Q, Q], real)
     for head in tl.range(begin, stop, num_stages=STAGES):
-        step, high, low, segment, enter, leave, weight, _through = decays(
+        step, high, low, segment, _enter, leave, weight, _through = decays(
             steps + vector + head * each, plane, entry, Q, EXACT, FOLDED, RESTART
         )
         weight = stored_weight(steps + vector + head * each, plane, weight, Q, FOLDED, RESTART)
-        x_at, dy_at, z_at = x + head * xs[3], dy + head * ys[3], z + head * zs[2]
+        x_at, dy_at = x + head * xs[3], dy + head * ys[3]
         E = tl.zeros([Q, Q], real)
         for block in tl.static_range(BLOCKS):  # unrolled, so that the loop over heads is the innermost
             p = block * BP + tl.arange(0, BP)
             column = (head * P + block * BP).to(tl.int32)
             xv = tile_rows(x_at, xs, x_box, line, column, origin, token, there, p, p < P, FULL, TMA)
-            after, dyf, lost, gate, sigmoid = gated_rows(dy_at, ys, dy_box, line, column, z_at, zs, origin, token,
-                                                         there, p, p < P, FULL, TMA, HAS_Z, DOT, real)  # fmt: skip
-            E = product(dyf, tl.trans(xv), DOT, PRECISION, E)
-            if HAS_Z and not EXACT:  # what a gated dy loses would add up in dA
-                E = product(lost, tl.trans(xv), DOT, PRECISION, E)
+            dyv = tile_rows(dy_at, ys, dy_box, line, column, origin, token, there, p, p < P, FULL, TMA)
+            E = product(dyv, tl.trans(xv), DOT, PRECISION, E)
         # S is zero above the diagonal, and T_sum will be.
         if WEIGHED:  # all that starts at j is times dt_j: u, and so <x, u> and dx
             M = weighted_pairs(high, low, segment, Q, RESTART)
@@ -162,35 +136,25 @@ def inner(pid, x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, ste
             column = (head * P + block * BP).to(tl.int32)
             if BLOCKS > 1:
                 xv = tile_rows(x_at, xs, x_box, line, column, origin, token, there, p, in_p, FULL, TMA)
-                after, dyf, lost, gate, sigmoid = gated_rows(dy_at, ys, dy_box, line, column, z_at, zs, origin, token,
-                                                             there, p, in_p, FULL, TMA, HAS_Z, DOT,
-                                                             real)  # fmt: skip
+                dyv = tile_rows(dy_at, ys, dy_box, line, column, origin, token, there, p, in_p, FULL, TMA)
             g = state_tile(g_in, g_box, number + head, block, 0, P, N, p, n, FULL, TMA, BP)
             back = product(Bv, tl.trans(g), DOT, PRECISION) * (weight if WEIGHED else leave)[:, None]
             xf = xv.to(real)
             end += tl.sum(xf * back, 1)
-            u, xu = gradient_of_x(SM, dyf, lost, back, xf, HAS_Z, EXACT, DOT, PRECISION)
+            u, xu = gradient_of_x(SM, dyv, back, xf, EXACT, DOT, PRECISION)
             own += xu
             if not WEIGHED:
                 u *= step[:, None]
             if HAS_D:
                 skip = skips(D + skip_at + head * d_h, p, in_p, WIDE_D)
-                u += skip * dyf.to(real)
+                u += skip * dyv.to(real)
                 if WIDE_D:
-                    tl.store(dD + (chunk + head) * P + p, tl.sum(dyf.to(real) * xf, 0), mask=in_p)
+                    tl.store(dD + (chunk + head) * P + p, tl.sum(dyv.to(real) * xf, 0), mask=in_p)
             at = (origin * K * H + head) * P + (token[:, None] * (K * H * P) + p[None, :])
             if FULL:  # not in boxes: two programs would not fit into shared memory
                 tl.store(dx + at, u)
             else:
                 tl.store(dx + at, u, mask=there[:, None] & in_p[None, :])
-            if HAS_Z:
-                h = state_tile(h_in, h_box, number + head, block, 0, P, N, p, n, FULL, TMA, BP)
-                before = product(Cv, tl.trans(h), DOT, PRECISION) * enter[:, None]
-                before = product(SM if WEIGHED else SM * step[None, :], xv, DOT, PRECISION, before)
-                if HAS_D:
-                    before += skip * xf
-                dzv = gradient_of_z(after, gate, sigmoid, before)
-                tl.store(dz + at, dzv, mask=there[:, None] & in_p[None, :])
         if not EXACT:  # it has both
             own -= end
         skipped = tl.sum(tl.where(i == j, E, 0.0), 1) if HAS_D and not WIDE_D else end
@@ -204,11 +168,11 @@ def inner(pid, x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, ste
 
 
 @triton.jit
-def outer(pid, piece, x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, tokens, h_in, g_in, shares,
-          h_to_g, vectors, xs, ys, zs, Cs, t_b, t_k, per_row, first_chunk, plane, K, H, G, L, T,
+def outer(pid, piece, x, dy, C, x_box, C_part, dy_box, h_part, g_part, steps, tokens, h_in, g_in, shares,
+          h_to_g, vectors, xs, ys, Cs, t_b, t_k, per_row, first_chunk, plane, K, H, G, L, T,
           first, sign, P, N, parts, heads_each, half, TABLE: tl.constexpr, NEAR: tl.constexpr,
           RESTART: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr,
-          FULL: tl.constexpr, TMA: tl.constexpr, HAS_Z: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+          FULL: tl.constexpr, TMA: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
           Q: tl.constexpr, BP: tl.constexpr, BO: tl.constexpr, BLOCKS: tl.constexpr,
           PIECES: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
     """What goes through a chunk's borders: shares of dC and dB, the other two of ``shares``, and da's from h and from h
@@ -224,7 +188,7 @@ def outer(pid, piece, x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps,
     begin = group * (H // G) + part * heads_each
     stop = tl.minimum(begin + heads_each, (group + 1) * (H // G))
     vector, each, number = ((b * K + k) * H * per_row + c) * Q, per_row * Q, (local * K + k) * H
-    x, dy, z = x + b * xs[0] + k * xs[2], dy + b * ys[0] + k * ys[2], z + b * zs[0]
+    x, dy = x + b * xs[0] + k * xs[2], dy + b * ys[0] + k * ys[2]
     line, states = (b * L + c * Q).to(tl.int32), (piece * BO).to(tl.int32)
     chunk, n = ((first_chunk + local) * K + k) * H, states + tl.arange(0, BO)
     real: tl.constexpr = steps.dtype.element_ty
@@ -236,7 +200,7 @@ def outer(pid, piece, x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps,
             steps + vector + head * each, plane, entry, Q, EXACT, FOLDED, RESTART
         )
         weight = stored_weight(steps + vector + head * each, plane, weight, Q, FOLDED, RESTART)
-        x_at, dy_at, z_at = x + head * xs[3], dy + head * ys[3], z + head * zs[2]
+        x_at, dy_at = x + head * xs[3], dy + head * ys[3]
         if AHEAD:
             lines = tl.arange(0, BO // 64)[None, :] * 64  # of 128 bytes
             state = (number + tl.minimum(head + 1, stop - 1)) * P * N + states
@@ -245,13 +209,11 @@ def outer(pid, piece, x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps,
         for block in tl.static_range(BLOCKS):
             p = block * BP + tl.arange(0, BP)
             column = (head * P + block * BP).to(tl.int32)
-            _after, dyf, _lost, _gate, _sigmoid = gated_rows(
-                dy_at, ys, dy_box, line, column, z_at, zs, origin, token, there, p, p < P, FULL, TMA, HAS_Z, DOT, real
-            )
+            dyv = tile_rows(dy_at, ys, dy_box, line, column, origin, token, there, p, p < P, FULL, TMA)
             h = state_tile(h_in, h_part, number + head, block, states, P, N, p, n, FULL, TMA, BP)
             before = product(Cv, tl.trans(h), DOT, PRECISION)
-            from_h += tl.sum(before * dyf.to(real), 1)
-            dCv = product(dyf.to(real) * enter[:, None], h, DOT, PRECISION, dCv)
+            from_h += tl.sum(before * dyv.to(real), 1)
+            dCv = product(dyv.to(real) * enter[:, None], h, DOT, PRECISION, dCv)
             g = state_tile(g_in, g_part, number + head, block, states, P, N, p, n, FULL, TMA, BP)
             xv = tile_rows(x_at, xs, x_box, line, column, origin, token, there, p, p < P, FULL, TMA)
             dBv = product(xv.to(real) * weight[:, None], g, DOT, PRECISION, dBv)
@@ -269,11 +231,11 @@ def outer(pid, piece, x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps,
 
 
 @triton.jit
-def chunks_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, C_part, h_part, g_part, steps, tokens,
-                  owner, h_in, g_in, dx, dz, shares, dD, h_to_g, vectors, xs, ys, zs, Bs, Cs, t_b, t_k, d_h, per_row,
+def chunks_kernel(x, dy, B, C, D, x_box, B_box, C_box, dy_box, g_box, C_part, h_part, g_part, steps, tokens,
+                  owner, h_in, g_in, dx, shares, dD, h_to_g, vectors, xs, ys, Bs, Cs, t_b, t_k, d_h, per_row,
                   first_chunk, plane, K, H, G, L, T, first, sign, P, N, parts, heads_each, half, TABLE: tl.constexpr,
                   NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
-                  FOLDED: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr, HAS_Z: tl.constexpr,
+                  FOLDED: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
                   HAS_D: tl.constexpr, WIDE_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
                   Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BLOCKS: tl.constexpr,
                   PIECES: tl.constexpr, WEIGHED: tl.constexpr, STAGES: tl.constexpr,
@@ -282,12 +244,12 @@ def chunks_kernel(x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, 
     pid = tl.program_id(0).to(tl.int64)
     role, pid = pid % (1 + PIECES), pid // (1 + PIECES)
     if role == 0:
-        inner(pid, x, dy, z, B, C, D, x_box, B_box, C_box, dy_box, h_box, g_box, steps, tokens, h_in, g_in, dx, dz,
-              shares, dD, vectors, xs, ys, zs, Bs, Cs, t_b, t_k, d_h, per_row, first_chunk, plane, K, H, G, L, T,
-              first, sign, P, N, parts, heads_each, half, TABLE, NEAR, RESTART, EXACT, FOLDED, FULL, TMA, HAS_Z, HAS_D,
+        inner(pid, x, dy, B, C, D, x_box, B_box, C_box, dy_box, g_box, steps, tokens, g_in, dx,
+              shares, dD, vectors, xs, ys, Bs, Cs, t_b, t_k, d_h, per_row, first_chunk, plane, K, H, G, L, T,
+              first, sign, P, N, parts, heads_each, half, TABLE, NEAR, RESTART, EXACT, FOLDED, FULL, TMA, HAS_D,
               WIDE_D, DOT, PRECISION, Q, BP, BN, BLOCKS, PIECES, WEIGHED, INNER_STAGES)  # fmt: skip
     else:
-        outer(pid, role - 1, x, dy, z, C, x_box, C_part, dy_box, h_part, g_part, steps, tokens, h_in, g_in, shares,
-              h_to_g, vectors, xs, ys, zs, Cs, t_b, t_k, per_row, first_chunk, plane, K, H, G, L, T, first, sign, P, N,
-              parts, heads_each, half, TABLE, NEAR, RESTART, EXACT, FOLDED, FULL, TMA, HAS_Z, DOT, PRECISION, Q, BP,
+        outer(pid, role - 1, x, dy, C, x_box, C_part, dy_box, h_part, g_part, steps, tokens, h_in, g_in, shares,
+              h_to_g, vectors, xs, ys, Cs, t_b, t_k, per_row, first_chunk, plane, K, H, G, L, T, first, sign, P, N,
+              parts, heads_each, half, TABLE, NEAR, RESTART, EXACT, FOLDED, FULL, TMA, DOT, PRECISION, Q, BP,
               BO, BLOCKS, PIECES, STAGES, AHEAD)  # fmt: skip

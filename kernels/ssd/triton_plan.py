@@ -150,7 +150,7 @@ class Plan(Sizes):
         columns = {"x": self.width, "B": p.state, "C": p.state}
         boxes = {f"{n}_box": rows_box(getattr(p, n), self.chunk, c) if self.boxed else None for n, c in columns.items()}
         return {
-            "x": p.x, "z": p.z, "B": p.B, "C": p.C, **boxes, "steps": self.steps, "tokens": self.tokens,
+            "x": p.x, "B": p.B, "C": p.C, **boxes, "steps": self.steps, "tokens": self.tokens,
             "owner": self.owner,
         }  # fmt: skip
 
@@ -173,9 +173,9 @@ class Plan(Sizes):
         precision = "tf32x3" if nvidia and short and self.product_dtype == torch.float32 else "ieee"
         return {
             "plane": self.steps[0].numel(), "xs": (*p.x.stride()[:2], x_k, *p.x.stride()[3:]),
-            "zs": (0, 0, 0, 0) if p.z is None else p.z.stride(), "Bs": p.B.stride(), "Cs": p.C.stride(), "G": p.groups,
+            "Bs": p.B.stride(), "Cs": p.C.stride(), "G": p.groups,
             "P": p.head_dim, "N": p.state, "blocks": -(-p.head_dim // self.width), "RESTART": p.code is not None,
-            "PACKED": p.cu_seqlens is not None, "HAS_Z": p.z is not None,
+            "PACKED": p.cu_seqlens is not None,
             "DOT": getattr(tl, str(self.product_dtype).removeprefix("torch.")),
             "NEAR": self.near, "FULL": self.full, "PRECISION": precision, "BP": self.width, "BN": self.columns,
             **self.order,

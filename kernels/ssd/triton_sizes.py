@@ -173,8 +173,8 @@ class Sizes:
 
     @kept
     def crowded(self) -> bool:
-        """Whether a head's tiles of x, dy and z are too many to copy the next ones ahead."""
-        return -(-self.p.head_dim // self.sides(NARROWEST)[1]) * (1 if self.p.z is None else 2) > 2
+        """Whether a head's tiles of x and dy are too many to copy the next ones ahead."""
+        return -(-self.p.head_dim // self.sides(NARROWEST)[1]) > 2
 
     @kept
     def pipeline(self) -> dict[str, int]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.ssd.triton_steps import decays, gates, product, read_rows, read_tokens
+from kernels.ssd.triton_steps import decays, product, read_rows, read_tokens
 
 GONE = tl.constexpr(150.0)  # what has decayed by two to this is less than the smallest float32
 LOOK = tl.constexpr(64)  # chunks whose decays are looked at together
@@ -56,11 +56,11 @@ def keep(h, wanted, c, out, out_box, from_line, lines, chunk_stride, tile, live,
 
 
 @triton.jit
-def walk(rows, r_l, r_p, rows_box, columns, z, z_l, z_p, keys, k_l, k_n, keys_box, group, line, steps, plane, tokens,
+def walk(rows, r_l, r_p, rows_box, columns, keys, k_l, k_n, keys_box, group, line, steps, plane, tokens,
          owner, enter_from, start, end, out, out_box, from_line, lines, per_token, totals, total_decay, begin, stop,
          chunk_stride, first_chunk, T, first, sign, P, N, p, n, TABLE: tl.constexpr, NEAR: tl.constexpr,
          RESTART: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr,
-         TMA: tl.constexpr, HAS_Z: tl.constexpr, HAS_ENTER: tl.constexpr, HAS_START: tl.constexpr,
+         TMA: tl.constexpr, HAS_ENTER: tl.constexpr, HAS_START: tl.constexpr,
          HAS_END: tl.constexpr, STORE: tl.constexpr, ADJOINT: tl.constexpr, DOT: tl.constexpr,
          PRECISION: tl.constexpr, Q: tl.constexpr):  # fmt: skip
     """Walks the chunks begin to stop with a (P, N) tile of the state.
@@ -99,9 +99,6 @@ def walk(rows, r_l, r_p, rows_box, columns, z, z_l, z_p, keys, k_l, k_n, keys_bo
             value = rows_box.load([at, columns]).to(real)
         else:
             value = read_rows(rows, r_l, r_p, origin, token, there, p, p < P, FULL).to(real)
-        if HAS_Z and ADJOINT:
-            gate, sigmoid = gates(z, z_l, z_p, origin, token, there, p, p < P, FULL, real)
-            value = value * gate * sigmoid
         value = value * (enter if ADJOINT else weight)[:, None]
         if TMA:
             key = keys_box.load([at, (group * N).to(tl.int32)])
@@ -124,13 +121,13 @@ def walk(rows, r_l, r_p, rows_box, columns, z, z_l, z_p, keys, k_l, k_n, keys_bo
 
 
 @triton.jit
-def states_kernel(x, dy, z, B, C, x_box, dy_box, B_box, C_box, h_box, g_box, steps, tokens, owner, initial, dfinal,
-                  dinitial, h_enter, g_enter, h_out, g_out, h_total, g_total, h_decay, g_decay, xs, ys, zs, Bs, Cs,
+def states_kernel(x, dy, B, C, x_box, dy_box, B_box, C_box, h_box, g_box, steps, tokens, owner, initial, dfinal,
+                  dinitial, h_enter, g_enter, h_out, g_out, h_total, g_total, h_decay, g_decay, xs, ys, Bs, Cs,
                   t_b, t_k, segments, first_segment, length, per_row, first_chunk, plane, K, H, G, L, T, first, sign,
                   P, N, blocks,
                   TABLE: tl.constexpr, NEAR: tl.constexpr, RESTART: tl.constexpr, PACKED: tl.constexpr,
                   EXACT: tl.constexpr, FOLDED: tl.constexpr, FULL: tl.constexpr, TMA: tl.constexpr,
-                  HAS_Z: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr, FROM_H: tl.constexpr,
+                  HAS_INITIAL: tl.constexpr, HAS_DFINAL: tl.constexpr, FROM_H: tl.constexpr,
                   FROM_G: tl.constexpr, STORE: tl.constexpr, BOTH: tl.constexpr, DOT: tl.constexpr,
                   PRECISION: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """One program a segment, route, head and block of P; with BOTH as many more walk backwards."""
@@ -145,24 +142,23 @@ def states_kernel(x, dy, z, B, C, x_box, dy_box, B_box, C_box, h_box, g_box, ste
     number = segment * K * H + k * H + head
     steps_at, tokens_at = steps + ((b * K + k) * H + head) * per_row * Q, tokens + b * t_b + k * t_k
     group = head // (H // G)
-    gated = z + b * zs[0] + head * zs[2] if HAS_Z else z
     chunk = first_chunk - b * per_row  # the chunks of h_out and g_out are counted over all rows, from first_chunk
     line, columns = b * L, (head * P + block * BP).to(tl.int32)
     from_line, lines = matrix // N + block * BP, heads // N
     if tl.program_id(1) == 0:
-        walk(x + b * xs[0] + k * xs[2] + head * xs[3], xs[1], xs[4], x_box, columns, gated, zs[1], zs[3],
+        walk(x + b * xs[0] + k * xs[2] + head * xs[3], xs[1], xs[4], x_box, columns,
              B + b * Bs[0] + k * Bs[2] + group * Bs[3], Bs[1], Bs[4], B_box, group, line, steps_at, plane, tokens_at,
              owner, h_enter + number * P * N, initial + matrix if HAS_INITIAL else initial, dinitial, h_out + matrix,
              h_box, from_line, lines, heads, h_total + number * P * N, h_decay + number, begin, stop, heads, chunk, T,
-             first, sign, P, N, p, n, TABLE, NEAR, RESTART, PACKED, EXACT, FOLDED, FULL, TMA, HAS_Z, FROM_H,
+             first, sign, P, N, p, n, TABLE, NEAR, RESTART, PACKED, EXACT, FOLDED, FULL, TMA, FROM_H,
              HAS_INITIAL, False, STORE, False, DOT, PRECISION, Q)  # fmt: skip
     elif BOTH:
-        g = walk(dy + b * ys[0] + k * ys[2] + head * ys[3], ys[1], ys[4], dy_box, columns, gated, zs[1], zs[3],
+        g = walk(dy + b * ys[0] + k * ys[2] + head * ys[3], ys[1], ys[4], dy_box, columns,
                  C + b * Cs[0] + k * Cs[2] + group * Cs[3], Cs[1], Cs[4], C_box, group, line, steps_at, plane,
                  tokens_at, owner, g_enter + number * P * N, dfinal + matrix if HAS_DFINAL else dfinal,
                  dinitial + matrix if HAS_INITIAL else dinitial, g_out + matrix, g_box, from_line, lines, heads,
                  g_total + number * P * N, g_decay + number, begin, stop, heads, chunk, T, first, sign, P, N, p, n,
-                 TABLE, NEAR, RESTART, PACKED, EXACT, FOLDED, FULL, TMA, HAS_Z, FROM_G, HAS_DFINAL, HAS_INITIAL,
+                 TABLE, NEAR, RESTART, PACKED, EXACT, FOLDED, FULL, TMA, FROM_G, HAS_DFINAL, HAS_INITIAL,
                  STORE, True, DOT, PRECISION, Q)  # fmt: skip
         if STORE and HAS_INITIAL and not PACKED:
             here = (p < P)[:, None] & (n < N)[None, :] & (s == 0)

@@ -315,6 +315,27 @@ def test_far_apart_rows_and_tokens(axis: int) -> None:
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("merge", ["sum", "keep"])
+def test_gate_and_gradient_are_read_in_place(merge: str) -> None:
+    case = Case(B=2, L=9, P=3, K=2, merge=merge)
+    inputs = {n: t.detach() for n, t in case.inputs(torch.float64, DEVICE).items()}
+
+    def gradients(backend: str, strided: bool) -> dict[str, torch.Tensor]:
+        leaves = {n: t.clone().requires_grad_() for n, t in inputs.items()}
+        if strided:
+            wide = torch.cat([torch.zeros_like(inputs["z"]), inputs["z"]], -1)
+            leaves["z"] = wide.mT.contiguous().mT[..., case.P :].requires_grad_()
+        y = ssd(**leaves, **case.options(DEVICE), backend=backend)
+        assert isinstance(y, torch.Tensor)
+        dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=DEVICE).view(*y.shape[:-2], *y.shape[:-3:-1]).mT
+        found = torch.autograd.grad(y, list(leaves.values()), dy if strided else dy.contiguous())
+        return dict(zip(leaves, found, strict=True))
+
+    truth = gradients("reference", strided=False)
+    for name, got in gradients("triton", strided=True).items():
+        assert relative_rms(got, truth[name]) < 1e-12, name
+
+
 def test_repeats_bit_by_bit() -> None:
     assert_repeats(run, Case(B=1, L=20, K=2), "triton", DEVICE)
 
