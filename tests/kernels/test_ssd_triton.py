@@ -298,7 +298,8 @@ def test_far_apart_rows_and_tokens(axis: int) -> None:
     step, count = 2**30, 3
     narrow = Case(B=count, L=2, H=1, N=4) if axis == 0 else Case(B=1, L=count, H=1, N=4)
     inputs = narrow.inputs(torch.bfloat16, DEVICE)
-    apart, start = torch.empty((count - 1) * step + 4096, dtype=torch.bfloat16, device=DEVICE), 0
+    space = (count - 1) * step + 4096
+    apart, start = torch.empty_strided((space,), (1,), dtype=torch.bfloat16, device=DEVICE), 0  # not poisoned
     far = {}
     for name, t in inputs.items():
         far[name] = t.detach()
