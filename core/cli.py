@@ -155,21 +155,6 @@ def exit_codes() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def _let_the_first_speak() -> None:
-    """Wait in all processes of a job but the first, which mostly made the same mistake and says so.
-
-    Its end makes the launcher end the others; of a mistake that only this process made the user hears a little later.
-    """
-    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
-    if all(rank == "0" for rank in ranks):
-        return
-    launcher, end = os.getppid(), time.monotonic() + PATIENCE
-    while time.monotonic() < end:
-        if os.getppid() != launcher:
-            raise SystemExit(2)
-        time.sleep(0.05)
-
-
 def parse(parser: Any, arguments: Sequence[str]) -> Any:
     """Parse with a jsonargparse parser made with ``exit_on_error=False``; --top-k is taken for --top_k.
 
@@ -192,6 +177,21 @@ def _underscored(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
         called = "--" + name[2:].replace("-", "_")
         spelt.append(called + equals + value if name[:2] == "--" and called in options else argument)
     return spelt
+
+
+def _let_the_first_speak() -> None:
+    """Wait in all processes of a job but the first, which mostly made the same mistake and says so.
+
+    Its end makes the launcher end the others; of a mistake that only this process made the user hears a little later.
+    """
+    ranks = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"))
+    if all(rank == "0" for rank in ranks):
+        return
+    launcher, end = os.getppid(), time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        if os.getppid() != launcher:
+            raise SystemExit(2)
+        time.sleep(0.05)
 
 
 def option_names(parser: Any) -> list[str]:

@@ -292,6 +292,10 @@ def test_strided_inputs_are_read_in_place() -> None:
     assert torch.equal(ssd(**views, backend="triton"), wanted)
 
 
+def test_repeats_bit_by_bit() -> None:
+    assert_repeats(run, Case(B=1, L=20, K=2), "triton", DEVICE)
+
+
 @pytest.mark.parametrize("axis", [0, 1], ids=["rows", "tokens"])
 def test_far_apart_rows_and_tokens(axis: int) -> None:
     """Strides that fit int32 where offsets do not; nobody touches the memory between, which is not there on a CPU."""
@@ -313,10 +317,6 @@ def test_far_apart_rows_and_tokens(axis: int) -> None:
         results.append((y, end, *torch.autograd.grad(y.float().square().sum() + end.sum(), list(given.values()))))
     for got, wanted in zip(*results, strict=True):
         assert torch.equal(got, wanted)
-
-
-def test_repeats_bit_by_bit() -> None:
-    assert_repeats(run, Case(B=1, L=20, K=2), "triton", DEVICE)
 
 
 gpu = pytest.mark.gpu
