@@ -147,8 +147,12 @@ class Recipe:
         Raises:
             UserError: For arguments that do not fit.
         """
+        task, given = TASKS[self.task], {**settings.task, **(stage or {})}
+        known = [entry.name for entry in fields(task)]
+        if unknown := [name for name in given if name not in known]:
+            raise UserError(f"--task: {self.task} has no {', '.join(unknown)}; it takes {', '.join(known)}")
         try:
-            return TASKS[self.task](**{**settings.task, **(stage or {})})
+            return task(**given)
         except (TypeError, ValueError) as error:
             raise UserError(f"--task: {error}") from error
 

@@ -169,7 +169,7 @@ def test_mistakes_in_tables(
         (["mqar", "--step", "3"], "did you mean --steps"),
         (["mqar", "--steps", "0"], "--steps is 0; wanted at least 1"),
         (["mqar", "--steps", "many"], "--steps"),
-        (["mqar", "--task", "{lenght: 4}"], "--task: "),
+        (["mqar", "--task", "{lenght: 4}"], "--task: mqar has no lenght; it takes length, "),
         (["mqar", "--task", "{length: 4, pairs: 5}"], "--task: length: got 4"),
         (["mqar", "--mixer", "{d_stat: 4}"], "--model mamba"),
         (["mqar", "--test_lengths", "[3]"], "--test_lengths: "),
