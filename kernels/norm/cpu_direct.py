@@ -137,8 +137,8 @@ def forward(
         total: float32 or bfloat16.
         keep: Whether the statistics are.
     """
-    y = torch.empty_like(x)
     s = None if total is None else torch.empty_like(x, dtype=total)
+    y = torch.empty_like(x)
     rows = sizes[0]
     mean = torch.empty(rows, dtype=torch.float32) if keep and form & LAYER else None
     rstd = torch.empty(rows, dtype=torch.float32) if keep else None
