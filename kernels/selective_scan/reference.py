@@ -98,8 +98,8 @@ def _gated(p: Problem) -> Tensor:
     if p.seq_idx is not None:
         z = torch.where((p.seq_idx < 0)[..., None], 0, z)
     if p.route is not None:
-        visited = torch.zeros(p.length + 1, dtype=torch.bool, device=z.device)
-        visited[torch.where(p.route < 0, p.length, p.route).long()] = True
+        place = torch.where(p.route < 0, p.length, p.route).long()
+        visited = torch.zeros(p.length + 1, dtype=torch.bool, device=z.device).index_fill(0, place.flatten(), True)
         z = torch.where(visited[:-1, None], z, 0)
     return z
 

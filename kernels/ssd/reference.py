@@ -102,8 +102,8 @@ def gate(p: Problem, z: Tensor) -> Tensor:
     if p.padding is not None:
         z = torch.where(p.padding[..., None, None], 0, z)
     if p.route is not None:
-        visited = torch.zeros(p.length + 1, dtype=torch.bool, device=z.device)
-        visited[torch.where(p.route < 0, p.length, p.route).long()] = True
+        place = torch.where(p.route < 0, p.length, p.route).long()
+        visited = torch.zeros(p.length + 1, dtype=torch.bool, device=z.device).index_fill(0, place.flatten(), True)
         z = torch.where(visited[:-1, None, None], z, 0)
     return z
 
