@@ -233,7 +233,10 @@ class Mamba2(nn.Module):
         limits, wanted = (self.dt_min, self.dt_max), state_dtype or (None if ssm is None else ssm.dtype)
         if m is not None and fits and plain and not in_parts() and gated.saves_a_pass(*given, ssm, dt_limit=limits):
             y, squares, ssm_state = gated.gated_scan(*given, m.weight, ssm, dt_limit=limits, state_dtype=wanted)
-            out: Tensor | Late = Late(self.out_proj(y), squares, self.d_ssm, m.eps)
+            if type(self.out_proj) is nn.Linear:
+                out: Tensor | Late = Late(y, squares, self.d_ssm, m.eps, self.out_proj.weight)
+            else:  # more than a weight
+                out = Late(self.out_proj(y), squares, self.d_ssm, m.eps)
         else:
             y, ssm_state = self._scan(xbc, z, dt, ssm, None, None, True)
             out = self._output(mlp, y, z)
