@@ -10,60 +10,12 @@
 //
 // From the host: TN, COLS, ROWS, STAGES, STEPS (of 64 inputs), PARTS of the inputs' squares, BATCH, PREFETCH.
 
-typedef unsigned long long u64;
-typedef unsigned short u16;
-
 constexpr int PEERS = COLS + ROWS - 1;           // blocks that send to this one, itself included
 constexpr int X_BYTES = 128 * 128, W_BYTES = TN * 128, STAGE = X_BYTES + W_BYTES;
 constexpr int GROUPS = TN / 16, D = COLS * TN;
 constexpr int SUMS = STAGES * STAGE;             // [turn][group][source][warp][8] float4
 constexpr int SUM_BYTES = 2 * 2 * COLS * 4 * 8 * 16;
 constexpr int FULL = SUMS + SUM_BYTES, FREE = FULL + 8 * STAGES, TOLD = FREE + 8 * STAGES;  // TOLD [turn][group][warp]
-
-extern __shared__ __align__(1024) char memory[];
-
-__device__ __forceinline__ unsigned block_rank() { unsigned r; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r)); return r; }
-__device__ __forceinline__ unsigned in_block(unsigned at, unsigned rank) {
-    unsigned there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
-    return there;
-}
-__device__ __forceinline__ void make_barrier(unsigned at, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
-}
-// Of a block's own reads: wider than a block's, a release would wait for all that was written to global memory.
-__device__ __forceinline__ void arrive(unsigned there) {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
-}
-__device__ __forceinline__ void expect(unsigned at, unsigned bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void wait(unsigned at, unsigned parity) {
-    asm volatile("{.reg .pred p;\nagain: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;}" ::"r"(at), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void meet() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// A box of x, or of the weight, to the same place in all blocks of the mask.
-__device__ __forceinline__ void fetch_x(unsigned to, const void* map, int k, int row, unsigned barrier, u16 mask) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::
-        "r"(to), "l"(map), "r"(k), "r"(row), "r"(barrier), "h"(mask) : "memory");
-}
-__device__ __forceinline__ void fetch_weight(unsigned to, const void* map, int k, int group, unsigned barrier, u16 mask) {
-#if ROWS > 1
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %6, %6, %6, %3}], [%4], %5;" ::
-        "r"(to), "l"(map), "r"(k), "r"(group), "r"(barrier), "h"(mask), "r"(0) : "memory");
-#else
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %5, %5, %5, %3}], [%4];" ::
-        "r"(to), "l"(map), "r"(k), "r"(group), "r"(barrier), "r"(0) : "memory");
-#endif
-}
-
-// A tile's place for the tensor cores: lines of 128 bytes, swizzled, eight of them 1024 bytes.
-__device__ __forceinline__ u64 described(unsigned at) {
-    return (u64)(at >> 4 & 0x3fff) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
-}
 
 // One thread: all that a block multiplies, and its part of the stream to the L2 cache.
 __device__ __forceinline__ void fetch_all(const Args& args, int clusters, int cluster, int tiles, unsigned base) {
@@ -78,21 +30,15 @@ __device__ __forceinline__ void fetch_all(const Args& args, int clusters, int cl
             const unsigned full = base + FULL + 8 * slot, to = base + slot * STAGE;
             wait(base + FREE + 8 * slot, parity);
             expect(full, STAGE);
-            fetch_x(to + col * (X_BYTES / COLS), args.x_map, k * 64, row + col * (128 / COLS), full, of_row);
-            fetch_weight(to + X_BYTES + part * (W_BYTES / ROWS), args.weight_map, k * 64,
-                         col * GROUPS + part * (GROUPS / ROWS), full, of_column);
+            fetch(to + col * (X_BYTES / COLS), args.x_map, k * 64, row + col * (128 / COLS), full, of_row);
+            fetch(to + X_BYTES + part * (W_BYTES / ROWS), args.weight_map, k * 64, 0, 0, 0,
+                  col * GROUPS + part * (GROUPS / ROWS), full, of_column);
             if (PREFETCH && k < 8)
                 asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::
                     "l"(args.stream_map), "r"(col * TN), "r"(row + 16 * k) : "memory");
             if (++slot == STAGES) slot = 0, parity ^= 1;
         }
     }
-}
-
-__device__ __forceinline__ unsigned packed(float low, float high) {
-    unsigned both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
 }
 
 // The four rows of a thread: 64 m + 8 h beyond its first one.
@@ -219,8 +165,7 @@ late_product(const __grid_constant__ Args args) {
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) make_barrier(base + FULL + 8 * s, 1), make_barrier(base + FREE + 8 * s, 4 * PEERS);
         for (int s = 0; s < 16; ++s) make_barrier(base + TOLD + 8 * s, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+        show_barriers();
     }
     meet();
     if (group == 2) {
