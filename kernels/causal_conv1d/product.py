@@ -109,7 +109,8 @@ def forward(x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, t
     tokens, line = batch * length, 2 * inputs
     y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
     state = torch.empty(batch, WIDTH - 1, channels, dtype=x.dtype, device=x.device)
-    # Token 32 w + 4 g + 2 m + h of a tile at place 64 m + 16 w + 8 h + g; column 32 a + 8 q + 2 j + e at 32 a + 8 j + 2 q + e.
+    # Token 32 w + 4 g + 2 m + h of a tile is at place 64 m + 16 w + 8 h + g, column 32 a + 8 q + 2 j + e at
+    # 32 a + 8 j + 2 q + e.
     rows = (inputs, 8, tokens - 126, 4, 2), (4 * line, line, 32 * line, 2 * line), (64, 8, 2, 4, 2 // tile.columns)
     box = (64, 2, 4, 4, tile.outputs // 32 // tile.rows)
     columns = (inputs, 2, 4, 4, channels // 32), (line, 8 * line, 2 * line, 32 * line), box

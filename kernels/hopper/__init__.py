@@ -65,7 +65,7 @@ def described(
 
 
 def source(file: Path, outputs: int, maps: Sequence[str], pointers: Sequence[str], integers: Sequence[str]) -> str:
-    """A kernel with the struct of its arguments, the tensor cores' instruction for so many outputs and ``common.cuh``."""
+    """A kernel with what it needs: the struct of its arguments, the instruction for so many outputs, ``common.cuh``."""
     fields = [f"void* {n};" for n in pointers] + [f"long long {n};" for n in integers]
     given = f"struct alignas(64) Args {{ char {', '.join(f'{n}[128]' for n in maps)}; {' '.join(fields)} }};"
     common = (Path(__file__).parent / "common.cuh").read_text()

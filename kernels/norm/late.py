@@ -27,7 +27,7 @@ class Late(NamedTuple):
     """A product that waits for the norm in front of it: ``(rows matrix^T) / sqrt(squares.sum(-1) / width + eps)``."""
 
     rows: Tensor  # (..., D); with a matrix (..., K), in front of the product
-    squares: Tensor  # (..., parts) float32 (float64): parts of each row's sum of squares in front of the product
+    squares: Tensor | None  # (..., parts) float32 (float64): parts of each row's sum of squares; None: no norm waits
     width: int  # K
     eps: float
     matrix: Tensor | None = None  # (D, K), if the product waits as well: it may be made by the kernel that adds
@@ -60,13 +60,16 @@ def add_norm(
         check_shape("matrix", matrix, (outputs, rows.shape[-1]), "(D, K)")
     check_shape("residual", residual, (*rows.shape[:-1], outputs), "(..., D)")
     check_shape("weight", weight, (outputs,), "(D,)")
-    check_shape("squares", squares, (*rows.shape[:-1], squares.shape[-1]), "(..., parts)")
+    if squares is not None:
+        check_shape("squares", squares, (*rows.shape[:-1], squares.shape[-1]), "(..., parts)")
     assert not torch.is_grad_enabled() or not rows.requires_grad, "late norms have no gradients"
     name = choose(backend, rows.device, late_product.fits(rows, squares, matrix, residual, weight))[0]
     if matrix is not None:
         if name == "cuda":
             return late_product.forward(rows, squares, width, inner_eps, matrix, residual, weight, eps)
         rows = F.linear(rows, matrix)
+    if squares is None:
+        squares, inner_eps = residual.new_zeros(*rows.shape[:-1], 1), 1.0
     if name == "triton":
         from kernels.norm.triton_late import forward
 

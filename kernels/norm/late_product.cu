@@ -8,7 +8,7 @@
 // The weight's rows come in another order (q and v of column 16 u + 4 q + 2 v + e changed), so that a thread has four
 // neighbouring outputs, a whole 16 bytes of the stream.
 //
-// From the host: TN, COLS, ROWS, STAGES, STEPS (of 64 inputs), PARTS of the inputs' squares, BATCH, PREFETCH.
+// From the host: TN, COLS, ROWS, STAGES, STEPS (of 64 inputs), PARTS of the inputs' squares (0: no norm waits), BATCH, PREFETCH.
 
 constexpr int PEERS = COLS + ROWS - 1;           // blocks that send to this one, itself included
 constexpr int X_BYTES = 128 * 128, W_BYTES = TN * 128, STAGE = X_BYTES + W_BYTES;
@@ -66,7 +66,7 @@ __device__ __forceinline__ void multiply_all(const Args& args, int clusters, int
             for (int p = q; p < PARTS; p += 4) sum += ((const float*)args.squares)[r * PARTS + p];
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
-            scale[i] = rsqrtf(sum * share + inner_eps);
+            scale[i] = PARTS > 0 ? rsqrtf(sum * share + inner_eps) : 1.0f;
         }
         int slot = at % STAGES, before = 0;
         unsigned parity = at / STAGES & 1;

@@ -67,17 +67,18 @@ def source(outputs: int) -> str:
     return hopper.source(Path(__file__).with_name("late_product.cu"), outputs, MAPS, POINTERS, INTEGERS)
 
 
-def fits(x: Tensor, squares: Tensor, matrix: Tensor | None, residual: Tensor, weight: Tensor) -> bool:
+def fits(x: Tensor, squares: Tensor | None, matrix: Tensor | None, residual: Tensor, weight: Tensor) -> bool:
     """Whether ``forward`` takes them: the stream in float32, the rest in bfloat16, enough rows and on Hopper."""
     if matrix is None or len(matrix) not in TILES or x.shape[-1] % 64 or x.numel() < LEAST * x.shape[-1]:
         return False
     low = all(t.dtype == torch.bfloat16 for t in (x, matrix, weight))
-    wide = residual.dtype == squares.dtype == torch.float32
-    return low and wide and hopper.takes(x, squares, matrix, residual, weight)
+    given = () if squares is None else (squares,)
+    wide = all(t.dtype == torch.float32 for t in (residual, *given))
+    return low and wide and hopper.takes(x, matrix, residual, weight, *given)
 
 
 def forward(
-    x: Tensor, squares: Tensor, width: int, inner_eps: float, matrix: Tensor, residual: Tensor, weight: Tensor,
+    x: Tensor, squares: Tensor | None, width: int, inner_eps: float, matrix: Tensor, residual: Tensor, weight: Tensor,
     eps: float, tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``kernels.norm.late.add_norm`` of a product that ``fits``."""
@@ -92,8 +93,9 @@ def forward(
         hopper.described(matrix, sizes, (line, 4 * line, 2 * line, 16 * line), box),
         hopper.described(residual, (outputs, rows), (4 * outputs,), (tile.outputs, 16), swizzled=False),
     )
-    fields = (squares, residual, weight, y, total, rows, *map(hopper.bits, (1 / width, inner_eps, eps)))
-    lines = macros(tile, inputs, squares.shape[-1])
+    numbers = map(hopper.bits, (1 / width, inner_eps, eps))
+    fields = (0 if squares is None else squares, residual, weight, y, total, rows, *numbers)
+    lines = macros(tile, inputs, 0 if squares is None else squares.shape[-1])
     kernel = nvrtc.kernel(source(tile.outputs), "late_product", lines, shared(tile))
     hopper.launch(kernel, tile.columns * tile.rows, maps, fields)
     return y, total
