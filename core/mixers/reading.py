@@ -16,7 +16,7 @@ from core.mixers.mamba import Mamba, MambaState, decay_rates
 from core.mixers.mamba2 import Mamba2, Mamba2State
 from core.parallel.group import in_parts
 from kernels.causal_conv1d import product
-from kernels.norm import late_product
+from kernels.norm import late
 from kernels.norm.late import Late
 from kernels.ssd import gated
 
@@ -92,7 +92,7 @@ def read_mamba(
         mixed, conv_state = mixer._conv(mixed, conv, None, None, True)
     y, ssm_state = mixer._scan(mixed, z, ssm, None, None, True)
     plain = type(out_proj) is nn.Linear and out_proj.bias is None and not in_parts()
-    if plain and late_product.fits(y, None, out_proj.weight, stream, weight):
+    if plain and late.saves_a_pass(y, out_proj.weight, stream, weight):
         out: Tensor | Late = Late(y, None, 1, 0.0, out_proj.weight)
     else:
         out = out_proj(y)
@@ -103,8 +103,7 @@ def read_mamba(
 def _enter(mixer: Mamba2, x: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """MLP, gate, convolved x, B and C, dt, and the convolution's state behind the last token."""
     p, filters = mixer.in_proj, mixer._filters()
-    plain = type(p) is nn.Linear and p.bias is None and p.weight.dtype == x.dtype and not in_parts()
-    if not plain or not x.is_cuda:
+    if type(p) is not nn.Linear or p.bias is not None or p.weight.dtype != x.dtype or in_parts():
         mlp, z, xbc, dt = mixer._parts(mixer._enter(x))
     else:
         first, end = 2 * mixer.d_mlp + mixer.d_ssm, p.out_features - mixer.nheads

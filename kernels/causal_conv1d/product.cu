@@ -113,6 +113,7 @@ __device__ __forceinline__ void multiply_all(const Args& args, int clusters, int
     for (int turn = group, at = group * STEPS; cluster + turn * clusters < tiles; turn += 2, at += 2 * STEPS) {
         int slot = at % STAGES, before = 0;
         unsigned parity = at / STAGES & 1;
+        if (turn > 0) await_turn(group);
         for (int k = 0; k < STEPS; ++k) {
             wait(base + FULL + 8 * slot, parity);
             const u64 x = described(base + slot * STAGE), w = described(base + slot * STAGE + X_BYTES);
@@ -128,6 +129,7 @@ __device__ __forceinline__ void multiply_all(const Args& args, int clusters, int
             before = slot;
             if (++slot == STAGES) slot = 0, parity ^= 1;
         }
+        if (cluster + (turn + 1) * clusters < tiles) give_turn(group);
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
 #pragma unroll
         for (int i = 0; i < TN / 2; ++i) asm volatile("" : "+f"(acc[0][i]), "+f"(acc[1][i])::"memory");

@@ -48,9 +48,7 @@ TILE = Tile(128, 2, 2, 5)
 LEAST = 1 << 14  # tokens; with fewer there is nothing to do for one half of the warps
 
 
-def project_conv(
-    x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, *, tile: Tile | None = None
-) -> tuple[Tensor, Tensor]:
+def project_conv(x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """``silu(causal_conv1d(x weight^T))`` from the first token on (Gu & Dao 2023, figure 3), without gradients.
 
     Args:
@@ -58,7 +56,6 @@ def project_conv(
         weight: (C, K).
         conv_weight: (C, W).
         conv_bias: (C,) or None.
-        tile: How the kernel's product is cut.
 
     Returns:
         (B, L, C) in x's dtype, and the convolution's last inputs (B, W - 1, C), as ``causal_conv1d`` returns them.
@@ -70,16 +67,20 @@ def project_conv(
     check_shape("weight", weight, (len(weight), x.shape[-1]), "(C, K)")
     check_shape("conv_weight", conv_weight, (len(weight), conv_weight.shape[-1]), "(C, W)")
     check_shape("conv_bias", conv_bias, (len(weight),), "(C,)")
-    if not saves_a_pass(x, weight, conv_weight, conv_bias) and tile is None:
-        rows = F.linear(x, weight)
-        return causal_conv1d(rows, conv_weight, conv_bias, activation="silu", return_final_state=True)  # type: ignore
-    assert conv_bias is not None
-    return forward(x, weight, conv_weight.contiguous(), conv_bias, tile or TILE)
+    if conv_bias is not None and _fits(x, weight, conv_weight, conv_bias):
+        return forward(x, weight, conv_weight, conv_bias)
+    y = causal_conv1d(F.linear(x, weight), conv_weight, conv_bias, activation="silu", return_final_state=True)
+    assert isinstance(y, tuple)
+    return y
 
 
 def saves_a_pass(x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor | None) -> bool:
     """Whether ``project_conv`` has a kernel for them: bfloat16, four taps, whole tiles, enough tokens and on Hopper."""
-    if conv_bias is None or x.ndim != 3 or conv_weight.shape[1] != WIDTH or x.shape[1] < 128:
+    return conv_bias is not None and _fits(x, weight, conv_weight, conv_bias)
+
+
+def _fits(x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor) -> bool:
+    if x.ndim != 3 or conv_weight.shape[1] != WIDTH or x.shape[1] < 128:
         return False
     sizes = x.shape[2] % 64 == 0 and len(weight) % (TILE.outputs * TILE.columns) == 0 and len(x) * x.shape[1] >= LEAST
     low = all(t.dtype == torch.bfloat16 for t in (x, weight, conv_weight, conv_bias))
@@ -103,7 +104,9 @@ def source(outputs: int) -> str:
     return hopper.source(Path(__file__).with_name("product.cu"), outputs, MAPS, POINTERS, INTEGERS)
 
 
-def forward(x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+def forward(
+    x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, tile: Tile = TILE
+) -> tuple[Tensor, Tensor]:
     """``project_conv`` by the kernel."""
     (batch, length, inputs), channels = x.shape, len(weight)
     tokens, line = batch * length, 2 * inputs

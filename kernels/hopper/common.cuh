@@ -53,3 +53,8 @@ __device__ __forceinline__ unsigned packed(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
 }
+
+// The two groups that multiply take turns: a barrier tells its last phase from the one before, no more, so a group must not
+// wait for tiles that come behind those of the other.
+__device__ __forceinline__ void await_turn(int group) { asm volatile("bar.sync %0, 256;" ::"r"(3 + group) : "memory"); }
+__device__ __forceinline__ void give_turn(int group) { asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory"); }

@@ -20,7 +20,7 @@ from kernels.backend import choose
 from kernels.checks import check_float, check_shape
 from kernels.norm import late_product
 
-__all__ = ["Late", "add_norm"]
+__all__ = ["Late", "add_norm", "saves_a_pass"]
 
 
 class Late(NamedTuple):
@@ -79,3 +79,8 @@ def add_norm(
     total = rows.to(wide) * scale + residual.to(wide)
     normed = F.rms_norm(total, weight.shape, weight.to(wide), eps)
     return normed.to(rows.dtype), total.to(residual.dtype)
+
+
+def saves_a_pass(rows: Tensor, matrix: Tensor, residual: Tensor, weight: Tensor) -> bool:
+    """Whether ``add_norm`` has a kernel that makes the product of such rows, which wait for no norm, as well."""
+    return choose("auto", rows.device, late_product.fits(rows, None, matrix, residual, weight))[0] == "cuda"

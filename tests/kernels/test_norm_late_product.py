@@ -37,14 +37,15 @@ def given(
     low = {"device": device, "dtype": dtype}
     wide = {"device": device, "dtype": torch.promote_types(dtype, torch.float32)}
     x, matrix = drawn("x", 1, rows, inputs).to(**low), (drawn("m", outputs, inputs) / inputs**0.5).to(**low)
-    late = Late(x, (drawn("s", 1, rows, parts).abs() * 9).to(**wide), 40, INNER, matrix)
+    squares = (drawn("s", 1, rows, parts).abs() * 9).to(**wide) if parts else None
+    late = Late(x, squares, 40, INNER, matrix)
     return late, drawn("r", 1, rows, outputs).to(**wide), drawn("w", outputs).to(**low)
 
 
 def exact(late: Late, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     rows, squares, width, eps, matrix = late
     assert matrix is not None
-    wide = Late(rows.double(), squares.double(), width, eps, matrix.double())
+    wide = Late(rows.double(), None if squares is None else squares.double(), width, eps, matrix.double())
     return add_norm(wide, residual.double(), weight.double(), EPS, backend="reference")
 
 
@@ -87,7 +88,9 @@ def test_nothing_stops_the_tensor_cores(outputs: int, tmp_path: Path) -> None:
 
 @needs_hopper
 @pytest.mark.parametrize("outputs", late_product.TILES)
-@pytest.mark.parametrize(("rows", "inputs", "parts"), [(1, 64, 1), (77, 128, 5), (128 * 33 * 5 + 60, 192, 24)])
+@pytest.mark.parametrize(
+    ("rows", "inputs", "parts"), [(1, 64, 1), (77, 128, 5), (128 * 33 * 5 + 60, 448, 24), (500, 576, 0)]
+)
 def test_kernel(rows: int, inputs: int, parts: int, outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch)
     late, residual, weight = given(rows, inputs, outputs, parts, torch.bfloat16, "cuda")
@@ -103,6 +106,7 @@ def test_it_is_taken_from_so_many_rows_on() -> None:
     late, residual, weight = given(late_product.LEAST, 64, 768, 1, torch.bfloat16, "cuda")
     assert late_product.fits(late.rows, late.squares, late.matrix, residual, weight)
     assert not late_product.fits(late.rows, late.squares, late.matrix, residual.bfloat16(), weight)
+    assert late.squares is not None
     assert not late_product.fits(late.rows[:, 1:], late.squares[:, 1:], late.matrix, residual[:, 1:], weight)
     found, want = (add_norm(late, residual, weight, EPS, backend=b) for b in ("cuda", "triton"))
     for got, plain, true in zip(found, want, exact(late, residual, weight), strict=True):
