@@ -45,7 +45,7 @@ def read_mamba2(
     if state is None and mixer.init_states is not None:
         state = mixer.init_state(len(x))
     conv, ssm = (None, None) if state is None else state
-    mlp, z, xbc, dt, conv_state = _enter(mixer, x, conv)
+    mlp, z, xbc, dt, conv_state = enter(mixer, x, conv)
     rows, B, C = mixer._split(xbc)
     given = (rows, dt, decay_rates(mixer.A_log), B, C, mixer._skip(), z.unflatten(-1, rows.shape[2:]), mixer.dt_bias)
     limits, wanted = (mixer.dt_min, mixer.dt_max), state_dtype or (None if ssm is None else ssm.dtype)
@@ -100,7 +100,7 @@ def read_mamba(
     return out, MambaState(conv_state.to(kept), ssm_state if wanted is None else ssm_state.to(wanted))
 
 
-def _enter(mixer: Mamba2, x: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def enter(mixer: Mamba2, x: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """MLP, gate, convolved x, B and C, dt, and the convolution's state behind the last token."""
     p, filters = mixer.in_proj, mixer._filters()
     if type(p) is not nn.Linear or p.bias is not None or p.weight.dtype != x.dtype or in_parts():
@@ -110,15 +110,15 @@ def _enter(mixer: Mamba2, x: Tensor, conv: Tensor | None) -> tuple[Tensor, Tenso
         inner = p.weight[first:end]
         if conv is None and not mixer.reverse and product.saves_a_pass(x, inner, *filters):
             xbc, conv_state = product.project_conv(x, inner, *filters)
-            rest = _aligned(x, torch.cat([p.weight[:first], p.weight[end:]]))
+            rest = aligned(x, torch.cat([p.weight[:first], p.weight[end:]]))
             mlp, z, dt = rest.split([2 * mixer.d_mlp, mixer.d_ssm, mixer.nheads], dim=-1)
             return mlp, z, xbc, dt, conv_state
-        mlp, z, xbc, dt = mixer._parts(_aligned(x, p.weight))
+        mlp, z, xbc, dt = mixer._parts(aligned(x, p.weight))
     xbc, conv_state = mixer._conv(xbc, conv, None, None, True)
     return mlp, z, xbc, dt, conv_state
 
 
-def _aligned(x: Tensor, weight: Tensor) -> Tensor:
+def aligned(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T, whose rows begin at whole lines of memory on a GPU: what reads them is faster then."""
     columns = -(-len(weight) * x.element_size() // LINE) * LINE // x.element_size()
     rows = x.new_empty(*x.shape[:-1], columns)[..., : len(weight)]
