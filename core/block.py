@@ -303,7 +303,7 @@ class Block(nn.Module):
             This block's branch and the residual stream at the last token, (B, 1, D), and the mixer's new state.
         """
         y, stream = self.norm.forward_late(x, residual)
-        y, state = forward_last(self.mixer, y, self._begun(y, state))
+        y, state = forward_last(self.mixer, y, state)
         return *self.apply_mlp(y, stream[:, -1:]), state
 
     def _begun(self, x: Tensor, state: Any) -> Any:
