@@ -68,7 +68,8 @@ def _convolved(mixer: Mamba | Mamba2, x: Tensor, first: int, end: int, conv: Ten
     p, filters = mixer.in_proj, (mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias)
     plain = conv is None and p.bias is None and not torch.is_grad_enabled() and not in_parts()
     if plain and product.saves_a_pass(x, p.weight[first:end], *filters):
-        return product.project_conv(x, p.weight[first:end], *filters)
+        _, y, _, state = product.project_conv(x, p.weight[first:end], *filters)
+        return y, state
     return mixer._conv(_rows(p, x, first, end), conv, None, None, True)
 
 

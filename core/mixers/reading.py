@@ -9,7 +9,6 @@ Legend: B batch, L length, D model width, E inner width.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from core.mixers.mamba import Mamba, MambaState, decay_rates
@@ -83,10 +82,8 @@ def read_mamba(
     conv, ssm = (None, None) if state is None else state
     filters = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
     plain = type(p) is nn.Linear and p.bias is None and p.weight.dtype == x.dtype and not in_parts()
-    inner = p.weight[: mixer.d_inner] if plain else None
-    if inner is not None and conv is None and not mixer.reverse and product.saves_a_pass(x, inner, *filters):
-        mixed, conv_state = product.project_conv(x, inner, *filters)
-        z = F.linear(x, p.weight[mixer.d_inner :])
+    if plain and conv is None and not mixer.reverse and product.saves_a_pass(x, p.weight, *filters):
+        _, mixed, z, conv_state = product.project_conv(x, p.weight, *filters)
     else:
         mixed, z = p(x).chunk(2, dim=-1)
         mixed, conv_state = mixer._conv(mixed, conv, None, None, True)
@@ -106,13 +103,10 @@ def enter(mixer: Mamba2, x: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor
     if type(p) is not nn.Linear or p.bias is not None or p.weight.dtype != x.dtype or in_parts():
         mlp, z, xbc, dt = mixer._parts(mixer._enter(x))
     else:
-        first, end = 2 * mixer.d_mlp + mixer.d_ssm, p.out_features - mixer.nheads
-        inner = p.weight[first:end]
-        if conv is None and not mixer.reverse and product.saves_a_pass(x, inner, *filters):
-            xbc, conv_state = product.project_conv(x, inner, *filters)
-            rest = aligned(x, torch.cat([p.weight[:first], p.weight[end:]]))
-            mlp, z, dt = rest.split([2 * mixer.d_mlp, mixer.d_ssm, mixer.nheads], dim=-1)
-            return mlp, z, xbc, dt, conv_state
+        first = 2 * mixer.d_mlp + mixer.d_ssm
+        if conv is None and not mixer.reverse and product.saves_a_pass(x, p.weight, *filters, first):
+            before, xbc, dt, conv_state = product.project_conv(x, p.weight, *filters, first)
+            return before[..., : 2 * mixer.d_mlp], before[..., 2 * mixer.d_mlp :], xbc, dt, conv_state
         mlp, z, xbc, dt = mixer._parts(aligned(x, p.weight))
     xbc, conv_state = mixer._conv(xbc, conv, None, None, True)
     return mlp, z, xbc, dt, conv_state

@@ -1,4 +1,5 @@
-// A product whose outputs go through a causal convolution of TAPS taps and silu: y = silu(conv(x W^T) + bias).
+// A product C of whose N outputs go through a causal convolution of TAPS taps and silu: y = silu(conv(x W^T) + bias); the others
+// go to ``rest``, those in front of the C and then those behind them.
 //
 // A tile has 128 tokens, of which it is the first TAPS - 1 that only the others see: they belong to the tile before, which
 // has worked them out too. Clusters of ROWS by COLS blocks share x and the weight; of a block's three warp groups one
@@ -13,18 +14,21 @@ constexpr int TAPS = 4, FRESH = 128 - (TAPS - 1);  // tokens of a tile that are 
 constexpr int PEERS = COLS + ROWS - 1;             // blocks that send to this one, itself included
 constexpr int X_BYTES = 128 * 128, W_BYTES = TN * 128, STAGE = X_BYTES + W_BYTES;
 constexpr int GROUPS = TN / 32;
-constexpr int EDGES = STAGES * STAGE;  // [turn][group][warp][TAPS - 1][TN]: a warp's last tokens
-constexpr int EDGE_BYTES = 2 * 2 * 4 * (TAPS - 1) * TN * 4;
+constexpr int EDGES = STAGES * STAGE;  // [group][warp][TAPS - 1][TN]: a warp's last tokens
+constexpr int EDGE_BYTES = 2 * 4 * (TAPS - 1) * TN * 4;
 constexpr int FULL = EDGES + EDGE_BYTES, FREE = FULL + 8 * STAGES;
 
 struct Tile {
     int row, from, end, column;  // the first token and the ones that are written, the first output
 };
 
+// Tiles side by side. The last one may repeat outputs of the one before.
+__device__ __forceinline__ int columns_of(const Args& args) { return ((int)args.N + TN * COLS - 1) / (TN * COLS); }
+
 __device__ __forceinline__ Tile tile_of(const Args& args, int tile, int part, int col) {
-    const int across = (int)args.C / (TN * COLS), t = (tile / across) * ROWS + part, own = t * FRESH;
+    const int across = columns_of(args), t = (tile / across) * ROWS + part, own = t * FRESH;
     const int row = max(0, min(own - (TAPS - 1), (int)args.M - 128));
-    return {row, own, min(own + FRESH, (int)args.M), (tile % across * COLS + col) * TN};
+    return {row, own, min(own + FRESH, (int)args.M), min((tile % across * COLS + col) * TN, (int)args.N - TN)};
 }
 
 // One thread: all that a block multiplies.
@@ -41,8 +45,8 @@ __device__ __forceinline__ void fetch_all(const Args& args, int clusters, int cl
             wait(base + FREE + 8 * slot, parity);
             expect(full, STAGE);
             fetch(to + col * (X_BYTES / COLS), args.x_map, k * 64, 0, at.row, 0, col, full, of_row);
-            fetch(to + X_BYTES + part * (W_BYTES / ROWS), args.weight_map, k * 64, 0, 0, 0,
-                  at.column / 32 + part * (GROUPS / ROWS), full, of_column);
+            fetch(to + X_BYTES + part * (W_BYTES / ROWS), args.weight_map, k * 64, at.column + part * (TN / ROWS), 0, 0, 0,
+                  full, of_column);
             if (++slot == STAGES) slot = 0, parity ^= 1;
         }
     }
@@ -55,26 +59,28 @@ __device__ __forceinline__ float silu(float v) {
     return v * inverse;
 }
 
+__device__ __forceinline__ float low(unsigned two) { return __uint_as_float(two << 16); }
+__device__ __forceinline__ float high(unsigned two) { return __uint_as_float(two & 0xffff0000u); }
+
+// A token's eight neighbouring sums.
+__device__ __forceinline__ uint4 plain(const float (&acc)[2][TN / 2], int a, int i) {
+    const float* v = &acc[i >> 1][16 * a + 2 * (i & 1)];
+    return {packed(v[0], v[1]), packed(v[4], v[5]), packed(v[8], v[9]), packed(v[12], v[13])};
+}
+
 // Eight outputs of a thread's four tokens. ``start`` is the one of them, or of the two before, that begins a sequence.
 template <bool CUT>
 __device__ __forceinline__ void convolve(const float (&acc)[2][TN / 2], int a, const float* edge, const u16* weight,
                                          const u16* bias, int start, uint4 (&out)[4]) {
     const int g = (threadIdx.x & 31) >> 2;
-    float taps[8][TAPS];
-#pragma unroll
-    for (int pair = 0; pair < 4; ++pair) {
-        const uint4 four = ((const uint4*)weight)[pair];
-        const unsigned parts[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int n = 0; n < 8; ++n)
-            taps[2 * pair + n / 4][n % 4] = __uint_as_float(n & 1 ? parts[n / 2] & 0xffff0000u : parts[n / 2] << 16);
-    }
     const uint4 eight = *(const uint4*)bias;
     const unsigned biases[4] = {eight.x, eight.y, eight.z, eight.w};
     unsigned found[4][4];
     float last[4];
 #pragma unroll
     for (int c = 0; c < 8; ++c) {
+        const uint2 two = ((const uint2*)weight)[c];
+        const float taps[TAPS] = {low(two.x), high(two.x), low(two.y), high(two.y)};
         float v[TAPS - 1 + 4];  // three tokens before, four own ones
 #pragma unroll
         for (int i = 0; i < 4; ++i) v[3 + i] = acc[i >> 1][4 * (4 * a + c / 2) + 2 * (i & 1) + (c & 1)];
@@ -83,14 +89,14 @@ __device__ __forceinline__ void convolve(const float (&acc)[2][TN / 2], int a, c
             v[i] = __shfl_up_sync(~0u, v[4 + i], 4);
             if (g == 0) v[i] = edge[i * TN + c];
         }
-        const float b = __uint_as_float(c & 1 ? biases[c / 2] & 0xffff0000u : biases[c / 2] << 16);
+        const float b = c & 1 ? high(biases[c / 2]) : low(biases[c / 2]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             float sum = b;
 #pragma unroll
             for (int tap = 0; tap < TAPS; ++tap) {
                 const int from = i + tap - (TAPS - 1);  // relative to the thread's first token
-                sum = fmaf(taps[c][tap], CUT && from < start && start <= i ? 0.0f : v[3 + from], sum);
+                sum = fmaf(taps[tap], CUT && from < start && start <= i ? 0.0f : v[3 + from], sum);
             }
             sum = silu(sum);
             if (c & 1) found[i][c / 2] = packed(last[i], sum);
@@ -135,7 +141,7 @@ __device__ __forceinline__ void multiply_all(const Args& args, int clusters, int
         for (int i = 0; i < TN / 2; ++i) asm volatile("" : "+f"(acc[0][i]), "+f"(acc[1][i])::"memory");
         if (lane < PEERS) arrive(peer + 8 * before);
 
-        float* edges = (float*)(memory + EDGES) + ((turn >> 1 & 1) * 2 + group) * (4 * 3 * TN);
+        float* edges = (float*)(memory + EDGES) + group * (4 * 3 * TN);  // read before the turn was given back
         if (g == 7) {
 #pragma unroll
             for (int i = 0; i < 3; ++i)
@@ -153,31 +159,35 @@ __device__ __forceinline__ void multiply_all(const Args& args, int clusters, int
         const bool ends = __any_sync(~0u, time + 3 >= L - (TAPS - 1));
 #pragma unroll
         for (int a = 0; a < GROUPS; ++a) {
-            const int c = tile.column + 32 * a + 8 * q;
-            const float* edge = edges + max(warp - 1, 0) * (3 * TN) + 32 * a + 8 * q;
-            const u16 *weight = (const u16*)args.conv_weight + c * TAPS, *bias = (const u16*)args.conv_bias + c;
-            uint4 out[4];
-            if (cut)
-                convolve<true>(acc, a, edge, weight, bias, start, out);
-            else
-                convolve<false>(acc, a, edge, weight, bias, start, out);
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                if (row + i >= tile.from && row + i < tile.end) *(uint4*)((u16*)args.y + (long long)(row + i) * C + c) = out[i];
-            if (ends) {
+            const int from = tile.column + 32 * a + 8 * q, c = from - (int)args.first;  // of all outputs, of the C ones
+            const bool inner = 0 <= c && c < C;
+            if (ends && inner) {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int t = (row + i) % L - (L - (TAPS - 1));
-                    if (t < 0 || row + i < tile.from || row + i >= tile.end) continue;
-                    unsigned raw[4];
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        const float* v = &acc[i >> 1][4 * (4 * a + j) + 2 * (i & 1)];
-                        raw[j] = packed(v[0], v[1]);
-                    }
-                    const long long to = ((long long)((row + i) / L) * (TAPS - 1) + t) * C + c;
-                    *(uint4*)((u16*)args.state + to) = {raw[0], raw[1], raw[2], raw[3]};
+                    if (t >= 0 && row + i >= tile.from && row + i < tile.end)
+                        *(uint4*)((u16*)args.state + ((long long)((row + i) / L) * (TAPS - 1) + t) * C + c) = plain(acc, a, i);
                 }
+            }
+            if (__any_sync(~0u, inner)) {
+                const int known = max(0, min(c, C - 8));
+                const float* edge = edges + max(warp - 1, 0) * (3 * TN) + 32 * a + 8 * q;
+                const u16 *weight = (const u16*)args.conv_weight + known * TAPS, *bias = (const u16*)args.conv_bias + known;
+                uint4 out[4];
+                if (cut)
+                    convolve<true>(acc, a, edge, weight, bias, start, out);
+                else
+                    convolve<false>(acc, a, edge, weight, bias, start, out);
+                u16* to = (u16*)args.y + (long long)row * C + c;
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (inner && row + i >= tile.from && row + i < tile.end) *(uint4*)(to + i * C) = out[i];
+            }
+            if (!inner) {
+                u16* to = (u16*)args.rest + row * args.rest_line + (c < 0 ? from : from - C);
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (row + i >= tile.from && row + i < tile.end) *(uint4*)(to + i * args.rest_line) = plain(acc, a, i);
             }
         }
     }
@@ -187,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) __cluster_dims__(COLS* ROWS
 product_conv(const __grid_constant__ Args args) {
     const unsigned base = (unsigned)__cvta_generic_to_shared(memory);
     const int group = threadIdx.x >> 7, cluster = blockIdx.x / (COLS * ROWS), clusters = gridDim.x / (COLS * ROWS);
-    const int down = ((int)args.M + FRESH - 1) / FRESH, tiles = (down + ROWS - 1) / ROWS * ((int)args.C / (TN * COLS));
+    const int down = ((int)args.M + FRESH - 1) / FRESH, tiles = (down + ROWS - 1) / ROWS * columns_of(args);
     if (threadIdx.x == 0) {
         for (int s = 0; s < STAGES; ++s) make_barrier(base + FULL + 8 * s, 1), make_barrier(base + FREE + 8 * s, 4 * PEERS);
         show_barriers();

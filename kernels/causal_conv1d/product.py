@@ -23,8 +23,8 @@ from kernels.checks import check_float, check_shape
 __all__ = ["project_conv", "saves_a_pass"]
 
 MAPS = ("x_map", "weight_map")
-POINTERS = ("conv_weight", "conv_bias", "y", "state")
-INTEGERS = ("M", "L", "C")
+POINTERS = ("conv_weight", "conv_bias", "y", "state", "rest")
+INTEGERS = ("M", "L", "C", "N", "first", "rest_line")
 WIDTH = 4  # W
 
 
@@ -44,45 +44,57 @@ class Tile(NamedTuple):
     stages: int
 
 
-TILE = Tile(128, 2, 2, 5)
+TILE = Tile(192, 1, 2, 5)
 LEAST = 1 << 14  # tokens; with fewer there is nothing to do for one half of the warps
 
 
-def project_conv(x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``silu(causal_conv1d(x weight^T))`` from the first token on (Gu & Dao 2023, figure 3), without gradients.
+class Projected(NamedTuple):
+    """A projection, some of whose outputs are convolved."""
+
+    before: Tensor  # (B, L, first): outputs as they are
+    convolved: Tensor  # (B, L, C)
+    behind: Tensor  # (B, L, N - first - C): outputs as they are
+    state: Tensor  # (B, W - 1, C): the convolution's last inputs, as ``causal_conv1d`` returns them
+
+
+def project_conv(x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, first: int = 0) -> Projected:
+    """``x weight^T``, and silu of its outputs ``first`` to ``first + C`` behind a causal convolution from the first
+    token on (Gu & Dao 2023, figure 3), without gradients.
 
     Args:
         x: (B, L, K).
-        weight: (C, K).
+        weight: (N, K).
         conv_weight: (C, W).
         conv_bias: (C,) or None.
-
-    Returns:
-        (B, L, C) in x's dtype, and the convolution's last inputs (B, W - 1, C), as ``causal_conv1d`` returns them.
+        first: The first output that is convolved.
 
     Raises:
         ValueError: If a shape, dtype or device does not fit.
     """
+    channels = len(conv_weight)
     check_float(x, weight=weight, conv_weight=conv_weight, conv_bias=conv_bias)
-    check_shape("weight", weight, (len(weight), x.shape[-1]), "(C, K)")
-    check_shape("conv_weight", conv_weight, (len(weight), conv_weight.shape[-1]), "(C, W)")
-    check_shape("conv_bias", conv_bias, (len(weight),), "(C,)")
-    if conv_bias is not None and _fits(x, weight, conv_weight, conv_bias):
-        return forward(x, weight, conv_weight, conv_bias)
-    y = causal_conv1d(F.linear(x, weight), conv_weight, conv_bias, activation="silu", return_final_state=True)
+    check_shape("weight", weight, (len(weight), x.shape[-1]), "(N, K)")
+    check_shape("conv_bias", conv_bias, (channels,), "(C,)")
+    if not 0 <= first <= len(weight) - channels:
+        raise ValueError(f"first: got {first}, wanted 0 to {len(weight) - channels}: N - C")
+    if conv_bias is not None and _fits(x, weight, conv_weight, conv_bias, first):
+        return forward(x, weight, conv_weight, conv_bias, first)
+    before, inner, behind = F.linear(x, weight).split([first, channels, len(weight) - first - channels], dim=-1)
+    y = causal_conv1d(inner, conv_weight, conv_bias, activation="silu", return_final_state=True)
     assert isinstance(y, tuple)
-    return y
+    return Projected(before, y[0], behind, y[1])
 
 
-def saves_a_pass(x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor | None) -> bool:
-    """Whether ``project_conv`` has a kernel for them: bfloat16, four taps, whole tiles, enough tokens and on Hopper."""
-    return conv_bias is not None and _fits(x, weight, conv_weight, conv_bias)
+def saves_a_pass(x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, first: int = 0) -> bool:
+    """Whether ``project_conv`` has a kernel for them: bfloat16, four taps, whole vectors, enough tokens, on Hopper."""
+    return conv_bias is not None and _fits(x, weight, conv_weight, conv_bias, first)
 
 
-def _fits(x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor) -> bool:
-    if x.ndim != 3 or conv_weight.shape[1] != WIDTH or x.shape[1] < 128:
+def _fits(x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, first: int) -> bool:
+    if x.ndim != 3 or conv_weight.shape[1] != WIDTH or x.shape[1] < 128 or len(x) * x.shape[1] < LEAST:
         return False
-    sizes = x.shape[2] % 64 == 0 and len(weight) % (TILE.outputs * TILE.columns) == 0 and len(x) * x.shape[1] >= LEAST
+    (outputs, inputs), channels = weight.shape, len(conv_weight)
+    sizes = inputs % 64 == 0 and outputs >= TILE.outputs and not any(n % 8 for n in (outputs, channels, first))
     low = all(t.dtype == torch.bfloat16 for t in (x, weight, conv_weight, conv_bias))
     return sizes and low and hopper.takes(x, weight, conv_weight, conv_bias)
 
@@ -95,7 +107,7 @@ def macros(tile: Tile, inputs: int) -> tuple[str, ...]:
 
 def shared(tile: Tile) -> int:
     """Bytes of shared memory of a block: tiles, tokens at the edges of warps, barriers."""
-    return tile.stages * (128 + tile.outputs) * 128 + 16 * (WIDTH - 1) * tile.outputs * 4 + 16 * tile.stages
+    return tile.stages * (128 + tile.outputs) * 128 + 8 * (WIDTH - 1) * tile.outputs * 4 + 16 * tile.stages
 
 
 @functools.cache
@@ -105,20 +117,23 @@ def source(outputs: int) -> str:
 
 
 def forward(
-    x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, tile: Tile = TILE
-) -> tuple[Tensor, Tensor]:
-    """``project_conv`` by the kernel."""
-    (batch, length, inputs), channels = x.shape, len(weight)
-    tokens, line = batch * length, 2 * inputs
-    y = torch.empty(batch, length, channels, dtype=x.dtype, device=x.device)
-    state = torch.empty(batch, WIDTH - 1, channels, dtype=x.dtype, device=x.device)
-    # Token 32 w + 4 g + 2 m + h of a tile is at place 64 m + 16 w + 8 h + g, column 32 a + 8 q + 2 j + e at
-    # 32 a + 8 j + 2 q + e.
+    x: Tensor, weight: Tensor, conv_weight: Tensor, conv_bias: Tensor, first: int = 0, tile: Tile = TILE
+) -> Projected:
+    """``project_conv`` by the kernel. Outputs as they are have rows that begin at whole lines of memory."""
+    (batch, length, inputs), outputs, channels = x.shape, len(weight), len(conv_weight)
+    tokens, line, others = batch * length, 2 * inputs, outputs - channels
+    y, state = x.new_empty(batch, length, channels), x.new_empty(batch, WIDTH - 1, channels)
+    rest = x.new_empty(batch, length, -(-others // 64) * 64)
+    # Token 32 w + 4 g + 2 m + h of a tile is at place 64 m + 16 w + 8 h + g, output 32 a + 8 q + 2 j + e at
+    # 32 a + 8 j + 2 q + e. Tiles may begin anywhere: at a place of the axes h and e, whose neighbours are neighbours.
     rows = (inputs, 8, tokens - 126, 4, 2), (4 * line, line, 32 * line, 2 * line), (64, 8, 2, 4, 2 // tile.columns)
-    box = (64, 2, 4, 4, tile.outputs // 32 // tile.rows)
-    columns = (inputs, 2, 4, 4, channels // 32), (line, 8 * line, 2 * line, 32 * line), box
+    part = tile.outputs // tile.rows
+    columns = (
+        (inputs, outputs - part + 2, 4, 4, part // 32), (line, 8 * line, 2 * line, 32 * line),
+        (64, 2, 4, 4, part // 32),
+    )  # fmt: skip
     maps = hopper.described(x, *rows), hopper.described(weight, *columns)
     kernel = nvrtc.kernel(source(tile.outputs), "product_conv", macros(tile, inputs), shared(tile))
-    fields = (conv_weight, conv_bias, y, state, tokens, length, channels)
-    hopper.launch(kernel, tile.columns * tile.rows, maps, fields)
-    return y, state
+    numbers = (tokens, length, channels, outputs, first, rest.shape[-1])
+    hopper.launch(kernel, tile.columns * tile.rows, maps, (conv_weight, conv_bias, y, state, rest, *numbers))
+    return Projected(rest[..., :first], y, rest[..., first:others], state)

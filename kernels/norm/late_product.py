@@ -43,7 +43,7 @@ class Tile(NamedTuple):
     prefetch: bool = True
 
 
-TILES = {768: Tile(192, 4, 1, 4)}  # by D
+TILES = {768: Tile(192, 4, 1, 5)}  # by D
 LEAST = 1 << 14  # rows; with fewer there is nothing to do for one half of the warps
 
 
