@@ -16,7 +16,9 @@ import kernels  # noqa: F401  registers torch.ops.triscan
 from core.forget import forget, forgetting
 from core.mixers.contract import Mixer
 from core.mixers.last import forward_last
+from core.mixers.mamba import Mamba
 from core.mixers.mamba2 import Mamba2
+from core.mixers.reading import read_mamba, read_mamba2
 from core.parallel.group import in_parts
 from kernels.norm.late import Late, add_norm
 from kernels.selective_scan.exactness import between_pieces
@@ -281,12 +283,15 @@ class Block(nn.Module):
     ) -> tuple[Tensor | Late, Tensor, Any]:
         """``forward_state``, whose branch may wait for a norm of its own where that saves time; so may the one given.
 
-        Only for a block in front of one with RMSNorm. A Mamba-2 layer's state may be None: before the first token; and
-        the scan's state is handed on in ``state_dtype``.
+        Only for a block in front of one with RMSNorm. A Mamba or Mamba-2 layer's state may be None: before the first
+        token; and the scan's state is handed on in ``state_dtype``.
         """
         y, stream = self.norm.forward_late(x, residual)
         if self.mlp is None and isinstance(self.mixer, Mamba2):
-            late, state = self.mixer.forward_late(y, state, state_dtype)
+            late, state = read_mamba2(self.mixer, y, state, state_dtype)
+            return late, stream, state
+        if self.mlp is None and type(self.mixer) is Mamba:
+            late, state = read_mamba(self.mixer, y, state, stream, self.norm.weight, state_dtype)
             return late, stream, state
         y, state = self.mixer.forward_state(y, self._begun(y, state))
         return *self.apply_mlp(y, stream), state
@@ -298,7 +303,7 @@ class Block(nn.Module):
             This block's branch and the residual stream at the last token, (B, 1, D), and the mixer's new state.
         """
         y, stream = self.norm.forward_late(x, residual)
-        y, state = forward_last(self.mixer, y, self._begun(y, state))
+        y, state = forward_last(self.mixer, y, state)
         return *self.apply_mlp(y, stream[:, -1:]), state
 
     def _begun(self, x: Tensor, state: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from core.decode import decoder_for
 from core.lm import MambaLM
-from core.mixers import Mamba2
+from core.mixers import Mamba, Mamba2
 from core.prompt import reader_for
 from core.sampling import PLAIN, Sampling, filter_logits, penalize_repetition, sample
 from kernels.selective_scan.exactness import between_pieces
@@ -287,7 +287,7 @@ def _before(model: MambaLM, batch: int, room: int, padded: bool) -> tuple[Any, .
     """The layers' states before the prompts: None where a layer reads on from nothing without zeros in memory."""
     late = not padded and model.backbone.takes_late()
     return tuple(
-        None if late and type(layer.mixer) is Mamba2 else layer.mixer.init_state(batch, max_length=room)
+        None if late and type(layer.mixer) in (Mamba, Mamba2) else layer.mixer.init_state(batch, max_length=room)
         for layer in model.backbone.layers
     )
 

@@ -53,8 +53,8 @@ class Backbone(nn.Module):
     ) -> tuple[Tensor, tuple[Any, ...]]:
         """``forward_state`` whose output is wanted at the last token only: (B, D).
 
-        Where it ``takes_late`` branches Mamba-2 layers' states may be None: before the first token; and those behind
-        the last token come in ``state_dtype`` where the scan can write them so at once.
+        Where it ``takes_late`` branches states of Mamba and Mamba-2 layers may be None: before the first token; and
+        those behind the last token come in ``state_dtype``, where the scan can write them so at once.
         """
         x: Any = self.embedding(input_ids)
         residual, states = None, []

@@ -19,10 +19,6 @@ from core.mixers.gated_norm import GatedRMSNorm
 from core.mixers.mamba import decay_rates, last_inputs
 from core.parallel import sequence
 from core.parallel.group import in_parts
-from kernels.norm.late import Late
-from kernels.ssd import gated
-
-LINE = 128  # bytes of a GPU's memory that travel together
 
 torch.fx.wrap("decay_rates")  # a tracer has no dtypes to compare
 
@@ -207,40 +203,6 @@ class Mamba2(nn.Module):
         return self._output(mlp, y, z), after
 
     @torch.no_grad()
-    def forward_late(
-        self, x: Tensor, state: Mamba2State | None, state_dtype: torch.dtype | None = None
-    ) -> tuple[Tensor | Late, Mamba2State]:
-        """``forward_state`` without gradients, whose norm is left to what follows where that saves time.
-
-        Args:
-            x: (B, L, D).
-            state: From ``init_state`` or an earlier call, left as it is; None before the first token, which saves the
-                time to read zeros.
-            state_dtype: Of the scan's state behind the last token; as the one before by default, or the scan's own.
-
-        Returns:
-            (B, L, D), or what waits for its norm, and the state after the last token.
-        """
-        m, plain = self.norm, isinstance(self.out_proj, nn.Linear) and self.out_proj.bias is None
-        fits = m is not None and not m.norm_before_gate and self.ngroups == 1 and not self.d_mlp and not self.reverse
-        if state is None and self.init_states is not None:
-            state = self.init_state(len(x))
-        conv, ssm = (None, None) if state is None else state
-        mlp, z, xbc, dt = self._parts(self._enter_aligned(x))
-        xbc, conv_state = self._conv(xbc, conv, None, None, True)
-        rows, B, C = self._split(xbc)
-        given = (rows, dt, decay_rates(self.A_log), B, C, self._skip(), z.unflatten(-1, rows.shape[2:]), self.dt_bias)
-        limits, wanted = (self.dt_min, self.dt_max), state_dtype or (None if ssm is None else ssm.dtype)
-        if m is not None and fits and plain and not in_parts() and gated.saves_a_pass(*given, ssm, dt_limit=limits):
-            y, squares, ssm_state = gated.gated_scan(*given, m.weight, ssm, dt_limit=limits, state_dtype=wanted)
-            out: Tensor | Late = Late(self.out_proj(y), squares, self.d_ssm, m.eps)
-        else:
-            y, ssm_state = self._scan(xbc, z, dt, ssm, None, None, True)
-            out = self._output(mlp, y, z)
-        kept = self.conv1d.weight.dtype if conv is None else conv.dtype
-        return out, Mamba2State(conv_state.to(kept), ssm_state if wanted is None else ssm_state.to(wanted))
-
-    @torch.no_grad()
     def decode(self, x: Tensor, state: Mamba2State) -> Tensor:
         """Decodes a few tokens and leaves the state after them in ``state``; see ``Mixer.decode``.
 
@@ -290,16 +252,6 @@ class Mamba2(nn.Module):
     def _enter(self, x: Tensor) -> Tensor:
         """The input projection (B, L, E)."""
         return self.in_proj(x)
-
-    def _enter_aligned(self, x: Tensor) -> Tensor:
-        """The input projection, whose rows begin at whole lines of memory on a GPU: what reads them is faster then."""
-        p, size = self.in_proj, x.element_size()
-        if not x.is_cuda or type(p) is not nn.Linear or p.bias is not None or p.weight.dtype != x.dtype or in_parts():
-            return self._enter(x)
-        columns = -(-p.out_features * size // LINE) * LINE // size
-        rows = x.new_empty(*x.shape[:-1], columns)[..., : p.out_features]
-        torch.mm(x.flatten(0, 1), p.weight.T, out=rows.flatten(0, 1))
-        return rows
 
     def _filters(self) -> tuple[Tensor, Tensor | None]:
         """The convolution's weight (C, W) and bias (C,)."""

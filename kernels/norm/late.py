@@ -18,17 +18,19 @@ from torch import Tensor
 
 from kernels.backend import choose
 from kernels.checks import check_float, check_shape
+from kernels.norm import late_product
 
-__all__ = ["Late", "add_norm"]
+__all__ = ["Late", "add_norm", "saves_a_pass"]
 
 
 class Late(NamedTuple):
-    """Outputs of a product that wait for the norm in front of it: ``rows / sqrt(squares.sum(-1) / width + eps)``."""
+    """A product that waits for the norm in front of it: ``(rows matrix^T) / sqrt(squares.sum(-1) / width + eps)``."""
 
-    rows: Tensor  # (..., D)
-    squares: Tensor  # (..., parts) float32 (float64): parts of each row's sum of squares in front of the product
+    rows: Tensor  # (..., D); with a matrix (..., K), in front of the product
+    squares: Tensor | None  # (..., parts) float32 (float64): parts of each row's sum of squares; None: no norm waits
     width: int  # K
     eps: float
+    matrix: Tensor | None = None  # (D, K), if the product waits as well: it may be made by the kernel that adds
 
 
 def add_norm(
@@ -41,7 +43,7 @@ def add_norm(
         residual: (..., D) the stream so far.
         weight: (D,) of the RMSNorm.
         eps: Added to its mean square.
-        backend: ``auto``, ``triton`` or ``reference``; see ``kernels.backend``.
+        backend: ``auto``, ``cuda``, ``triton`` or ``reference``; see ``kernels.backend``.
 
     Returns:
         The normalised sum (..., D) in the rows' dtype, and the sum in residual's.
@@ -49,13 +51,26 @@ def add_norm(
     Raises:
         ValueError: If a shape, dtype, device or backend does not fit.
     """
-    rows, squares, width, inner_eps = late
+    rows, squares, width, inner_eps, matrix = late
     check_float(rows, squares=squares, residual=residual, weight=weight)
-    check_shape("residual", residual, tuple(rows.shape), "(..., D)")
-    check_shape("weight", weight, (rows.shape[-1],), "(D,)")
-    check_shape("squares", squares, (*rows.shape[:-1], squares.shape[-1]), "(..., parts)")
+    outputs = rows.shape[-1]
+    if matrix is not None:
+        check_float(rows, matrix=matrix)
+        outputs = len(matrix)
+        check_shape("matrix", matrix, (outputs, rows.shape[-1]), "(D, K)")
+    check_shape("residual", residual, (*rows.shape[:-1], outputs), "(..., D)")
+    check_shape("weight", weight, (outputs,), "(D,)")
+    if squares is not None:
+        check_shape("squares", squares, (*rows.shape[:-1], squares.shape[-1]), "(..., parts)")
     assert not torch.is_grad_enabled() or not rows.requires_grad, "late norms have no gradients"
-    if choose(backend, rows.device)[0] == "triton":
+    name = choose(backend, rows.device, late_product.fits(rows, squares, matrix, residual, weight))[0]
+    if matrix is not None:
+        if name == "cuda":
+            return late_product.forward(rows, squares, width, inner_eps, matrix, residual, weight, eps)
+        rows = F.linear(rows, matrix)
+    if squares is None:
+        squares, inner_eps = residual.new_zeros(*rows.shape[:-1], 1), 1.0
+    if name == "triton":
         from kernels.norm.triton_late import forward
 
         return forward(rows.contiguous(), squares.contiguous(), width, inner_eps, residual.contiguous(), weight, eps)
@@ -64,3 +79,8 @@ def add_norm(
     total = rows.to(wide) * scale + residual.to(wide)
     normed = F.rms_norm(total, weight.shape, weight.to(wide), eps)
     return normed.to(rows.dtype), total.to(residual.dtype)
+
+
+def saves_a_pass(rows: Tensor, matrix: Tensor, residual: Tensor, weight: Tensor) -> bool:
+    """Whether ``add_norm`` has a kernel that makes the product of such rows, which wait for no norm, as well."""
+    return choose("auto", rows.device, late_product.fits(rows, None, matrix, residual, weight))[0] == "cuda"
