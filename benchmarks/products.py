@@ -3,9 +3,9 @@
     python -m benchmarks.products [--write] [--case NAME ...]
 
 As layers of 130M parameters read prompts of 64 rows of 2048 tokens, in bfloat16 with a stream in float32. ``out_proj``:
-the product, the division by the norm in front of it, the addition to the stream and the next norm. ``in_proj``: the
-whole projection of a Mamba-2 layer and the convolution of its x, B and C. A time is that of a call among others of its
-kind, on a GPU that is warm: products of this size are held back by its power. The floor is that of memory.
+the product, the division by the norm in front of it, the addition to the stream and the next norm. A time is that of
+a call among others of its kind, on a GPU that is warm: products of this size are held back by its power. The floor is
+that of memory.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common import Row, floor, require_gpu, row, steps_in_a_row, write
-from core.mixers import Mamba2, reading
-from kernels.causal_conv1d import product
 from kernels.norm import late_product
 from kernels.norm.late import Late, add_norm
 
@@ -47,21 +45,7 @@ def out_proj() -> Pair:
     return lambda: add_norm(late, stream, weight, EPS), before, moved
 
 
-def in_proj() -> Pair:
-    """in_proj and the convolution of a Mamba-2 layer."""
-    layer = Mamba2(WIDTH, device="cuda", dtype=LOW)
-    x = torch.randn(ROWS, LENGTH, WIDTH, device="cuda").to(LOW)
-    assert product.saves_a_pass(x, layer.in_proj.weight, *layer._filters(), INNER), "no GPU that the kernel is for"
-
-    def before() -> object:
-        xbc = layer._parts(reading.aligned(x, layer.in_proj.weight))[2]
-        return layer._conv(xbc, None, None, None, True)
-
-    moved = 2.0 * ROWS * LENGTH * (WIDTH + INNER + layer.conv_dim + HEADS)
-    return lambda: reading.enter(layer, x, None), before, moved
-
-
-CASES = {"out_proj": out_proj, "in_proj": in_proj}
+CASES = {"out_proj": out_proj}
 
 
 @torch.no_grad()

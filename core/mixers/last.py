@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from core.mixers.contract import Mixer
 from core.mixers.mamba import Mamba, MambaState
 from core.mixers.mamba2 import Mamba2, Mamba2State
-from core.parallel.group import in_parts
-from kernels.causal_conv1d import product
 
 
 def forward_last(mixer: Mixer, x: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -42,10 +40,10 @@ def forward_last(mixer: Mixer, x: Tensor, state: Any) -> tuple[Tensor, Any]:
 def _mamba(mixer: Mamba, x: Tensor, state: MambaState | None) -> tuple[Tensor, MambaState]:
     inner, (conv, ssm) = mixer.d_inner, (None, None) if state is None else state
     z = _rows(mixer.in_proj, x[:, -1:], inner, 2 * inner)
-    mixed, conv_state = _convolved(mixer, x, 0, inner, conv)
+    mixed, conv_state = mixer._conv(_rows(mixer.in_proj, x, 0, inner), conv, None, None, True)
     y, ssm_state = mixer._scan(mixed, None, ssm, None, None, True)
-    after = MambaState(_like(conv_state, conv), _like(ssm_state, ssm))
-    return mixer.out_proj(_gated(y[:, -1:], z)), after
+    conv_state = _like(conv_state, mixer.conv1d.weight if conv is None else conv)
+    return mixer.out_proj(_gated(y[:, -1:], z)), MambaState(conv_state, _like(ssm_state, ssm))
 
 
 def _mamba2(mixer: Mamba2, x: Tensor, state: Mamba2State | None) -> tuple[Tensor, Mamba2State]:
@@ -53,24 +51,15 @@ def _mamba2(mixer: Mamba2, x: Tensor, state: Mamba2State | None) -> tuple[Tensor
         state = mixer.init_state(len(x))
     first, (conv, ssm) = 2 * mixer.d_mlp + mixer.d_ssm, (None, None) if state is None else state
     mlp, z = _rows(mixer.in_proj, x[:, -1:], 0, first).split([2 * mixer.d_mlp, mixer.d_ssm], dim=-1)
-    end = first + mixer.conv_dim
-    dt = _rows(mixer.in_proj, x, end, end + mixer.nheads)
-    xbc, conv_state = _convolved(mixer, x, first, end, conv)
+    rest = _rows(mixer.in_proj, x, first, mixer.in_proj.out_features)
+    xbc, dt = rest.split([mixer.conv_dim, mixer.nheads], dim=-1)
+    xbc, conv_state = mixer._conv(xbc, conv, None, None, True)
     y, ssm_state = mixer._scan(xbc, None, dt, ssm, None, None, True)
     y = y[:, -1:]
     if mixer.norm is None:
         y = _gated(y, z.unflatten(-1, y.shape[2:]))
-    return mixer._output(mlp, y, z), Mamba2State(_like(conv_state, conv), _like(ssm_state, ssm))
-
-
-def _convolved(mixer: Mamba | Mamba2, x: Tensor, first: int, end: int, conv: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Outputs first to end of in_proj behind the convolution, and its state."""
-    p, filters = mixer.in_proj, (mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias)
-    plain = conv is None and p.bias is None and not torch.is_grad_enabled() and not in_parts()
-    if plain and product.saves_a_pass(x, p.weight[first:end], *filters):
-        _, y, _, state = product.project_conv(x, p.weight[first:end], *filters)
-        return y, state
-    return mixer._conv(_rows(p, x, first, end), conv, None, None, True)
+    conv_state = _like(conv_state, mixer.conv1d.weight if conv is None else conv)
+    return mixer._output(mlp, y, z), Mamba2State(conv_state, _like(ssm_state, ssm))
 
 
 def _like(after: Tensor, before: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""Prompts through Mamba and Mamba-2 layers: what a layer leaves to the kernels around it, where that saves a pass.
+"""Prompts through Mamba and Mamba-2 layers: what a layer leaves to the kernel behind it, where that saves a pass.
 
-No gradients. A layer's convolution is worked out where its inputs are projected (``kernels.causal_conv1d.product``),
-and the output projection is left to the block behind it, which adds and normalises (``kernels.norm.late``).
+No gradients. The output projection, and a Mamba-2 layer's norm in front of it, are left to the block behind the layer,
+which adds and normalises (``kernels.norm.late``).
 
 Legend: B batch, L length, D model width, E inner width.
 """
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from core.mixers.mamba import Mamba, MambaState, decay_rates
 from core.mixers.mamba2 import Mamba2, Mamba2State
 from core.parallel.group import in_parts
-from kernels.causal_conv1d import product
 from kernels.norm import late
 from kernels.norm.late import Late
 from kernels.ssd import gated
@@ -44,7 +43,8 @@ def read_mamba2(
     if state is None and mixer.init_states is not None:
         state = mixer.init_state(len(x))
     conv, ssm = (None, None) if state is None else state
-    mlp, z, xbc, dt, conv_state = enter(mixer, x, conv)
+    mlp, z, xbc, dt = mixer._parts(_enter_aligned(mixer, x))
+    xbc, conv_state = mixer._conv(xbc, conv, None, None, True)
     rows, B, C = mixer._split(xbc)
     given = (rows, dt, decay_rates(mixer.A_log), B, C, mixer._skip(), z.unflatten(-1, rows.shape[2:]), mixer.dt_bias)
     limits, wanted = (mixer.dt_min, mixer.dt_max), state_dtype or (None if ssm is None else ssm.dtype)
@@ -78,43 +78,26 @@ def read_mamba(
     Returns:
         (B, L, D), or what waits for its product, and the state after the last token.
     """
-    p, out_proj = mixer.in_proj, mixer.out_proj
-    conv, ssm = (None, None) if state is None else state
-    filters = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
-    plain = type(p) is nn.Linear and p.bias is None and p.weight.dtype == x.dtype and not in_parts()
-    if plain and conv is None and not mixer.reverse and product.saves_a_pass(x, p.weight, *filters):
-        _, mixed, z, conv_state = product.project_conv(x, p.weight, *filters)
-    else:
-        mixed, z = p(x).chunk(2, dim=-1)
-        mixed, conv_state = mixer._conv(mixed, conv, None, None, True)
+    out_proj, (conv, ssm) = mixer.out_proj, (None, None) if state is None else state
+    mixed, z = mixer.in_proj(x).chunk(2, dim=-1)
+    mixed, conv_state = mixer._conv(mixed, conv, None, None, True)
     y, ssm_state = mixer._scan(mixed, z, ssm, None, None, True)
     plain = type(out_proj) is nn.Linear and out_proj.bias is None and not in_parts()
     if plain and late.saves_a_pass(y, out_proj.weight, stream, weight):
         out: Tensor | Late = Late(y, None, 1, 0.0, out_proj.weight)
     else:
         out = out_proj(y)
-    kept, wanted = conv_state.dtype if conv is None else conv.dtype, state_dtype or (None if ssm is None else ssm.dtype)
+    kept = mixer.conv1d.weight.dtype if conv is None else conv.dtype
+    wanted = state_dtype or (None if ssm is None else ssm.dtype)
     return out, MambaState(conv_state.to(kept), ssm_state if wanted is None else ssm_state.to(wanted))
 
 
-def enter(mixer: Mamba2, x: Tensor, conv: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """MLP, gate, convolved x, B and C, dt, and the convolution's state behind the last token."""
-    p, filters = mixer.in_proj, mixer._filters()
-    if type(p) is not nn.Linear or p.bias is not None or p.weight.dtype != x.dtype or in_parts():
-        mlp, z, xbc, dt = mixer._parts(mixer._enter(x))
-    else:
-        first = 2 * mixer.d_mlp + mixer.d_ssm
-        if conv is None and not mixer.reverse and product.saves_a_pass(x, p.weight, *filters, first):
-            before, xbc, dt, conv_state = product.project_conv(x, p.weight, *filters, first)
-            return before[..., : 2 * mixer.d_mlp], before[..., 2 * mixer.d_mlp :], xbc, dt, conv_state
-        mlp, z, xbc, dt = mixer._parts(aligned(x, p.weight))
-    xbc, conv_state = mixer._conv(xbc, conv, None, None, True)
-    return mlp, z, xbc, dt, conv_state
-
-
-def aligned(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T, whose rows begin at whole lines of memory on a GPU: what reads them is faster then."""
-    columns = -(-len(weight) * x.element_size() // LINE) * LINE // x.element_size()
-    rows = x.new_empty(*x.shape[:-1], columns)[..., : len(weight)]
-    torch.mm(x.flatten(0, 1), weight.T, out=rows.flatten(0, 1))
+def _enter_aligned(mixer: Mamba2, x: Tensor) -> Tensor:
+    """The input projection, whose rows begin at whole lines of memory on a GPU: what reads them is faster then."""
+    p, size = mixer.in_proj, x.element_size()
+    if not x.is_cuda or type(p) is not nn.Linear or p.bias is not None or p.weight.dtype != x.dtype or in_parts():
+        return mixer._enter(x)
+    columns = -(-p.out_features * size // LINE) * LINE // size
+    rows = x.new_empty(*x.shape[:-1], columns)[..., : p.out_features]
+    torch.mm(x.flatten(0, 1), p.weight.T, out=rows.flatten(0, 1))
     return rows

@@ -1,7 +1,7 @@
 """Products of our own on Hopper GPUs, in CUDA C++: tiles that come in boxes, shared by clusters of blocks.
 
-A kernel here is one with a product in front and an epilogue that needs the sums in registers: ``norm/late_product.cu``,
-``causal_conv1d/product.cu``. What they share is ``common.cuh``; what the host does for both is here.
+A kernel here is one with a product in front and an epilogue that needs the sums in registers: ``norm/late_product.cu``.
+What does not depend on the epilogue is in ``common.cuh``; what the host does is here.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Tile(NamedTuple):
     rows: int
     stages: int
     batch: int = 6
-    prefetch: bool = True
+    prefetch: bool = False
 
 
 TILES = {768: Tile(192, 4, 1, 5)}  # by D
