@@ -98,10 +98,14 @@ def _gated(p: Problem) -> Tensor:
     if p.seq_idx is not None:
         z = torch.where((p.seq_idx < 0)[..., None], 0, z)
     if p.route is not None:
-        place = torch.where(p.route < 0, p.length, p.route).long()
-        visited = torch.zeros(p.length + 1, dtype=torch.bool, device=z.device).index_fill(0, place.flatten(), True)
-        z = torch.where(visited[:-1, None], z, 0)
+        z = torch.where(on_a_route(p.route, p.length)[:, None], z, 0)
     return z
+
+
+def on_a_route(route: Tensor, length: int) -> Tensor:
+    """Whether each token is on one of the routes: ``(L,)``. Nothing is written in place, as export wants it."""
+    place = torch.where(route < 0, length, route).long().flatten()  # padding goes to a place that is cut off
+    return torch.zeros(length + 1, dtype=torch.bool, device=route.device).index_fill(0, place, True)[:-1]
 
 
 def along(t: Tensor, route: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.selective_scan.reference import along
+from kernels.selective_scan.reference import along, on_a_route
 from kernels.ssd.problem import Problem
 
 
@@ -102,9 +102,7 @@ def gate(p: Problem, z: Tensor) -> Tensor:
     if p.padding is not None:
         z = torch.where(p.padding[..., None, None], 0, z)
     if p.route is not None:
-        place = torch.where(p.route < 0, p.length, p.route).long()
-        visited = torch.zeros(p.length + 1, dtype=torch.bool, device=z.device).index_fill(0, place.flatten(), True)
-        z = torch.where(visited[:-1, None, None], z, 0)
+        z = torch.where(on_a_route(p.route, p.length)[:, None, None], z, 0)
     return z
 
 
